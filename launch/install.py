@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 STAMP_NAME = "recsys-install.json"
@@ -43,13 +43,6 @@ DEVELOPMENT_EXTRAS = ("clients", "dev", "docs", "serve")
 
 class InstallError(Exception):
     """Explains the failure and its fix to the person who runs the installation."""
-
-
-class Stage(NamedTuple):
-    """One call of `pip install`, with the arguments that follow these words."""
-
-    title: str
-    arguments: list[str]
 
 
 def nvidia_driver_found() -> bool:
@@ -83,8 +76,8 @@ def installation_stages(
     extras: Collection[str] = (),
     index_url: str | None = None,
     root: Path = PROJECT_ROOT,
-) -> list[Stage]:
-    """Return the calls of pip that install the project of a pyproject.toml, in order.
+) -> dict[str, list[str]]:
+    """Return the arguments of `pip install` for the project of a pyproject.toml, by stage in order.
 
     Extras are those of the project and its dependency groups, such as `dev`; another one is an
     InstallError. `index_url` is for torch, and on CUDA for FBGEMM.
@@ -107,13 +100,13 @@ def installation_stages(
     rest = [for_cpu(line) if flavor == "cpu" else line for line in required.values()]
     rest += [line for name in sorted(names - {*WITHOUT_DEPENDENCIES}) for line in groups[name]]
     index = ["--index-url", index_url] if index_url else []
-    return [
-        Stage("torch" if flavor == "cpu" else "torch and FBGEMM for CUDA", [*index, *first]),
+    return {
+        "torch" if flavor == "cpu" else "torch and FBGEMM for CUDA": [*index, *first],
         # On a CPU machine pip would report FBGEMM's CUDA distribution as missing.
-        Stage("dependencies", ["--no-warn-conflicts", *rest]),
-        Stage("torchrec and encoders" if flavor == "cpu" else "encoders", ["--no-deps", *alone]),
-        Stage("this project", ["--no-deps", "--editable", str(root)]),
-    ]
+        "dependencies": ["--no-warn-conflicts", *rest],
+        "torchrec and encoders" if flavor == "cpu" else "encoders": ["--no-deps", *alone],
+        "this project": ["--no-deps", "--editable", str(root)],
+    }
 
 
 def digest_of_inputs(root: Path = PROJECT_ROOT) -> str:
@@ -182,15 +175,15 @@ def succeeds(command: list[str]) -> bool:
         return False
 
 
-def install_stage(environment: Path, stage: Stage) -> None:
+def install_stage(environment: Path, title: str, arguments: list[str]) -> None:
     """Run one call of pip and pass its messages through; raises an InstallError if it fails."""
     # -I: PYTHONPATH and the user's own site-packages must not pass for installed packages.
     command = [str(environment / PYTHON), "-I", "-m", "pip", "install", "--quiet"]
-    command += ["--disable-pip-version-check", "--no-input", *stage.arguments]
+    command += ["--disable-pip-version-check", "--no-input", *arguments]
     code = subprocess.run(command).returncode
     if code != 0:
         raise InstallError(
-            f"pip exited with {code} while installing {stage.title}; its message is above. "
+            f"pip exited with {code} while installing {title}; its message is above. "
             "The next call goes on from here.\nThe command was: " + " ".join(command)
         )
 
@@ -247,8 +240,8 @@ def install(environment: Path, flavor: str, extras: Collection[str], index_url: 
     print(f"Installing into {environment} (flavor {flavor}, Python {python})")
     timed("virtual environment", make_environment, environment, start_over)
     write_stamp(environment, target)
-    for stage in stages:
-        timed(stage.title, install_stage, environment, stage)
+    for title, stage_arguments in stages.items():
+        timed(title, install_stage, environment, title, stage_arguments)
     versions = timed("first import", check_imports, environment, flavor)
     if flavor == "cpu":
         timed("kernels", compile_kernels, environment)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchrec.distributed.model_parallel import DistributedModelParallel, DMPCollection
 from torchrec.distributed.types import ShardingEnv
-from torchrec.optim.keyed import CombinedOptimizer
 
 from embeddings import (
     MemoryBank,
@@ -25,12 +23,7 @@ from embeddings import (
 )
 from embeddings.sharding import CopiesMean
 from embeddings.table_rows import RowReset
-from recsys.config import (
-    Config,
-    SourceSettings,
-    content_settings,
-    softmax_settings,
-)
+from recsys.config import Config, SourceSettings, content_settings, softmax_settings
 from recsys.content.batch_preparation import BatchPreparation, chooses_items
 from recsys.content.build import build_content
 from recsys.data.batch_builder import BatchBuilder
@@ -57,7 +50,7 @@ from recsys.model.precision import (
 from recsys.model.tables import check_placement, planner_hardware, pooled_features, table_configs
 from recsys.optimizer.averaging import AveragedWeights, build_averages
 from recsys.optimizer.dense import build_dense_optimizer, dense_groups, describe_optimizers
-from recsys.optimizer.schedules import LearningRateShare, build_schedule, set_updates
+from recsys.optimizer.schedules import LearningRateShare, set_updates
 from recsys.storage.location import Location
 
 SPLITS = ("train", "valid", "test")
@@ -73,9 +66,7 @@ class Job:
     ranks: Ranks
     store: ContentStore | None
     model: DistributedModelParallel
-    optimizer: CombinedOptimizer
     schedule: LambdaLR
-    update: DenseUpdate  # of the dense parameters, once per group of batches
     pipeline: AccumulatingPipeline
     vocabularies: BoundedVocabularies
     preparation: BatchPreparation
@@ -85,11 +76,11 @@ class Job:
 
     @property
     def dense_optimizer(self) -> Optimizer:
-        return self.update.dense
+        return self.pipeline.update.dense
 
     @property
     def averages(self) -> AveragedWeights | None:
-        return self.update.averages
+        return self.pipeline.update.averages
 
     def averaged(self) -> AbstractContextManager[None]:
         """Return a context in which averages, if there are any, replace the weights."""
@@ -146,30 +137,25 @@ def build_job(
     with ranks.raise_on_all_ranks():
         root = Location.of(data)
         schema = schema or load_schema(root)
-        world = ranks.device.type, ranks.world_size, ranks.local_world_size
-        check_placement(config.embedding, schema, *world)
+        device, ranks_per_node = ranks.device.type, ranks.local_world_size
+        check_placement(config.embedding, schema, device, ranks.world_size, ranks_per_node)
         tables = table_configs(config, schema, mean_list_lengths(root, schema, rows))
     content, on_bad_row = content_settings(config.content), config.on_bad_row
     store, encoders, bank = build_content(content, root, schema, ranks, config.cache, on_bad_row)
     with ranks.raise_on_all_ranks():
         em3 = build_em3(config, schema, tables, encoders, bank, "meta", ranks.group)
         fuse_table_optimizers(em3, tables)
-        prepare_kernels(em3, config.kernels, ranks.device.type)
-        _cast_and_compile(em3, config.precision, config.compile, ranks.device)
-    optimization = config.optimizer
+        prepare_kernels(em3, config.kernels, device)
+        if config.precision == "bf16":
+            use_bfloat16(dense_parts(em3).values(), ranks.device)
+        compiles = compiles_by_default(ranks.device) if config.compile == "auto" else config.compile
+        if compiles:
+            compile_dense_parts(em3, ranks.device)
+    settings = config.optimizer
     model, plan = _sharded(em3, tables, config, ranks)
-    optimizer, dense = build_dense_optimizer(model, dense_groups(optimization), optimization)
-    averages = build_averages(model, optimization)
-    update = DenseUpdate(optimizer, dense, optimization.clip_norm, averages)
-    pipeline = _pipeline(model, update, config, ranks.device)
-    bounded = [table for table in tables if table.name in schema.tables_with("bounded")]
-    reset = _row_reset(RowReset(model, bounded, config.seed), schema, bank, ranks.device)
-    features = pooled_features(config.embedding, schema)
-    vocabularies = BoundedVocabularies(schema, features, ranks.group, reset)
-    softmax, sampler = softmax_settings(config.ranking), None
-    if softmax is not None:
-        sampler = NegativeSampler(softmax, schema.num_items, schema.target_item)
-    parts = content, store, bank, vocabularies, ranks.group, sampler
+    optimizer, dense = build_dense_optimizer(model, dense_groups(settings), settings)
+    update = DenseUpdate(optimizer, dense, settings.clip_norm, build_averages(model, settings))
+    vocabularies = _vocabularies(config, schema, ranks, model, tables, bank)
     torch.manual_seed(config.seed + 1 + ranks.rank)  # dropout and negatives differ by rank
     return Job(
         config,
@@ -178,12 +164,10 @@ def build_job(
         ranks,
         store,
         model,
-        optimizer,
-        build_schedule(dense, optimization),
-        update,
-        pipeline,
+        LambdaLR(dense, LearningRateShare(settings)),
+        _pipeline(model, update, config, ranks.device),
         vocabularies,
-        BatchPreparation(*parts, config.seed, em3.content.outputs if em3.content else None),
+        _preparation(config, schema, ranks, em3, store, bank, vocabularies),
         plan,
         describe_optimizers(model, tables, dense),
         rows,
@@ -244,23 +228,48 @@ def check_columns(
                 next(rows.read_chunks([0]))
 
 
-def _cast_and_compile(
-    em3: EM3, precision: str, compiles: bool | Literal["auto"], device: torch.device
-) -> None:
-    if precision == "bf16":
-        use_bfloat16(dense_parts(em3).values(), device)
-    if compiles is True or (compiles == "auto" and compiles_by_default(device)):
-        compile_dense_parts(em3, device)
+def _vocabularies(
+    config: Config,
+    schema: Schema,
+    ranks: Ranks,
+    model: DistributedModelParallel,
+    tables: list[TableConfig],
+    bank: MemoryBank | None,
+) -> BoundedVocabularies:
+    """Return the bounded vocabularies, which reset the row of an id that leaves them."""
+    bounded = [table for table in tables if table.name in schema.tables_with("bounded")]
+    reset_row = RowReset(model, bounded, config.seed)
 
-
-def _row_reset(
-    reset_row: RowReset, schema: Schema, bank: MemoryBank | None, device: torch.device
-) -> Callable[[str, Tensor], None]:
     def reset(table: str, rows: Tensor) -> None:
         reset_row(table, rows)
         if table == schema.target_item and bank is not None:
-            is_cuda = device.type == "cuda"  # steps write on the default stream
-            with torch.cuda.stream(torch.cuda.default_stream(device) if is_cuda else None):
+            is_cuda = ranks.device.type == "cuda"  # steps write on the default stream
+            with torch.cuda.stream(torch.cuda.default_stream(ranks.device) if is_cuda else None):
                 bank.forget(rows)
 
-    return reset
+    features = pooled_features(config.embedding, schema)
+    return BoundedVocabularies(schema, features, ranks.group, reset)
+
+
+def _preparation(
+    config: Config,
+    schema: Schema,
+    ranks: Ranks,
+    em3: EM3,
+    store: ContentStore | None,
+    bank: MemoryBank | None,
+    vocabularies: BoundedVocabularies,
+) -> BatchPreparation:
+    softmax, sampler = softmax_settings(config.ranking), None
+    if softmax is not None:
+        sampler = NegativeSampler(softmax, schema.num_items, schema.target_item)
+    return BatchPreparation(
+        content_settings(config.content),
+        store,
+        bank,
+        vocabularies,
+        ranks.group,
+        negatives=sampler,
+        seed=config.seed,
+        outputs=None if em3.content is None else em3.content.outputs,
+    )

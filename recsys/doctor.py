@@ -166,7 +166,9 @@ def _triple_problems() -> list[Problem]:
     missing = [name for name, version in installed.items() if version is None]
     if missing:
         return [Problem(f"{', '.join(missing)} not installed", install_command())]
-    if tuple(_minor(version or "") for version in installed.values()) in MATCHING_TRIPLES:
+    # 2.13 of 2.13.0+cpu
+    minors = tuple(re.sub(r"^(\d+\.\d+).*", r"\1", str(full)) for full in installed.values())
+    if minors in MATCHING_TRIPLES:
         return []
     present = ", ".join(f"{name} {version}" for name, version in installed.items())
     matching = "; ".join(" / ".join(triple) for triple in MATCHING_TRIPLES)
@@ -336,20 +338,13 @@ def _reinstall_command(*packages: str) -> str:
 def nvidia_driver_found() -> bool:
     """Return whether the library that FBGEMM's CUDA wheel links to can be loaded."""
     try:
-        ctypes.CDLL("libnvidia-ml.so.1")
+        return bool(ctypes.CDLL("libnvidia-ml.so.1"))
     except OSError:
         return False
-    return True
 
 
 def _pip(*arguments: str) -> str:
     return shlex.join([sys.executable, "-m", "pip", *arguments])
-
-
-def _minor(version: str) -> str:
-    """Return "2.13" for "2.13.0+cpu"."""
-    match = re.match(r"\d+\.\d+", version)
-    return match.group() if match else version
 
 
 def _gpu_rows() -> list[tuple[str, str]]:
@@ -363,11 +358,8 @@ def _gpu_rows() -> list[tuple[str, str]]:
     rows = []
     for index in range(count):
         device = torch.cuda.get_device_properties(index)
-        size, capability = (
-            f"{device.total_memory / 2**30:.0f} GiB",
-            f"{device.major}.{device.minor}",
-        )
-        rows.append((f"GPU {index}", f"{device.name}, {size}, capability {capability}"))
+        size, capability = device.total_memory / 2**30, f"{device.major}.{device.minor}"
+        rows.append((f"GPU {index}", f"{device.name}, {size:.0f} GiB, capability {capability}"))
     return rows
 
 

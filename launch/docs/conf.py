@@ -61,9 +61,7 @@ NAVIGATION = {
 }
 FURTHER_PAGES = {
     "benchmarks/README": {"Results": ["benchmarks/results/*"]},
-    "CONTRIBUTING": {
-        "Project": [".github/CODE_OF_CONDUCT", ".github/SECURITY", "tests/ERRORS"],
-    },
+    "CONTRIBUTING": {"Project": [".github/CODE_OF_CONDUCT", ".github/SECURITY", "tests/ERRORS"]},
 }
 
 

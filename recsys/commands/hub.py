@@ -108,7 +108,6 @@ def model_card(folder: Path, repository: str) -> str:
 
 
 def _metrics_table(metrics: dict[str, Any]) -> str:
-    """Return the metrics of the test rows, or else of the validation, for all and some items."""
     split = metrics.get("test") or metrics["valid"]
     rows = {"all": split, **{name: split[name] for name in ITEMS if name in split}}
     names = [name for name, value in split.items() if isinstance(value, float)] + ["num_samples"]

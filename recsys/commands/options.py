@@ -125,7 +125,6 @@ def completion(shell: Literal["bash", "zsh", "tcsh"], /) -> None:
 
 
 def _all_commands() -> ArgumentParser:
-    """Return one parser of all commands, with the names of their options alone."""
     root = ArgumentParser("recsys")
     groups = {"": root.add_subparsers()}
     for name, (_, line) in COMMANDS.items():

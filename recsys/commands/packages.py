@@ -263,10 +263,10 @@ def semantic_ids(
     from recsys.distributed.ranks import joined_ranks
     from recsys.serving.retrieval.semantic_ids import export_semantic_ids, format_collisions
 
-    sizes = levels or NUM_LEVELS, codes or NUM_CODES
+    levels, codes, vectors = levels or NUM_LEVELS, codes or NUM_CODES, vectors or "content"
     with joined_ranks("cpu") as ranks:
         collisions = export_semantic_ids(
-            run, out, *sizes, ranks, data, codebooks, dataset, balanced, vectors or "content"
+            run, out, levels, codes, ranks, data, codebooks, dataset, balanced, vectors
         )
     print_table(format_collisions(collisions))
     logger.info("written to %s", out)

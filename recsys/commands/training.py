@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -66,14 +67,19 @@ def train(
         from recsys.training.train import id_only_baseline
         from recsys.training.train import train as train_run
 
-    patterns = tuple(warm_start_only or ()), tuple(warm_start_skip or ())
-    options = (warm_start_checkpoint, *patterns, warm_start_optimizer)
-    if warm_start is None and WarmStart(Path(), *options) != WarmStart(Path()):
+    selection = WarmStart(
+        Path(),
+        checkpoint=warm_start_checkpoint,
+        only=tuple(warm_start_only or ()),
+        skip=tuple(warm_start_skip or ()),
+        optimizer=warm_start_optimizer,
+    )
+    if warm_start is None and selection != WarmStart(Path()):
         raise ValueError("--warm-start-* select state of a run; add --warm-start RUN")
     baseline = None if compare is None else id_only_baseline(config)
     try:
         with joined_ranks(config.device) as ranks:
-            source = None if warm_start is None else WarmStart(newest_run(warm_start), *options)
+            source = None if warm_start is None else replace(selection, run=newest_run(warm_start))
             if dry_run:
                 for variant in [config] if baseline is None else [config, baseline]:
                     try_one_step(variant, data, ranks, source)
@@ -162,8 +168,19 @@ def search(
     from recsys.search.search import Search, SearchStopped
     from recsys.search.space import read_space
 
-    rules = sampler, prune, keep_checkpoints
-    study = Search(config, read_space(space), data, out, trials, jobs, seeds, nproc, *rules)
+    study = Search(
+        config,
+        read_space(space),
+        data,
+        out,
+        num_trials=trials,
+        jobs=jobs,
+        seeds=seeds,
+        nproc=nproc,
+        sampler=sampler,
+        prunes=prune,
+        keep_checkpoints=keep_checkpoints,
+    )
     try:
         study.run()
     except SearchStopped:
@@ -174,7 +191,6 @@ def search(
 
 
 def _print_best_trials(study: Search) -> None:
-    """Print the best trials, and the command that trains with the best configuration."""
     from embeddings.plan_text import align_columns
     from recsys.distributed.log import print_table
     from recsys.evaluation.model_selection import selection_words

@@ -5,14 +5,13 @@ Every field of `Config` is a setting of recipes, and an option `--any.setting VA
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
 import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -21,14 +20,14 @@ import yaml
 from jsonargparse import ActionConfigFile, Namespace, set_parsing_settings
 
 from recsys.config.limits import check_settings
-from recsys.config.parser import Parser, config_first, meant, with_underscores
+from recsys.config.parser import Parser, config_first, meant, option_groups, with_underscores
 from recsys.config.plain_yaml import RECIPES, RefusedYaml, cached_copy, load_plain_yaml, recipe_file
 from recsys.config.ranking import (
     DEFAULT_MODEL,
     RankingSettings,
     RetrievalSettings,
     check_keys,
-    own_keys,
+    for_model,
     settings_class,
 )
 from recsys.config.run import CONFIG_NAMES, Config, content_settings
@@ -93,9 +92,6 @@ def _check_averages(config: Config) -> None:
         )
 
 
-ReadRecipe = Callable[[str], Any]
-
-
 def add_config_arguments(
     parser: Parser, words: Sequence[str], skip: frozenset[str] = frozenset()
 ) -> None:
@@ -107,22 +103,24 @@ def add_config_arguments(
     # Docstrings of settings are parsed from source files, and only a help text shows them.
     shows_help = not {"-h", "--help"}.isdisjoint(words)
     set_parsing_settings(docstring_parse_attribute_docstrings=shows_help)
-    read, hints = functools.cache(_read_recipe), get_type_hints(Config, include_extras=True)
-    options = list(_options(config_first(words)))
-    parser.removed = _remove_modalities(options, read)
+    hints = get_type_hints(Config, include_extras=True)
+    groups = config_first(option_groups(words))
+    options = [_option(group) for group in groups if group[0].startswith("--")]
+    recipes = {value: _read_recipe(value) for option, value in options if option == "--config"}
+    parser.removed = _remove_modalities(options, recipes)
     mappings = [
-        (option, _as_mapping(option, value, hints, read))
+        (option, _as_mapping(option, value, hints, recipes))
         for option, value in options
         if option.removeprefix("--") not in parser.removed
     ]
     name = _ranking_name(mappings)
-    action = _recipe_action(name, read)
+    action = _recipe_action(name, recipes)
     parser.add_argument("--config", action=action, help="A recipe (YAML).")
     parser.add_class_arguments(Config, None, skip={"ranking", *skip})
     parser.add_class_arguments(settings_class(name), "ranking")
     parser.set_defaults({"ranking.name": name})
     parser.settings = hints | {"ranking": settings_class(name)}
-    parser.values = [_for_model(mapping, name) for _, mapping in mappings]
+    parser.values = [for_model(mapping, name) for _, mapping in mappings]
 
 
 def config_from(namespace: Namespace) -> Config:
@@ -153,11 +151,10 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 @cached_copy
 def config_of_plain(plain: dict[str, Any]) -> Config:
     """Invert `to_plain`, with defaults for missing settings; a wrong one is a ValueError."""
-    section = plain.get("ranking")
-    name = section.get("name", DEFAULT_MODEL) if isinstance(section, dict) else DEFAULT_MODEL
+    name = _ranking_name([("--config", plain)])
     parser = Parser(exit_on_error=False)
-    add_config_arguments(parser, ["--ranking.name", str(name)])
-    plain = _for_model(without_removed_settings(plain), name)
+    add_config_arguments(parser, ["--ranking.name", name])
+    plain = for_model(without_removed_settings(plain), name)
     parser.values.append(plain)
     try:
         return config_from(parser.instantiate(parser.parse_object(plain)))
@@ -181,14 +178,18 @@ def to_plain(value: Any) -> Any:
     return value
 
 
-def _remove_modalities(options: Sequence[tuple[str, str]], read: ReadRecipe) -> frozenset[str]:
+def _remove_modalities(
+    options: Sequence[tuple[str, str]], recipes: dict[str, Any]
+) -> frozenset[str]:
     """Take modalities that options set to null out of the recipes; return these settings."""
     prefix = "content.modalities."
     settings = [option.removeprefix("--") for option, value in options if value == "null"]
     removed = frozenset(name for name in settings if re.fullmatch(rf"{prefix}[^.]+", name))
-    recipes = [read(value) for option, value in options if option == "--config"] if removed else []
-    contents = [recipe.get("content") for recipe in recipes if isinstance(recipe, dict)]
-    modalities = [content["modalities"] for content in contents if isinstance(content, dict)]
+    modalities: list[dict[str, Any]] = []
+    for recipe in recipes.values():
+        match recipe:
+            case {"content": {"modalities": {} as part}}:
+                modalities.append(part)
     for name in (setting.removeprefix(prefix) for setting in sorted(removed)):
         if not any(name in part for part in modalities):
             suggestion = meant(name, itertools.chain(*modalities))
@@ -200,9 +201,7 @@ def _remove_modalities(options: Sequence[tuple[str, str]], read: ReadRecipe) -> 
     return removed
 
 
-def _recipe_action(name: str, read: ReadRecipe) -> type[ActionConfigFile]:
-    """Return the action of `--config` for a ranking model of this name."""
-
+def _recipe_action(name: str, recipes: dict[str, Any]) -> type[ActionConfigFile]:
     class Recipe(ActionConfigFile):
         """Reads a recipe as plain data, and keeps only the model's own keys under `ranking`."""
 
@@ -210,7 +209,7 @@ def _recipe_action(name: str, read: ReadRecipe) -> type[ActionConfigFile]:
             self, parser: Any, cfg: Any, values: Any, option_string: str | None = None
         ) -> None:
             """Apply the recipe to the configuration that is being parsed."""
-            recipe = _for_model(read(values), name)
+            recipe = for_model(recipes[values], name)
             if not isinstance(recipe, dict):
                 raise TypeError(
                     f"config {values}: no such file, nor a mapping of settings; correct the path, "
@@ -234,13 +233,6 @@ def _read_recipe(recipe: str) -> Any:
         raise ValueError(f"config {recipe}: {error}") from error
 
 
-def _for_model(recipe: Any, name: str) -> Any:
-    if not isinstance(recipe, dict):
-        return recipe
-    section = recipe.get("ranking")
-    return recipe | {"ranking": own_keys(section, name)} if isinstance(section, dict) else recipe
-
-
 def _ranking_name(mappings: Sequence[tuple[str, dict[str, Any]]]) -> str:
     """Return the last name of a ranking model in options and recipes; check its other options."""
     name, keys = DEFAULT_MODEL, list[str]()
@@ -256,12 +248,12 @@ def _ranking_name(mappings: Sequence[tuple[str, dict[str, Any]]]) -> str:
 
 
 def _as_mapping(
-    option: str, value: str, settings: Container[str], read: ReadRecipe
+    option: str, value: str, settings: Container[str], recipes: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the settings that an option sets, as a mapping; empty for another option."""
     name = option.removeprefix("--")
     if name == "config":
-        recipe = read(value)
+        recipe = recipes[value]
         return recipe if isinstance(recipe, dict) else {}
     first, *inner = name.split(".")
     mapping: Any = value
@@ -270,11 +262,9 @@ def _as_mapping(
     return {first: mapping} if first in settings else {}
 
 
-def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    for word, following in itertools.zip_longest(words, words[1:], fillvalue="--"):
-        option, equals, value = word.partition("=")
-        if option.startswith("--"):
-            yield option, value if equals else "true" if following.startswith("--") else following
+def _option(group: Sequence[str]) -> tuple[str, str]:
+    option, equals, value = group[0].partition("=")
+    return option, value if equals else [*group, "true"][1]
 
 
 def without_removed_settings(recipe: dict[str, Any]) -> dict[str, Any]:

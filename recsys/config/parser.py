@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
+import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser
 
-from recsys.config.plain_yaml import MODE, RefusedYaml, load_plain_yaml, read_plain
+from recsys.config.plain_yaml import MODE, RefusedYaml, load_plain_yaml
 
 WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 WORDS |= {list: "a list", dict: "a mapping"}
@@ -33,10 +34,10 @@ class Parser(ArgumentParser):
         self.removed: frozenset[str] = frozenset()  # settings that the option's null leaves out
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        hints = self._hints()
-        problems = [problem_of_keys(hints, mapping, "") for mapping in self.values]
-        if "the following arguments are required" in message:
-            problems += [missing_key(self.settings, mapping, "") for mapping in self.values]
+        hints, is_missing = self._hints(), "the following arguments are required" in message
+        problems = (
+            problem_of_keys(hints, mapping, "", with_required=is_missing) for mapping in self.values
+        )
         message = next(filter(None, problems), message)
         if not self.exit_on_error:
             is_unknown = message.startswith("unrecognized arguments: ")
@@ -46,8 +47,17 @@ class Parser(ArgumentParser):
 
     def parse_args(self, args: Sequence[str], *arguments: Any, **options: Any) -> Any:  # type: ignore[override]
         """Parse the words of a command line; options override recipes wherever these stand."""
-        words = self._without_removed(with_underscores(args))
-        words = self._with_true(config_first(words) if self.settings else words)
+        groups = option_groups(with_underscores(args))
+        if self.settings:
+            groups = config_first(groups)
+        hints, words = self.options | self.settings, list[str]()
+        for group in groups:
+            name, equals, _ = group[0].removeprefix("--").partition("=")
+            if name in self.removed:
+                words += group[1 if equals else 2 :]
+                continue
+            is_flag = group == [f"--{name}"] and _allows(bool, _hint_at(hints, name.split(".")))
+            words += [*group, "true"] if is_flag else group
         self._check_keys()
         return super().parse_args(words, *arguments, **options)
 
@@ -66,27 +76,6 @@ class Parser(ArgumentParser):
         for mapping in self.values:
             if problem := problem_of_keys(self._hints(), mapping, "", with_values=False):
                 self.error(problem)
-
-    def _without_removed(self, words: Sequence[str]) -> list[str]:
-        remaining = iter(words)
-        result = list[str]()
-        for word in remaining:
-            option, equals, _ = word.removeprefix("--").partition("=")
-            if option not in self.removed:
-                result.append(word)
-            elif not equals:
-                next(remaining)
-        return result
-
-    def _with_true(self, words: Sequence[str]) -> list[str]:
-        """Return a command line in which each flag without a value has the value true."""
-        hints, result = self.options | self.settings, list[str]()
-        for word, following in itertools.zip_longest(words, words[1:], fillvalue="--"):
-            result.append(word)
-            is_option = word.startswith("--") and "=" not in word and following.startswith("--")
-            if is_option and _allows(bool, _hint_at(hints, word[2:].split("."))):
-                result.append("true")
-        return result
 
     def instantiate(self, *arguments: Any, **options: Any) -> Any:
         """Build the settings; a mapping of a wrong type is detected only here."""
@@ -156,47 +145,62 @@ def _allows(kind: Any, hint: Any) -> bool:
     return hint is kind or (kind is NoneType and hint in (Any, None))
 
 
-def config_first(words: Sequence[str]) -> list[str]:
-    """Return a command line with its recipes before the options, which then override them."""
-    moved, rest_words = list[str](), list[str]()
-    rest = iter(words)
-    for word in rest:
-        if word == "--config":
-            moved += [word, *itertools.islice(rest, 1)]
-        else:
-            (moved if word.startswith("--config=") else rest_words).append(word)
-    return [*moved, *rest_words]
+def option_groups(words: Sequence[str]) -> list[list[str]]:
+    """Split a command line ahead of each option."""
+    groups: list[list[str]] = []
+    for word in words:
+        if word.startswith("--") or not groups:
+            groups.append([])
+        groups[-1].append(word)
+    return groups
 
 
-def problem_of(kind: type, values: dict[str, Any]) -> str | None:
-    """Return what is wrong in a file with the settings of a dataclass, None if nothing is."""
-    missing = missing_key({"it": kind}, {"it": values}, "")
-    return problem_of_value(kind, values, "") or (missing and missing.removeprefix("it."))
+def config_first(groups: list[list[str]]) -> list[list[str]]:
+    """Return options with the recipes before all others, which then override them."""
+    return sorted(groups, key=lambda group: group[0].partition("=")[0] != "--config")
+
+
+def settings_of(kind: type, values: Any) -> Any:
+    """Return the dataclass of the settings in a file; a wrong or missing one is a ValueError."""
+    if problem := problem_of_value(kind, values, "", with_required=True):
+        raise ValueError(problem)
+    parser = Parser(exit_on_error=False)
+    parser.add_class_arguments(kind, None)
+    namespace = parser.instantiate(parser.parse_object(values))
+    return kind(**{part.name: namespace[part.name] for part in fields(kind) if part.init})
 
 
 def problem_of_keys(
-    hints: dict[str, Any], values: dict[str, Any], name: str, with_values: bool = True
+    hints: dict[str, Any],
+    values: dict[str, Any],
+    name: str,
+    with_values: bool = True,
+    with_required: bool = False,
 ) -> str | None:
     """Return what is wrong in a mapping of settings, None if nothing is.
 
-    `hints` are the types by key. Without `with_values`, only unknown keys and nulls are looked for.
+    `hints` are the types by key. Unknown keys and nulls are always wrong, `with_values` also values
+    of another type, and `with_required` a mapping inside that lacks a required setting.
     """
     for key, value in values.items():
         hint, full = hints.get(str(key).removesuffix("+")), f"{name}.{key}".lstrip(".")
         if not hint:
             return f"{full} is no setting{meant(str(key), hints) or '; remove it'}"
-        if problem := problem_of_value(hint, value, full, with_values):
+        if problem := problem_of_value(hint, value, full, with_values, with_required):
             return problem
     return None
 
 
-def problem_of_value(hint: Any, value: Any, name: str, with_values: bool = True) -> str | None:
-    """Return what is wrong with the value of a setting of this type, None if nothing is."""
+def problem_of_value(
+    hint: Any, value: Any, name: str, with_values: bool = True, with_required: bool = False
+) -> str | None:
+    """Return what is wrong with the value of a setting, as `problem_of_keys` does."""
     kind = dataclass_in(hint)
     if hint is not str and isinstance(value, str):
         try:
             # Only settings may stand in a file of their own; other values may be names of files.
-            inside = read_plain(value) if kind is not None else load_plain_yaml(value.encode())
+            is_file = kind is not None and os.path.isfile(value)
+            inside = load_plain_yaml(Path(value).read_bytes() if is_file else value.encode())
         except RefusedYaml as error:
             return f"{name}: {short(value)}: {error}"
         except (yaml.YAMLError, UnicodeDecodeError):
@@ -206,34 +210,19 @@ def problem_of_value(hint: Any, value: Any, name: str, with_values: bool = True)
     if value is None and not _allows(NoneType, hint):
         return f"{name} is empty; it must be {in_words(hint)}, or be left out"
     if kind is not None and isinstance(value, dict):
-        hints = get_type_hints(kind, include_extras=True)
+        hints, parts = get_type_hints(kind, include_extras=True), fields(kind)
         if get_origin(hint) is dict:  # one type for settings of any name
-            hints = dict.fromkeys(map(str, value), kind)
-        return problem_of_keys(hints, value, name, with_values)
+            hints, parts = dict.fromkeys(map(str, value), kind), ()
+        if problem := problem_of_keys(hints, value, name, with_values, with_required):
+            return problem
+        for part in parts if with_required else ():
+            if part.name not in value and part.default is part.default_factory is MISSING:
+                return f"{name or 'it'} has no {part.name}; add it"
+        return None
     if not with_values:
         return None
     is_right = hint is not kind and (is_plainly_of(hint, value) or is_parsed_as(hint, value))
     return None if is_right else f"{name} is {short(value)}; it must be {in_words(hint)}"
-
-
-def missing_key(hints: dict[str, Any], values: dict[str, Any], name: str) -> str | None:
-    """Return the mapping that lacks a required setting, or None; see `problem_of_keys`."""
-    for key, value in values.items():
-        hint, full = hints.get(str(key).removesuffix("+")), f"{name}.{key}".lstrip(".")
-        kind = dataclass_in(hint)
-        parts = {full: value}
-        if get_origin(hint) is dict and isinstance(value, dict):
-            parts = {f"{full}.{part}": settings for part, settings in value.items()}
-        for part, settings in parts.items():
-            if kind is None or not isinstance(settings, dict):
-                continue
-            for required in fields(kind):
-                is_required = required.default is required.default_factory is MISSING
-                if is_required and required.name not in settings:
-                    return f"{part} has no {required.name}; add it"
-            if problem := missing_key(get_type_hints(kind, include_extras=True), settings, part):
-                return problem
-    return None
 
 
 def is_plainly_of(hint: Any, value: Any) -> bool:

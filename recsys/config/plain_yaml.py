@@ -6,7 +6,6 @@ Refused are `class_path`, which imports modules, aliases, which expand, and dupl
 from __future__ import annotations
 
 import copy
-import os
 import re
 from collections.abc import Callable
 from functools import lru_cache, wraps
@@ -34,12 +33,6 @@ def load_plain_yaml(text: bytes) -> Any:
         return yaml.load(text, _PlainLoader)
     except RecursionError as error:
         raise RefusedYaml("nested too deeply; write it flatter") from error
-
-
-def read_plain(text: str) -> Any:
-    """Read the file of this name, or the text itself if there is no such file."""
-    is_file = os.path.isfile(text)
-    return load_plain_yaml(Path(text).read_bytes() if is_file else text.encode())
 
 
 def _load_value(text: str) -> Any:

@@ -160,11 +160,14 @@ def check_keys(keys: Iterable[str], name: str) -> None:
             )
 
 
-def own_keys(section: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return the part of a recipe's `ranking` that belongs to the ranking model of a run.
+def for_model(recipe: Any, name: str) -> Any:
+    """Return a recipe whose `ranking` has only the keys of a run's ranking model.
 
     Keys of the recipe's own model are dropped with a warning; others are a ValueError.
     """
+    section = recipe.get("ranking") if isinstance(recipe, dict) else None
+    if not isinstance(section, dict):
+        return recipe
     names, recipe_model = keys_of(name), str(section.get("name", DEFAULT_MODEL))
     foreign = [key for key in section if key not in names]
     if foreign:
@@ -174,4 +177,4 @@ def own_keys(section: dict[str, Any], name: str) -> dict[str, Any]:
             f"ranking.{', ranking.'.join(foreign)}: set for '{recipe_model}' in the recipe, and "
             f"left out, as '{name}' has no such settings"
         )
-    return {key: value for key, value in section.items() if key in names}
+    return recipe | {"ranking": {key: value for key, value in section.items() if key in names}}

@@ -7,13 +7,13 @@ impression) and `items/*.parquet` (one row per item). Other columns of the files
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pyarrow as pa
 
 from embeddings.vocabulary.fixed import ExactVocabulary, HashVocabulary
-from recsys.config.parser import Parser, problem_of
+from recsys.config.parser import settings_of
 from recsys.config.plain_yaml import cached_copy, load_plain_yaml
 from recsys.data.schema_columns import (
     MOST_ROWS,
@@ -222,13 +222,7 @@ def parse_schema(content: Any, place: str) -> Schema:
 def _schema_of(content: Any) -> Schema:
     if not isinstance(content, dict):
         raise ValueError("it must be a mapping with target_item, group and columns")
-    parts = without_empty(content)
-    if problem := problem_of(Schema, parts):
-        raise ValueError(problem)
-    parser = Parser(exit_on_error=False)
-    parser.add_class_arguments(Schema, None)
-    namespace = parser.instantiate(parser.parse_object(parts))
-    return Schema(**{part.name: namespace[part.name] for part in fields(Schema) if part.init})
+    return settings_of(Schema, without_empty(content))
 
 
 def load_vocabularies(

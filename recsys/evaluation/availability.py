@@ -5,6 +5,7 @@ Shapes: R rows, I items.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ from recsys.data.items.item_table import ItemTable
 from recsys.data.parquet.file import column_type, open_parquet
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.row_source import RowSource
+from recsys.storage.location import Location
 
 
 @dataclass(frozen=True)
@@ -49,21 +51,11 @@ def later_items(
             f"ranking.available_from is '{settings.available_from}', a column of items/*.parquet, "
             "but the dataset has no items or its rows are no Parquet files; set it to null"
         )
-    row_columns = []
-    for file in dict.fromkeys(group.file for group in rows.row_groups):
-        with open_parquet(file) as parquet:
-            column_type(parquet, file, settings.row_time)
-            column = parquet.read(columns=[settings.row_time])[settings.row_time]
-        row_columns.append(_numbers(column, f"{file}: column '{settings.row_time}'"))
+    row_chunks = _row_chunks(rows, settings.row_time)
+    row_moments, rows_are_times = _numbers(row_chunks, settings.row_time)
     table = job.store.items if job.store else ItemTable(job.root, job.schema, job.config.on_bad_row)
-    item_columns = [
-        _numbers(column, f"{file}: column '{settings.available_from}'")
-        for file, _, column in table.chunks(settings.available_from)
-    ]
-    (row_moments, rows_are_times), (moments, are_times) = (
-        (np.concatenate([values for values, _ in columns]), all(times for _, times in columns))
-        for columns in (row_columns, item_columns)
-    )
+    item_chunks = ((file, column) for file, _, column in table.chunks(settings.available_from))
+    moments, are_times = _numbers(item_chunks, settings.available_from)
     if rows_are_times != are_times:
         raise ValueError(
             f"{job.root}: column '{settings.row_time}' of the rows and column "
@@ -81,13 +73,27 @@ def later_items(
     return LaterItems(torch.from_numpy(row_moments), ids, torch.from_numpy(moments))
 
 
-def _numbers(column: pa.Array | pa.ChunkedArray, place: str) -> tuple[np.ndarray, bool]:
-    """Return float64 values, NaN where one is null, and whether they are times (in us)."""
-    are_times = pt.is_timestamp(column.type) or pt.is_date(column.type)
-    try:
-        column = column.cast(pa.timestamp("us")).cast(pa.int64()) if are_times else column
-        # Microseconds up to the year 2255 are exact in float64.
-        numbers = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
-    except pa.ArrowException as error:
-        raise ValueError(f"{place}: has no times or numbers ({error})") from error
-    return numbers, are_times
+Chunk = tuple[Location, pa.Array | pa.ChunkedArray]
+
+
+def _row_chunks(rows: ParquetRows, name: str) -> Iterator[Chunk]:
+    for file in dict.fromkeys(group.file for group in rows.row_groups):
+        with open_parquet(file) as parquet:
+            column_type(parquet, file, name)
+            yield file, parquet.read(columns=[name])[name]
+
+
+def _numbers(chunks: Iterable[Chunk], name: str) -> tuple[np.ndarray, bool]:
+    """Return a column as float64, NaN where one is null, and whether it has times (in us)."""
+    parts, are_times = [], True
+    for file, column in chunks:
+        is_time = pt.is_timestamp(column.type) or pt.is_date(column.type)
+        try:
+            column = column.cast(pa.timestamp("us")).cast(pa.int64()) if is_time else column
+            # Microseconds up to the year 2255 are exact in float64.
+            parts.append(column.cast(pa.float64()).to_numpy(zero_copy_only=False))
+        except pa.ArrowException as error:
+            problem = f"has no times or numbers ({error})"
+            raise ValueError(f"{file}: column '{name}': {problem}") from error
+        are_times &= is_time
+    return np.concatenate(parts), are_times

@@ -43,8 +43,11 @@ def cross_fitted_logits(scored: dict[str, Tensor], losses: tuple[str, ...]) -> T
         is_scored = users % 2 == half
         other_users = {name: values[~is_scored] for name, values in scored.items()}
         blend = fitted_blend(other_users, losses)
-        rows = (scored[name][is_scored] for name in ("network", "evidence_logits", "evidence"))
-        logits[is_scored] = blend.logits(*rows)
+        logits[is_scored] = blend.logits(
+            scored["network"][is_scored],
+            scored["evidence_logits"][is_scored],
+            scored["evidence"][is_scored],
+        )
     return logits
 
 

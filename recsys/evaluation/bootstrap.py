@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -117,15 +118,16 @@ def paired_difference(
     windows = _check_windows(first, second)
     users = _all_users(windows)
     measures = [
-        [_measure(_counted_rows(run, users, part, label), len(users), metric) for run in runs]
-        for runs in (first, second)
+        [_measure(run, users, metric, part, label) for run in runs] for runs in (first, second)
     ]
 
     def difference(drawn: np.ndarray) -> np.ndarray:  # [U, S] -> [S]
-        before, after = (np.mean([m(drawn) for m in runs], axis=0) for runs in measures)
+        before, after = (
+            np.mean([measure(drawn) for measure, _ in runs], axis=0) for runs in measures
+        )
         return np.asarray(after - before)
 
-    user_rows = _rows_by_user(_counted_rows(windows, users, part, label), len(users), metric)
+    _, user_rows = measures[0][0]
     if _defining_users(user_rows) < LEAST_USERS:
         return None
     value = float(difference(np.ones((len(users), 1)))[0])
@@ -140,21 +142,18 @@ def paired_difference(
     return Interval(value, max(-limit, value + low), min(limit, value + high))
 
 
-def pooled_metric(
-    windows: Sequence[SplitScores], metric: str, part: str, label: int = 0
-) -> float | None:
+def pooled_metric(windows: Sequence[SplitScores], metric: str, part: str) -> float | None:
     """Compute the metric of a run as `paired_difference` does; None if undefined."""
     users = _all_users(windows)
-    measure = _measure(_counted_rows(windows, users, part, label), len(users), metric)
+    measure, _ = _measure(windows, users, metric, part)
     value = float(measure(np.ones((len(users), 1)))[0])
     return None if np.isnan(value) else value
 
 
-def metric_users(windows: Sequence[SplitScores], metric: str, part: str, label: int = 0) -> int:
+def metric_users(windows: Sequence[SplitScores], metric: str, part: str) -> int:
     """Count the users that define a metric, in any window; for AUC those of the rarer label."""
-    users = _all_users(windows)
-    rows = _counted_rows(windows, users, part, label)
-    return _defining_users(_rows_by_user(rows, len(users), metric))
+    _, user_rows = _measure(windows, _all_users(windows), metric, part)
+    return _defining_users(user_rows)
 
 
 def resamples(
@@ -207,64 +206,60 @@ class _Rows:
         return self.label == 1
 
 
-def _counted_rows(
-    windows: Sequence[SplitScores], users: np.ndarray, part: str, label: int
-) -> list[_Rows]:
+def _counted_rows(window: SplitScores, users: np.ndarray, part: str, label: int) -> _Rows:
     if part not in PARTS:
         raise ValueError(f"part '{part}' is none of {PARTS}")
-    rows_of_windows = []
-    for window in windows:
-        scores = window.counted(label)
-        rows = frequency_masks(scores.counts)[part]
-        columns = scores.labels[rows, label], scores.logits[rows, label]
-        user = np.searchsorted(users, scores.groups[rows])
-        weight = None if scores.weights is None else scores.weights[rows].astype(np.float64)
-        rows_of_windows.append(_Rows(*columns, user, weight, scores.loss_of(label)))
-    return rows_of_windows
-
-
-def _rows_by_user(windows: list[_Rows], num_users: int, metric: str) -> np.ndarray:  # [2, U]
-    """Sum each user's positive and negative rows; for GAUC and errors, twice all counted rows."""
-    sums = np.zeros((2, num_users))
-    for rows in windows:
-        if metric == "gauc":
-            defined, _, user_rows = grouped_auc(rows.positive, rows.user, rows.user, rows.weight)
-            sums[:, defined] += user_rows
-        elif metric in ERRORS:
-            sums += np.bincount(rows.user, rows.weight, minlength=num_users)
-        else:
-            for index, mask in enumerate((rows.positive, ~rows.positive)):
-                weights = None if rows.weight is None else rows.weight[mask]
-                sums[index] += np.bincount(rows.user[mask], weights, minlength=num_users)
-    return sums
+    scores = window.counted(label)
+    rows = frequency_masks(scores.counts)[part]
+    return _Rows(
+        label=scores.labels[rows, label],
+        logit=scores.logits[rows, label],
+        user=np.searchsorted(users, scores.groups[rows]),
+        weight=None if scores.weights is None else scores.weights[rows].astype(np.float64),
+        loss=scores.loss_of(label),
+    )
 
 
 def _defining_users(user_rows: np.ndarray) -> int:  # user_rows: [2, U]
     return int((user_rows > 0).sum(axis=1).min())
 
 
-def _measure(windows: list[_Rows], num_users: int, metric: str) -> Measure:
-    """Return the metric of one run as a function of how often each user is drawn."""
-    if metric not in (metrics := metrics_of(windows[0].loss)):
+def _measure(
+    windows: Sequence[SplitScores], users: np.ndarray, metric: str, part: str, label: int = 0
+) -> tuple[Measure, np.ndarray]:  # float64 [2, U]
+    """Return the metric of a run by draws of users, and the rows by which each user counts.
+
+    These are its positive and its negative rows; for GAUC and errors, twice all that count.
+    """
+    counted = [_counted_rows(window, users, part, label) for window in windows]
+    if metric not in (metrics := metrics_of(counted[0].loss)):
         raise ValueError(f"metric '{metric}' is none of {metrics}")
+    user_rows = np.zeros((2, len(users)))
     if metric == "auc":
-        aucs = [_ranked_pairs(window) for window in windows]
-        return lambda drawn: _mean_auc(aucs, drawn)
+        for rows in counted:
+            for index, mask in enumerate((rows.positive, ~rows.positive)):
+                weights = None if rows.weight is None else rows.weight[mask]
+                user_rows[index] += np.bincount(rows.user[mask], weights, minlength=len(users))
+        aucs = [_ranked_pairs(rows) for rows in counted]
+        return partial(_mean_auc, aucs), user_rows
     # The others are a ratio of two sums that are linear in how often each user was drawn.
     power = 2 if metric == "rmse" else 1
-    numerator, weights = np.zeros(num_users), np.zeros(num_users)
-    for window in windows:
+    numerator = np.zeros(len(users))
+    for rows in counted:
         if metric == "gauc":
-            columns = window.positive, window.logit, window.user, window.weight
-            defined, auc, user_rows = grouped_auc(*columns)
-            numerator[defined] += user_rows * auc
-            weights[defined] += user_rows
+            defined, auc, weights = grouped_auc(rows.positive, rows.logit, rows.user, rows.weight)
+            numerator[defined] += weights * auc
+            user_rows[:, defined] += weights
         else:
-            weight = np.ones(len(window.label)) if window.weight is None else window.weight
-            error = np.abs(predicted(window.logit, window.loss) - window.label) ** power
-            numerator += np.bincount(window.user, error * weight, minlength=num_users)
-            weights += np.bincount(window.user, weight, minlength=num_users)
-    return lambda drawn: ratio(numerator @ drawn, weights @ drawn) ** (1 / power)
+            error = np.abs(predicted(rows.logit, rows.loss) - rows.label) ** power
+            weight = np.ones(len(error)) if rows.weight is None else rows.weight
+            numerator += np.bincount(rows.user, error * weight, minlength=len(users))
+            user_rows += np.bincount(rows.user, rows.weight, minlength=len(users))
+
+    def measure(drawn: np.ndarray) -> np.ndarray:  # [U, S] -> [S]
+        return ratio(numerator @ drawn, user_rows[0] @ drawn) ** (1 / power)
+
+    return measure, user_rows
 
 
 def _mean_auc(aucs: Sequence[WindowAUC], drawn: np.ndarray) -> np.ndarray:  # [U, S] -> [S]

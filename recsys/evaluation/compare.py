@@ -12,12 +12,7 @@ import numpy as np
 
 from embeddings.plan_text import align_columns
 from recsys.data.item_frequency import PARTS, frequency_masks
-from recsys.evaluation.bootstrap import (
-    metric_users,
-    metrics_of,
-    paired_difference,
-    pooled_metric,
-)
+from recsys.evaluation.bootstrap import metric_users, metrics_of, paired_difference, pooled_metric
 from recsys.evaluation.metrics import LEAST_USERS, MARK_NOTE, marked
 from recsys.evaluation.scores import (
     SplitScores,

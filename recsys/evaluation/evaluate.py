@@ -57,12 +57,6 @@ from recsys.storage.location import Location
 
 logger = logging.getLogger(__name__)
 
-# Every rank searches for them.
-QUERY_COLUMNS = (
-    *("queries", "query_targets", "query_items", "query_weights", "query_positions"),
-    *("query_groups", "query_seen", "query_seen_lengths"),
-)
-
 
 @dataclass(frozen=True)
 class CheckedRows:
@@ -229,7 +223,7 @@ def score(
         `query_weights` and `query_positions` [Q]; `with_histories` or `ranking.exclude_seen`:
         `query_seen`, `query_seen_lengths`, too.
     """
-    lockstep, columns = lockstep or Lockstep(job.ranks), _HostColumns()
+    lockstep, columns, queries = lockstep or Lockstep(job.ranks), _HostColumns(), _HostColumns()
     devices = [job.ranks.device] if job.ranks.device.type == "cuda" else []
     with_seen = with_histories or getattr(job.config.ranking, "exclude_seen", False)
     with (
@@ -246,12 +240,11 @@ def score(
                 names = ("network", "evidence_logits", "evidence")
                 columns.add(rows.positions >= 0, {name: vectors[name].float() for name in names})
             if with_queries and "query" in vectors:
-                _add_queries(columns, batch, vectors, with_seen)
-    scored = {}
-    for name, column in columns.joined(job.ranks.device).items():
-        gather = gather_rows if name in QUERY_COLUMNS else gather_rows_to_first
-        scored[name] = gather(column, job.ranks.group)
-    return scored
+                _add_queries(queries, batch, vectors, with_seen)
+    joined, group = columns.joined(job.ranks.device), job.ranks.group
+    scored = {name: gather_rows_to_first(column, group) for name, column in joined.items()}
+    joined = queries.joined(job.ranks.device)  # every rank searches for them
+    return scored | {name: gather_rows(column, group) for name, column in joined.items()}
 
 
 class _HostColumns:
@@ -347,11 +340,10 @@ def evaluate_split(
 
 def scores_report(scores: SplitScores, metrics: Mapping[str, Metric]) -> dict[str, Any]:
     """Compute the metrics of the first label, and those of each if there are several."""
-    reports = {}
-    for index, label in enumerate(scores.label_names):
-        rows = scores.counted(index)
-        columns = rows.labels[:, index], rows.logits[:, index], rows.groups, rows.counts
-        reports[label] = evaluation_report(*columns, metrics, rows.weights, rows.loss_of(index))
+    reports = {
+        label: evaluation_report(scores, index, metrics)
+        for index, label in enumerate(scores.label_names)
+    }
     first = next(iter(reports.values()))
     return dict(first) if len(reports) == 1 else {**first, "labels": reports}
 

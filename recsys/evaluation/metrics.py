@@ -13,6 +13,7 @@ import numpy as np
 
 from recsys.data.item_frequency import PARTS, frequency_masks
 from recsys.evaluation.further_metrics import Metric, call_metric, fits_loss
+from recsys.evaluation.scores import SplitScores
 
 ORDER_METRICS = ("auc", "gauc")  # of the order of scores alone
 SHOWN = (*ORDER_METRICS, "logloss", "ne")  # metrics that tables show
@@ -66,10 +67,17 @@ def _sorted_auc(
     return group[group_begin][defined], wins[defined] / (2 * pairs[defined]), rows[defined]
 
 
-class RankedRows:
-    """Rows sorted once by score and by group and score, from which any part has its metrics.
+def predicted(logits: np.ndarray, loss: str) -> np.ndarray:  # [N] -> float64 [N]
+    """Return the predictions of a label that is a number; logits of one with loss bce."""
+    with np.errstate(over="ignore"):
+        return np.exp(logits.astype(np.float64)) if loss == "poisson" else logits.astype(np.float64)
 
-    Labels [N] are 0 or 1; logits [N] are finite; groups [N] are the users; weights [N].
+
+class ScoredRows:
+    """Rows of a label, sorted once by score and by group and score: any part has its metrics.
+
+    Labels [N] are 0 or 1 with loss bce, else numbers; logits [N] are finite; groups [N] are the
+    users; weights [N].
     """
 
     def __init__(
@@ -78,19 +86,29 @@ class RankedRows:
         logits: np.ndarray,
         groups: np.ndarray,
         weights: np.ndarray | None = None,
+        loss: str = "bce",
     ) -> None:
-        label, logit, self.group = labels.astype(np.float64), logits.astype(np.float64), groups
+        self.group, self.loss, self.is_binary = groups, loss, loss == "bce"
         self.weight = None if weights is None else weights.astype(np.float64)
+        self.label, self.scores = labels.astype(np.float64), predicted(logits, loss)
+        label, score = self.label, self.scores
         wrong = (label != 0) & (label != 1)
-        if wrong.any():
+        if self.is_binary and wrong.any():
             index = int(wrong.argmax())
             raise ValueError(f"label of row {index} is {label[index]}; a label must be 0 or 1")
-        _require_finite(logit, "logit")
-        self.label, self.scores, self.positive = label, logit, label == 1
-        self.by_score = np.argsort(logit)
-        self.by_group = self.by_score[np.argsort(self.group[self.by_score], kind="stable")]
-        self.loss = np.logaddexp(0, logit) - label * logit
-        self.prediction = np.exp(-np.logaddexp(0, -logit))
+        wrong = ~np.isfinite(score)
+        if wrong.any():
+            index, name = int(wrong.argmax()), "logit" if self.is_binary else "prediction"
+            raise ValueError(
+                f"{name} of row {index} is {score[index]} ({wrong.sum()} of {len(score)} rows are "
+                "not finite): the model has diverged; lower the learning rates"
+            )
+        if self.is_binary:
+            self.positive = label == 1
+            self.by_score = np.argsort(score)
+            self.by_group = self.by_score[np.argsort(groups[self.by_score], kind="stable")]
+            self.cross_entropy = np.logaddexp(0, score) - label * score
+            self.prediction = np.exp(-np.logaddexp(0, -score))
 
     def metrics(self, rows: np.ndarray | None = None) -> dict[str, Any]:  # rows: bool [N]
         """Compute the metrics of some rows, by default of all; None where undefined.
@@ -99,25 +117,28 @@ class RankedRows:
             auc: probability that a positive is above a negative; a tie counts half.
             gauc: AUC within users with both labels, weighted by their rows.
             logloss, ne: mean binary cross-entropy, and that over the entropy of the mean label.
-            calibration: mean prediction over share of positives.
+            calibration: mean prediction over mean label.
+            rmse, mae, nrmse: errors of numbers; nrmse is rmse over that of predicting the mean.
+            deviance: mean Poisson deviance.
         """
-        by_score, by_group = self.by_score, self.by_group
-        if rows is not None:
-            by_score, by_group = by_score[rows[by_score]], by_group[rows[by_group]]
+        rows = np.ones(len(self.label), bool) if rows is None else rows
+        weights = None if self.weight is None else self.weight[rows]
+        metrics = self._of_order(rows, weights) if self.is_binary else self._errors(rows, weights)
+        return metrics if weights is None else metrics | {"sum_of_weights": float(weights.sum())}
+
+    def _of_order(self, rows: np.ndarray, weights: np.ndarray | None) -> dict[str, Any]:
+        by_score, by_group = (order[rows[order]] for order in (self.by_score, self.by_group))
         _, auc, _ = self._auc(by_score, np.zeros(len(by_score), np.int64))
         users = self.group[by_group]
         _, user_auc, user_rows = self._auc(by_group, users)
-        mask = slice(None) if rows is None else rows
-        weights = None if self.weight is None else self.weight[mask]
-        metrics: dict[str, Any] = {
+        return {
             "auc": float(auc[0]) if len(auc) else None,
             "gauc": float(np.average(user_auc, weights=user_rows)) if len(user_auc) else None,
-            **self._probability_metrics(mask, weights),
+            **self._probability_metrics(rows, weights),
             "num_samples": len(users),
             "num_users": int((users[1:] != users[:-1]).sum()) + (len(users) > 0),
             "gauc_users": len(user_auc),
         }
-        return metrics if weights is None else metrics | {"sum_of_weights": float(weights.sum())}
 
     def _auc(
         self, order: np.ndarray, groups: np.ndarray
@@ -126,7 +147,7 @@ class RankedRows:
         return _sorted_auc(self.positive[order], self.scores[order], groups, weights)
 
     def _probability_metrics(
-        self, rows: np.ndarray | slice, weights: np.ndarray | None
+        self, rows: np.ndarray, weights: np.ndarray | None
     ) -> dict[str, float | None]:
         metrics: dict[str, float | None] = dict.fromkeys(("logloss", "ne", "calibration"))
         label = self.label[rows]
@@ -134,7 +155,7 @@ class RankedRows:
             return metrics
         logloss, share, mean_prediction = (
             float(np.average(values, weights=weights))
-            for values in (self.loss[rows], label, self.prediction[rows])
+            for values in (self.cross_entropy[rows], label, self.prediction[rows])
         )
         metrics["logloss"] = logloss
         if share > 0:
@@ -144,62 +165,20 @@ class RankedRows:
                 metrics["ne"] = float(logloss / entropy)
         return metrics
 
-
-def _require_finite(values: np.ndarray, name: str) -> None:  # values: [N]
-    wrong = ~np.isfinite(values)
-    if wrong.any():
-        index = int(wrong.argmax())
-        raise ValueError(
-            f"{name} of row {index} is {values[index]} ({wrong.sum()} of {len(values)} rows are "
-            "not finite): the model has diverged; lower the learning rates"
-        )
-
-
-def predicted(logits: np.ndarray, loss: str) -> np.ndarray:  # [N] -> float64 [N]
-    """Return the predictions of a label with loss mse, huber or poisson."""
-    with np.errstate(over="ignore"):
-        return np.exp(logits.astype(np.float64)) if loss == "poisson" else logits.astype(np.float64)
-
-
-class RegressionRows:
-    """Rows whose label is a number, from which any part has its metrics; see `RankedRows`."""
-
-    def __init__(
-        self,
-        labels: np.ndarray,
-        logits: np.ndarray,
-        groups: np.ndarray,
-        weights: np.ndarray | None,
-        loss: str,
-    ) -> None:
-        self.label, self.scores = labels.astype(np.float64), predicted(logits, loss)
-        self.group, self.weight, self.loss = groups, weights, loss
-        _require_finite(self.scores, "prediction")
-
-    def metrics(self, rows: np.ndarray | None = None) -> dict[str, Any]:  # rows: bool [N]
-        """Compute the metrics of some rows, by default of all; None where undefined.
-
-        nrmse is rmse over that of predicting the mean; deviance is the mean Poisson deviance.
-        """
-        mask = slice(None) if rows is None else rows
-        label, value, group = self.label[mask], self.scores[mask], self.group[mask]
-        weight = None if self.weight is None else self.weight[mask].astype(np.float64)
+    def _errors(self, rows: np.ndarray, weights: np.ndarray | None) -> dict[str, Any]:
+        label, value, users = self.label[rows], self.scores[rows], self.group[rows]
         names = ["rmse", "mae", "nrmse"]
         names += ["calibration", "deviance"] if self.loss == "poisson" else []
-        metrics: dict[str, Any] = dict.fromkeys(names)
-        if len(label):
-            metrics |= self._errors(label, value, weight)
-        metrics |= {"num_samples": len(label), "num_users": len(np.unique(group))}
-        return metrics if weight is None else metrics | {"sum_of_weights": float(weight.sum())}
+        errors: dict[str, Any] = dict.fromkeys(names)
+        errors |= {"num_samples": len(label), "num_users": len(np.unique(users))}
+        if len(label) == 0:
+            return errors
 
-    def _errors(
-        self, label: np.ndarray, value: np.ndarray, weight: np.ndarray | None
-    ) -> dict[str, float | None]:
         def mean(numbers: np.ndarray) -> float:
-            return float(np.average(numbers, weights=weight))
+            return float(np.average(numbers, weights=weights))
 
         rmse, average = mean((value - label) ** 2) ** 0.5, mean(label)
-        errors: dict[str, float | None] = {"rmse": rmse, "mae": mean(np.abs(value - label))}
+        errors |= {"rmse": rmse, "mae": mean(np.abs(value - label))}
         deviation = mean((label - average) ** 2) ** 0.5
         errors["nrmse"] = rmse / deviation if np.ptp(label) else None
         if self.loss == "poisson":
@@ -209,39 +188,21 @@ class RegressionRows:
         return errors
 
 
-def rows_of_loss(
-    loss: str,
-    labels: np.ndarray,
-    logits: np.ndarray,
-    groups: np.ndarray,
-    weights: np.ndarray | None,
-) -> RankedRows | RegressionRows:
-    """Return the rows [N] of a label with their metrics, by its loss."""
-    if loss == "bce":
-        return RankedRows(labels, logits, groups, weights)
-    return RegressionRows(labels, logits, groups, weights, loss)
-
-
 def evaluation_report(
-    labels: np.ndarray,
-    logits: np.ndarray,
-    groups: np.ndarray,
-    item_counts: np.ndarray,
-    extra_metrics: Mapping[str, Metric] | None = None,
-    weights: np.ndarray | None = None,
-    loss: str = "bce",
+    scores: SplitScores, label: int = 0, extra_metrics: Mapping[str, Metric] | None = None
 ) -> dict[str, Any]:
-    """Compute the metrics of all rows, and nested those of warm, cold and unseen items.
+    """Compute the metrics of a label: of all rows, and nested of warm, cold and unseen items.
 
-    All arrays are [N]: labels (0 or 1, or numbers), logits, the user and the training rows of each
-    row's item, and weights (None: 1 each). Unusable labels and logits are a ValueError.
+    Unusable labels and logits are a ValueError.
     """
-    ranked, reports = rows_of_loss(loss, labels, logits, groups, weights), {}
-    columns = labels, ranked.scores, groups, item_counts
+    rows, loss = scores.counted(label), scores.loss_of(label)
+    labels, logits = rows.labels[:, label], rows.logits[:, label]
+    scored, reports = ScoredRows(labels, logits, rows.groups, rows.weights, loss), {}
+    columns = labels, scored.scores, rows.groups, rows.counts
     fitting = {n: metric for n, metric in (extra_metrics or {}).items() if fits_loss(metric, loss)}
-    for part, rows in frequency_masks(item_counts).items():
-        reports[part] = ranked.metrics(rows) | {
-            name: call_metric(name, metric, *(column[rows] for column in columns))
+    for part, mask in frequency_masks(rows.counts).items():
+        reports[part] = scored.metrics(mask) | {
+            name: call_metric(name, metric, *(column[mask] for column in columns))
             for name, metric in fitting.items()
         }
     return reports.pop("all") | reports

@@ -68,7 +68,6 @@ def catalogue_vectors(job: Job, lockstep: Lockstep) -> tuple[Tensor, Tensor]:
 
 
 def _share(number: int, ranks: Ranks) -> slice:
-    """Return this rank's share of a number of things."""
     return slice(*(index * number // ranks.world_size for index in (ranks.rank, ranks.rank + 1)))
 
 
@@ -191,12 +190,11 @@ def retrieval_metrics(
     metrics: dict[str, Any] = {}
     for name in GAINS:
         for depth in depths:
-            gains, mean = row_gains(name, above, tied, depth), None
-            if len(above) and weights is None:
-                mean = float(gains.mean())
-            elif len(above) and weights is not None:
-                mean = float(gains @ weights.double() / weights.double().sum())
-            metrics[f"{name}@{depth}"] = mean
+            gains = row_gains(name, above, tied, depth)
+            mean = gains.mean()
+            if weights is not None:
+                mean = gains @ weights.double() / weights.double().sum()
+            metrics[f"{name}@{depth}"] = float(mean) if len(above) else None
     return metrics | {"num_samples": len(above)}
 
 
@@ -243,9 +241,8 @@ def retrieval_report(
         size = sum(job.ranks.gather(len(items)))
     weights, reports = scored.get("query_weights"), {}
     row_counts = target_counts(counts, target_items.numpy(), job.schema)
-    for part, mask in frequency_masks(row_counts).items():
-        rows_of_part = torch.from_numpy(mask)
-        places = above[rows_of_part], tied[rows_of_part]
-        part_weights = None if weights is None else weights[rows_of_part]
-        reports[part] = retrieval_metrics(*places, part_weights, settings.depths)
+    for part, is_in_part in frequency_masks(row_counts).items():
+        mask = torch.from_numpy(is_in_part)
+        part_weights = None if weights is None else weights[mask]
+        reports[part] = retrieval_metrics(above[mask], tied[mask], part_weights, settings.depths)
     return reports.pop("all") | {"catalogue": size} | reports

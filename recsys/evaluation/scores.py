@@ -86,13 +86,14 @@ def read_scores(path: Path) -> SplitScores:
         names = tuple(name.removeprefix("label_") for name in columns if name.startswith("label_"))
         if not names:
             raise ValueError(f"{file}: has no column label_NAME, so these are no scores")
-        for name in [*INTEGERS, *(f"logit_{label}" for label in names)]:
+        floats = [f"{kind}_{label}" for kind in ("label", "logit") for label in names]
+        for name in [*INTEGERS, *floats]:
             column_type(parquet, file, name)
         try:
             table = parquet.read()
         except READ_ERRORS as error:
             raise ValueError(f"{file}: cannot be read ({error}); write it again") from error
-    for name in [*INTEGERS, *(f"{kind}_{label}" for kind in ("label", "logit") for label in names)]:
+    for name in [*INTEGERS, *floats]:
         _check_values(table, name, file)
     numbers: dict[str, Any] = {name: table[column].to_numpy() for column, name in INTEGERS.items()}
     for kind in ("label", "logit"):

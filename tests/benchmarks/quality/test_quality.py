@@ -14,7 +14,7 @@ from benchmarks.quality.__main__ import quality
 from benchmarks.quality.grid import Cell
 from benchmarks.quality.runs import Plan
 from benchmarks.quality.study import against_peers, read_results
-from recsys.evaluation.metrics import RankedRows
+from recsys.evaluation.metrics import ScoredRows
 from tests.benchmarks.quality.quality_cells import (
     GAIN,
     NUM_USERS,
@@ -63,7 +63,7 @@ def test_a_metric_is_the_median_over_seeds_of_all_windows_together(
             labels = np.concatenate([part.labels[:, 0] for part in parts])
             logits = np.concatenate([part.logits[:, 0] for part in parts])
             users = np.concatenate([part.groups + NUM_USERS * at for at, part in enumerate(parts)])
-            expected.append(RankedRows(labels, logits, users).metrics()["gauc"])
+            expected.append(ScoredRows(labels, logits, users).metrics()["gauc"])
         assert record["by_seed"]["GAUC"] == pytest.approx({"0": expected[0], "1": expected[1]})
         assert record["median"]["GAUC"] == pytest.approx(median(expected))
         assert record["seeds"] == [0, 1]

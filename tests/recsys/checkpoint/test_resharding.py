@@ -66,10 +66,10 @@ def losses_of_steps(job: Job, first: int) -> list[float]:
     losses = []
     for step in range(first, first + STEPS):
         start = step * GLOBAL_BATCH + job.ranks.rank * size
-        job.optimizer.zero_grad()
+        job.pipeline.update.optimizer.zero_grad()
         loss, _ = job.model(job.batch_builder()(rows.slice(start, size)))
         loss.backward()
-        job.optimizer.step()
+        job.pipeline.update.optimizer.step()
         losses.append(sum(job.ranks.gather(loss.item())) / job.ranks.world_size)
     return losses
 

@@ -76,10 +76,10 @@ def train_on_joint_batches(job: Job) -> dict[str, Any]:
     actual: dict[str, Any] = {"gradients": []}
     job.model.train()
     for batch in batches_of(job, JOINT_BATCHES):
-        job.optimizer.zero_grad()
+        job.pipeline.update.optimizer.zero_grad()
         loss, _ = job.model(batch)
         loss.backward()
-        job.optimizer.step()
+        job.pipeline.update.optimizer.step()
         actual["gradients"].append(dense_gradients(job.em3))
     return actual | {"weights": dense_weights(job.em3), "tables": table_pieces(job)}
 

@@ -19,7 +19,7 @@ from recsys.evaluation.bootstrap import (
     pooled_metric,
     resamples,
 )
-from recsys.evaluation.metrics import RankedRows
+from recsys.evaluation.metrics import ScoredRows
 from recsys.evaluation.scores import SplitScores
 
 METRICS = ["auc", "gauc"]
@@ -67,8 +67,8 @@ def metric_of_duplicated_rows(
         tables.append([np.concatenate(parts) for parts in (labels, logits, names)])
     if metric == "gauc":
         together = [np.concatenate(parts) for parts in zip(*tables, strict=True)]
-        return RankedRows(*together).metrics()["gauc"]
-    actual = [RankedRows(*table).metrics()["auc"] for table in tables]
+        return ScoredRows(*together).metrics()["gauc"]
+    actual = [ScoredRows(*table).metrics()["auc"] for table in tables]
     return np.average(actual, weights=[len(table[0]) for table in tables])
 
 

@@ -51,9 +51,7 @@ def test_a_comparison_holds_the_metrics_of_each_run_and_the_paired_differences(
     assert (report["split"], report["label"], report["users"]) == ("test", "liked", 30)
     assert report["rows"]["all"] == ROWS and report["rows"]["unseen"] == 0
     for run, scores in zip(report["runs"], (weak, strong), strict=True):
-        expected = evaluation_report(
-            scores.labels[:, 0], scores.logits[:, 0], scores.groups, scores.counts
-        )
+        expected = evaluation_report(scores)
         for part in PARTS:
             part_metrics = expected if part == "all" else expected[part]
             assert report["rows"][part] == part_metrics["num_samples"]

@@ -18,8 +18,9 @@ from recsys.config import BestModelBy, MetricSettings, ranking_settings
 from recsys.distributed.gather import gather_rows, gather_rows_to_first
 from recsys.evaluation.evaluate import format_evaluation
 from recsys.evaluation.further_metrics import PrecisionAtK, make_metrics
-from recsys.evaluation.metrics import SHOWN, RankedRows, evaluation_report, format_report
+from recsys.evaluation.metrics import SHOWN, ScoredRows, evaluation_report, format_report
 from recsys.evaluation.model_selection import selection_score, selection_words
+from recsys.evaluation.scores import SplitScores
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
 from tests.recsys.command_runs import page_code, train_words
@@ -35,6 +36,13 @@ def random_rows(
     return labels, logits, rng.integers(0, num_users, num_rows)
 
 
+def scores_of(
+    labels: np.ndarray, logits: np.ndarray, groups: np.ndarray, counts: np.ndarray
+) -> SplitScores:
+    rows = np.arange(len(labels))
+    return SplitScores(rows, groups, rows, counts, labels[:, None], logits[:, None], ("liked",))
+
+
 def brute_force_gauc(labels: np.ndarray, logits: np.ndarray, groups: np.ndarray) -> float:
     total, weight = 0.0, 0
     for user in np.unique(groups):
@@ -48,7 +56,7 @@ def brute_force_gauc(labels: np.ndarray, logits: np.ndarray, groups: np.ndarray)
 @pytest.mark.parametrize("num_scores", [1, 3, 100, 10**9])
 def test_auc_and_gauc_equal_scikit_learn_and_a_loop_over_users(num_scores: int) -> None:
     labels, logits, groups = random_rows(3000, 400, num_scores)
-    metrics = RankedRows(labels, logits, groups).metrics()
+    metrics = ScoredRows(labels, logits, groups).metrics()
     assert metrics["auc"] == pytest.approx(roc_auc_score(labels, logits), abs=1e-12)
     assert metrics["gauc"] == pytest.approx(brute_force_gauc(labels, logits, groups), abs=1e-12)
 
@@ -57,7 +65,7 @@ def test_log_loss_entropy_and_calibration_equal_their_definitions() -> None:
     labels, logits, groups = random_rows(5000, 10, 10**9)
     predictions = 1 / (1 + np.exp(-logits))
     share = labels.mean(dtype=np.float64)
-    metrics = RankedRows(labels, logits, groups).metrics()
+    metrics = ScoredRows(labels, logits, groups).metrics()
     assert metrics["logloss"] == pytest.approx(log_loss(labels, predictions), abs=1e-12)
     base = log_loss(labels, np.full(len(labels), share))
     assert metrics["ne"] == pytest.approx(metrics["logloss"] / base, abs=1e-12)
@@ -66,7 +74,7 @@ def test_log_loss_entropy_and_calibration_equal_their_definitions() -> None:
 
 
 def test_huge_logits_give_finite_losses() -> None:
-    metrics = RankedRows(np.array([1, 0]), np.array([-1e4, 1e4]), np.zeros(2, int)).metrics()
+    metrics = ScoredRows(np.array([1, 0]), np.array([-1e4, 1e4]), np.zeros(2, int)).metrics()
     assert metrics["logloss"] == 1e4
 
 
@@ -84,36 +92,37 @@ def test_what_the_rows_do_not_define_is_none_and_writes_as_null(
 ) -> None:
     users = np.array([3, 3, 5, 5])[: len(labels)]
     logits = np.array([0.5, -1, 2, 0])[: len(labels)]
-    metrics = RankedRows(np.array(labels), logits, users).metrics()
+    metrics = ScoredRows(np.array(labels), logits, users).metrics()
     assert {name for name, value in metrics.items() if value is None} == undefined
     json.dumps(metrics, allow_nan=False)
 
 
 def test_a_label_that_is_neither_zero_nor_one_is_refused() -> None:
     with pytest.raises(ValueError, match=r"row 1 is 0\.5"):
-        RankedRows(np.array([1, 0.5]), np.zeros(2), np.zeros(2, int)).metrics()
+        ScoredRows(np.array([1, 0.5]), np.zeros(2), np.zeros(2, int)).metrics()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_logit_that_is_not_finite_is_refused(value: float) -> None:
     with pytest.raises(ValueError, match=r"row 2 is (nan|inf) "):
-        RankedRows(np.array([1, 0, 1]), np.array([0, 0, value]), np.zeros(3, int)).metrics()
+        ScoredRows(np.array([1, 0, 1]), np.array([0, 0, value]), np.zeros(3, int)).metrics()
 
 
 def test_a_report_holds_the_metrics_of_warm_cold_and_unseen_items() -> None:
     labels, logits, groups = random_rows(2000, 30, 50)
     counts = np.random.default_rng(1).integers(0, 12, 2000)
-    report = evaluation_report(labels, logits, groups, counts)
+    report = evaluation_report(scores_of(labels, logits, groups, counts))
     parts = {"warm": counts >= 5, "cold": counts < 5, "unseen": counts == 0}
     for name, rows in parts.items():
-        assert report.pop(name) == RankedRows(labels[rows], logits[rows], groups[rows]).metrics()
-    assert report == RankedRows(labels, logits, groups).metrics()
+        assert report.pop(name) == ScoredRows(labels[rows], logits[rows], groups[rows]).metrics()
+    assert report == ScoredRows(labels, logits, groups).metrics()
 
 
 def test_the_table_shows_each_part_and_a_dash_for_what_is_not_defined() -> None:
     """And parentheses around what fewer than five users define."""
     labels, logits = np.array([1, 0, 1]), np.array([1.0, 0.0, 0.5])
-    report = evaluation_report(labels, logits, np.zeros(3, int), np.array([9, 9, 0]))
+    scores = scores_of(labels, logits, np.zeros(3, int), np.array([9, 9, 0]))
+    report = evaluation_report(scores)
     assert (report["num_users"], report["gauc_users"], report["unseen"]["gauc_users"]) == (1, 1, 0)
     lines = [line.split() for line in format_report(report).splitlines()]
     assert lines[0] == ["items", "auc", "gauc", "logloss", "ne", "rows"]
@@ -228,7 +237,8 @@ def test_precision_at_k_by_hand(
 def test_a_report_has_each_metric_of_all_rows_and_of_each_part() -> None:
     extra = make_metrics({"p1": MetricSettings("precision_at_k", {"k": 1})})
     labels, scores = np.array([1.0, 0.0, 0.0, 1.0]), np.array([3.0, 2.0, 1.0, 0.0])
-    report = evaluation_report(labels, scores, np.zeros(4, int), np.array([9, 9, 0, 0]), extra)
+    rows = scores_of(labels, scores, np.zeros(4, int), np.array([9, 9, 0, 0]))
+    report = evaluation_report(rows, extra_metrics=extra)
     assert report["p1"] == 1 and report["warm"]["p1"] == 1
     assert report["cold"]["p1"] == 0 and report["unseen"]["p1"] == 0
     head, everything, *_ = format_report(report, [*SHOWN, *extra]).splitlines()

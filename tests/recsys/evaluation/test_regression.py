@@ -34,8 +34,7 @@ def scores_of(loss: str, seed: int = 0, num_rows: int = 200) -> SplitScores:
 
 
 def report_of(scores: SplitScores, **options: Any) -> dict[str, Any]:
-    columns = scores.labels[:, 0], scores.logits[:, 0], scores.groups, scores.counts
-    return evaluation_report(*columns, weights=scores.weights, loss=scores.loss_of(0), **options)
+    return evaluation_report(scores, **options)
 
 
 @pytest.mark.parametrize("loss", ["mse", "huber", "poisson"])

@@ -82,7 +82,10 @@ def test_auc_gauc_and_further_metrics_are_their_means_over_random_tie_breaks(see
         name: further_metrics.PrecisionAtK(**options) for name, (options, _) in FURTHER.items()
     }
     counts = np.full(ROWS, 9)
-    report = evaluation_report(labels, scores, users, counts, extra)
+    rows = np.arange(ROWS)
+    columns = labels[:, None].astype(np.float32), scores[:, None].astype(np.float32)
+    pooled = SplitScores(rows, users, rows, counts, *columns, ("liked",))
+    report = evaluation_report(pooled, extra_metrics=extra)
     expected = {
         "auc": over_orders(lambda strict: strict_auc(labels, strict), scores),
         "gauc": over_orders(lambda strict: strict_gauc(labels, strict, users), scores),
@@ -92,9 +95,6 @@ def test_auc_gauc_and_further_metrics_are_their_means_over_random_tie_breaks(see
         },
     }
     assert {name: report[name] for name in expected} == pytest.approx(expected)
-    rows = np.arange(ROWS)
-    columns = labels[:, None].astype(np.float32), scores[:, None].astype(np.float32)
-    pooled = SplitScores(rows, users, rows, counts, *columns, ("liked",))
     for name in ("auc", "gauc"):  # those of comparisons
         assert pooled_metric([pooled], name, "all") == pytest.approx(expected[name])
 
@@ -183,9 +183,7 @@ def test_metrics_of_a_run_are_those_of_its_scores(trained: TrainedRun, split: st
     if split == "valid":
         assert main(["evaluate", "--run", str(trained.run), "--split", split]) == 0
     scores = read_scores(trained.run / f"scores_{split}.parquet")
-    report = evaluation_report(
-        scores.labels[:, 0], scores.logits[:, 0], scores.groups, scores.counts
-    )
+    report = evaluation_report(scores)
     metrics = json.loads((trained.run / "metrics.json").read_text())
     assert_same_metrics(report, metrics[split])
 

@@ -65,10 +65,7 @@ def repeated(scores: SplitScores) -> SplitScores:
 
 
 def report_of(scores: SplitScores) -> dict[str, Any]:
-    rows = scores.counted(0)
-    return evaluation_report(
-        rows.labels[:, 0], rows.logits[:, 0], rows.groups, rows.counts, weights=rows.weights
-    )
+    return evaluation_report(scores)
 
 
 def assert_same_metrics(report: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -173,13 +170,7 @@ def test_each_label_has_the_metrics_of_the_rows_that_know_it(tmp_path: Path) -> 
     check_same_rows(scores, scores, "itself")
     is_known = ~np.isnan(scores.labels[:, 1])
     assert is_known.tolist() == bought.is_valid().to_pylist()
-    expected = evaluation_report(
-        scores.labels[is_known, 1],
-        scores.logits[is_known, 1],
-        scores.groups[is_known],
-        scores.counts[is_known],
-    )
-    assert label_metrics == expected
+    assert label_metrics == evaluation_report(scores.take(is_known), 1)
 
 
 def test_a_row_without_any_label_is_bad_and_a_null_of_another_label_as_before(

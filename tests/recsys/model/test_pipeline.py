@@ -36,7 +36,7 @@ def losses_of(job: Job, pipeline: Any) -> list[float]:
 def train_every_way(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     ranks, data = ranks_of(rank, world_size), str(folder / "data")
     plain = build_job(em3_config(folder), data, ranks)
-    base = TrainPipelineBase(plain.model, plain.optimizer, ranks.device)
+    base = TrainPipelineBase(plain.model, plain.pipeline.update.optimizer, ranks.device)
     job = build_job(em3_config(folder), data, ranks)
     result: dict[str, Any] = {
         "plain": losses_of(plain, base),
@@ -108,7 +108,7 @@ def test_copies_are_averaged_as_often_as_the_settings_say_through_the_pipeline(
         job.model.__class__, settings = CountedCopies, EmbeddingSettings()
         settings.parallel.sync_every_steps = 4
         config = replace(job.config, embedding=settings, accumulate_steps=1)
-        pipeline = _pipeline(job.model, job.update, config, ranks.device)
+        pipeline = _pipeline(job.model, job.pipeline.update, config, ranks.device)
         job.model.train()
         list(pipeline.outputs(iter(batches_of(job, NUM_BATCHES, 4))))
     assert CountedCopies.means == 2  # after four steps and at the end

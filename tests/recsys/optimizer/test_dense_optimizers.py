@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, SequentialLR
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 
 from recsys.config import OptimizerSettings
@@ -18,7 +18,7 @@ from recsys.optimizer import (
     build_dense_optimizer,
 )
 from recsys.optimizer.dense import count_state, make_room, numbers_loaded, state_tensors
-from recsys.optimizer.schedules import build_schedule, set_updates
+from recsys.optimizer.schedules import set_updates
 
 GROUPS = [DenseGroup("all", [""], learning_rate=0.1, weight_decay=0.3)]
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -187,7 +187,8 @@ def test_cosine_decay_is_that_of_torch_after_warm_up() -> None:
     settings = OptimizerSettings(schedule="cosine", warmup_steps=3, decay_steps=5)
     parts = [LinearLR(plain, 1 / 3, 1.0, 2), CosineAnnealingLR(plain, 5)]
     expected = rates(SequentialLR(plain, parts, [3]), plain, 8)
-    assert rates(build_schedule(optimizer, settings), optimizer, 8) == pytest.approx(expected)
+    schedule = LambdaLR(optimizer, LearningRateShare(settings))
+    assert rates(schedule, optimizer, 8) == pytest.approx(expected)
 
 
 def test_without_decay_steps_decay_ends_with_the_last_epoch() -> None:
@@ -206,8 +207,8 @@ def test_rates_can_be_set_to_those_after_any_number_of_updates(schedule: str) ->
         schedule=schedule, schedule_options=options, warmup_steps=2, decay_steps=6
     )
     optimizer, resumed = (torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.3) for _ in range(2))
-    expected = rates(build_schedule(optimizer, settings), optimizer, 10)
-    going_on = build_schedule(resumed, settings)
+    expected = rates(LambdaLR(optimizer, LearningRateShare(settings)), optimizer, 10)
+    going_on = LambdaLR(resumed, LearningRateShare(settings))
     set_updates(going_on, 4)
     assert rates(going_on, resumed, 6) == expected[4:]  # to the last bit
 

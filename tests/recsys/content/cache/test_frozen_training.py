@@ -55,7 +55,7 @@ def trained(folder: Path, content: ContentSettings) -> dict[str, Any]:
         fill_bank(job)
         job.model.train()
         for step in range(STEPS):
-            job.optimizer.zero_grad()
+            job.pipeline.update.optimizer.zero_grad()
             batch = job.batch_builder()(rows_of_step(job.root, job.schema, step, 0, 1))
             loss, (_, logits, _) = job.model(batch)
             loss.backward()
@@ -63,7 +63,7 @@ def trained(folder: Path, content: ContentSettings) -> dict[str, Any]:
             for name, parameter in job.em3.named_parameters():
                 if parameter.grad is not None:
                     recorded[f"gradient {step} of {name}"] = parameter.grad.clone()
-            job.optimizer.step()
+            job.pipeline.update.optimizer.step()
         for name, parameter in job.em3.named_parameters():
             if parameter.requires_grad:
                 recorded[f"trained {name}"] = parameter.detach().clone()

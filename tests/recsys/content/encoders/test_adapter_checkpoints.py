@@ -36,10 +36,10 @@ def encoder_parts(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def some_steps(job: Job) -> None:
     for batch in batches_of(job, 2, 8):
-        job.optimizer.zero_grad()
+        job.pipeline.update.optimizer.zero_grad()
         loss, _ = job.model(batch)
         loss.backward()
-        job.optimizer.step()
+        job.pipeline.update.optimizer.step()
 
 
 def test_adapters_come_back_from_a_checkpoint(tmp_path: Path) -> None:

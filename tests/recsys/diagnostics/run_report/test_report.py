@@ -28,7 +28,7 @@ from recsys.diagnostics.run_report.projector import (
     item_pictures,
 )
 from recsys.diagnostics.run_report.quality import metrics_by_count, read_curves, selection_curve
-from recsys.evaluation.metrics import RankedRows
+from recsys.evaluation.metrics import ScoredRows
 from recsys.evaluation.scores import SplitScores
 from recsys.storage.location import Location
 from tests.datasets import png, write_parquet
@@ -150,7 +150,7 @@ def test_rows_are_put_into_ranges_by_the_count_of_their_item() -> None:
     counts = np.array([0, 0, 1, 4, 5, 19, 20, 99, 100, 5000])
     labels = np.array([1, 0, 1, 0, 0, 1, 1, 1, 1, 0])
     logits = np.array([2.0, 1, 0, 1, 1, 1, 3, 4, 5, 6])
-    rows = RankedRows(labels, logits, np.zeros(10, int))
+    rows = ScoredRows(labels, logits, np.zeros(10, int))
 
     metrics = metrics_by_count(rows, counts)
 
