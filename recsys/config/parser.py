@@ -34,7 +34,9 @@ class Parser(ArgumentParser):
         self.removed: frozenset[str] = frozenset()  # settings that the option's null leaves out
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        hints, is_missing = self._hints(), "the following arguments are required" in message
+        required = message.partition("the following arguments are required: ")[2]
+        is_missing = bool(required) and self.options.keys().isdisjoint(required.split(", "))
+        hints = self._hints()
         problems = (
             problem_of_keys(hints, mapping, "", with_required=is_missing) for mapping in self.values
         )

@@ -59,6 +59,15 @@ def test_options_may_stand_before_the_action(capsys: pytest.CaptureFixture[str])
         assert error in capsys.readouterr().err
 
 
+def test_a_missing_dataset_is_named_beside_a_setting_of_a_modality(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["--config", "tiny", "--out", "run", "--content.modalities.text.max_length", "8"]
+    with pytest.raises(SystemExit):
+        main(["train", *words])
+    assert "train needs --data" in capsys.readouterr().err
+
+
 def test_train_evaluate_and_predict_work_in_one_process(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
