@@ -138,7 +138,9 @@ def _changed_features(
             raise ValueError(f"{file}: {error}; write ids and features as for training") from error
         _check_values(schema, table, updated, str(file))
         parts.append(updated.filter(is_changed))
-    rows = pa.concat_tables(parts) if parts else pa.table({schema.target_item: []})
+    if not parts:
+        raise ValueError(f"{files}: no such Parquet file, nor a folder with *.parquet files")
+    rows = pa.concat_tables(parts)
     if pc.count_distinct(rows[schema.target_item]).as_py() < len(rows):
         raise ValueError(f"{files}: column '{item}': an item has several rows; keep one")
     return rows

@@ -331,6 +331,9 @@ def test_new_items_come_with_features(folder: Path, own: Scorer, tmp_path: Path)
     pq.write_table(pa.table({"item": ["i2"], "brand": [7]}), tmp_path / "bad.parquet")
     with pytest.raises(ValueError, match=r"bad.parquet: column 'brand' has type int64, but string"):
         add_items(package, str(tmp_path / "bad.parquet"))
+    (tmp_path / "bad.parquet").unlink()
+    with pytest.raises(ValueError, match=r"bad.parquet: no such Parquet file"):
+        add_items(package, str(tmp_path / "bad.parquet"))
     assert scorer.score(FEW, [], []).shape == (0, 1)
     newer = tmp_path / "newer"
     refresh_features(package, str(folder / "shop" / "data"), newer)
