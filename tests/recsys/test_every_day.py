@@ -66,7 +66,7 @@ class FiveDays:
     folder: Path
     load: Load
     versions: list[str]
-    added: list[list[str]]  # versions that answer with a new item, by day
+    new_versions: list[list[str]]  # versions that answer with a new item, by day
     seconds: list[float]  # of processors, from sending a new item to its score
 
 
@@ -79,14 +79,14 @@ def processor_seconds(server: ServedPackage) -> float:
 
 def live_through(folder: Path, server: ServedPackage, load: Load) -> FiveDays:
     """The days from the first on, whose package is served already."""
-    newest, versions, added = folder / "packages" / "newest", list[str](), list[list[str]]()
+    newest, versions, new_versions = folder / "packages" / "newest", list[str](), list[list[str]]()
     seconds: list[float] = []
     for day in DAYS:
         if day != DAYS[0]:
             run_day(folder, day)
         versions.append(keep(newest, folder / "served").name)
         wait_for_version(server, versions[-1])
-        added.append([])
+        new_versions.append([])
         for number in range(NEW_ITEMS):
             item = {"item": 100 * day + number, "title": f"new on day {day}, {number}"}
             started = processor_seconds(server)
@@ -95,10 +95,10 @@ def live_through(folder: Path, server: ServedPackage, load: Load) -> FiveDays:
             seconds.append(processor_seconds(server) - started)
             assert {answer.status, ranked.status} == {200}, answer.body
             assert ranked.content["model_version"] == answer.content["model_version"]
-            added[-1].append(keep(newest, folder / "served").name)
-            assert added[-1][-1] == answer.content["model_version"]
-        versions += added[-1]
-    return FiveDays(folder, load, versions, added, seconds)
+            new_versions[-1].append(keep(newest, folder / "served").name)
+            assert new_versions[-1][-1] == answer.content["model_version"]
+        versions += new_versions[-1]
+    return FiveDays(folder, load, versions, new_versions, seconds)
 
 
 @pytest.fixture(scope="module")
@@ -146,15 +146,15 @@ def test_fifty_new_items_answer_under_load_by_less_than_a_second_of_processors(
 def test_new_items_of_each_day_have_the_content_that_the_command_encodes(
     days: FiveDays, tmp_path: Path
 ) -> None:
-    for day, added in zip(DAYS, days.added, strict=True):
-        before = days.versions[days.versions.index(added[0]) - 1]
+    for day, new_versions in zip(DAYS, days.new_versions, strict=True):
+        before = days.versions[days.versions.index(new_versions[0]) - 1]
         package = shutil.copytree(days.folder / "served" / before, tmp_path / before)
         ids = [100 * day + number for number in range(NEW_ITEMS)]
         titles = [f"new on day {day}, {number}" for number in range(NEW_ITEMS)]
         pq.write_table(pa.table({"item": ids, "title": titles}), tmp_path / "new.parquet")
         add_items(package, str(tmp_path / "new.parquet"))
         request = days.load.example | {"candidates": ids}
-        served = Scorer.load(days.folder / "served" / added[-1])
+        served = Scorer.load(days.folder / "served" / new_versions[-1])
         scores = served.score(**request)
         np.testing.assert_allclose(scores, Scorer.load(package).score(**request), atol=1e-6)
         assert len(np.unique(scores[:, 0])) == NEW_ITEMS

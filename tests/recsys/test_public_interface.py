@@ -17,14 +17,17 @@ TEXT = (ROOT / "recsys" / "README.md").read_text()
 
 def test_the_public_interface_equals_its_snapshot() -> None:
     """A change that is meant: `python -m tests.recsys.public_interface`, and the changelog."""
-    now, before = (set(text.splitlines()) for text in (interface(), PAGE.read_text()))
-    assert {"gone": sorted(before - now), "new": sorted(now - before)} == {"gone": [], "new": []}
+    current, before = (set(text.splitlines()) for text in (interface(), PAGE.read_text()))
+    assert {"gone": sorted(before - current), "new": sorted(current - before)} == {
+        "gone": [],
+        "new": [],
+    }
 
 
 def test_the_page_names_every_stable_package_and_interface() -> None:
-    named = set(re.findall(r"`([\w.]+)`", TEXT))
-    assert {*PACKAGES} <= named
-    assert {path.partition(":")[2] for path in PARTS} <= named
+    page_names = set(re.findall(r"`([\w.]+)`", TEXT))
+    assert {*PACKAGES} <= page_names
+    assert {path.partition(":")[2] for path in PARTS} <= page_names
 
 
 def test_the_reference_of_the_site_has_every_public_name() -> None:

@@ -151,9 +151,9 @@ class Shop:
     def row(self, request: dict[str, Any], item: str | None) -> dict[str, Any]:
         """The row that `predict` reads for a candidate of a request, right after the log."""
         user, end = request["user"]["user"], self.counted_until
-        known = self.item(item, end)
+        features = self.item(item, end)
         row = {**request["user"], **request["history"], "item": item}
-        row |= {name: known[name] for name in ("brand", "maker", "cost", "tags")}
+        row |= {name: features[name] for name in ("brand", "maker", "cost", "tags")}
         row["city"] = self.cities.get(user) or "nowhere"
 
         counts = {
@@ -164,8 +164,8 @@ class Shop:
                 ("item_day", self.count("view", 1, "item"), (item,)),
                 ("user_rate", self.count("buy", 3, "user"), (user,)),
                 ("pair_views", self.count("view", DAYS, "user", "item"), (user, item)),
-                ("brand_buys", self.count("buy", DAYS, "user", "brand"), (user, known["brand"])),
-                ("maker_views", self.count("view", DAYS, "maker"), (known["maker"],)),
+                ("brand_buys", self.count("buy", DAYS, "user", "brand"), (user, features["brand"])),
+                ("maker_views", self.count("view", DAYS, "maker"), (features["maker"],)),
             )
         }
         views = counts.pop("views")
@@ -281,9 +281,9 @@ def test_values_of_candidates_override_those_that_are_looked_up(own: Scorer) -> 
     expected = scorer.score(FEW, [], items)
     rows = [shop.row({"user": FEW, "history": {}}, item) for item in items]
     names = ("brand", "maker", "cost", "tags", "item_day", "pair_views")
-    given = {"item": items, **{name: [row[name] for row in rows] for name in names}}
-    np.testing.assert_allclose(scorer.score(FEW, [], given), expected, rtol=0, atol=1e-6)
-    changed = scorer.score(FEW, [], given | {"item_day": [500.0, 0.0, 0.0]})
+    request = {"item": items, **{name: [row[name] for row in rows] for name in names}}
+    np.testing.assert_allclose(scorer.score(FEW, [], request), expected, rtol=0, atol=1e-6)
+    changed = scorer.score(FEW, [], request | {"item_day": [500.0, 0.0, 0.0]})
     assert changed[0] != expected[0] and (changed[1:] != expected[1:]).sum() <= 2
     for name in ("cost", "pair_views", "maker_views"):
         with pytest.raises(ValueError, match=rf"user: '{name}' is a column of the items"):
@@ -322,8 +322,8 @@ def test_new_items_come_with_features(folder: Path, own: Scorer, tmp_path: Path)
     values = {name: column for name, column in new.items() if name != "item"}
     rows = [Shop.of_days(DAYS - 3).row({"user": FEW, "history": {}}, item) for item in ("i1", "x")]
     buys = [Shop.of_days(DAYS - 3).count("buy", DAYS, "user", "brand")["u1", b] for b in "ba"]
-    given = {"item": new["item"], **values, "brand_buys": buys}
-    expected = own.score(FEW, [], given | {"maker": [row["maker"] for row in rows]})
+    request = {"item": new["item"], **values, "brand_buys": buys}
+    expected = own.score(FEW, [], request | {"maker": [row["maker"] for row in rows]})
     np.testing.assert_array_equal(scorer.score(FEW, [], new["item"]), expected)
     pq.write_table(pa.table({"item": ["i2"], "cost": [float("inf")]}), tmp_path / "bad.parquet")
     with pytest.raises(ValueError, match=r"bad.parquet: column 'cost', item 'i2': .*inf"):
@@ -458,6 +458,6 @@ def test_features_come_from_redis(folder: Path, own: Scorer, redis: str) -> None
     changed = own.score(FEW, [], {"item": ["i1"], "cost": [99.0]})
     np.testing.assert_array_equal(scorer.score(FEW, [], ["i1"]), changed)
     assert scorer.features_version == "today"
-    gone = FeatureSettings("redis", {"url": redis + ".gone"})
+    missing_store = FeatureSettings("redis", {"url": redis + ".gone"})
     with pytest.raises(FeatureSourceError, match=r"Redis: .*send the request again"):
-        Scorer.load(package, features=gone, previous=own).score(FEW, [], ["i1"])
+        Scorer.load(package, features=missing_store, previous=own).score(FEW, [], ["i1"])

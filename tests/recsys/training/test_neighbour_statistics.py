@@ -108,9 +108,9 @@ def test_a_pair_is_kept_if_one_is_a_near_neighbour_of_the_other() -> None:
 def test_factors_are_the_closest_ones_of_their_width() -> None:
     similarity = item_similarities(random_events(), NUM_ITEMS, SETTINGS)[0]
     eigenvalues, vectors = np.linalg.eigh(similarity.toarray())
-    kept = eigenvalues.clip(min=0) * (eigenvalues >= np.sort(eigenvalues)[-3])
+    largest = eigenvalues.clip(min=0) * (eigenvalues >= np.sort(eigenvalues)[-3])
     factors = leading_factors(similarity, 3)
-    np.testing.assert_allclose(factors @ factors.T, vectors * kept @ vectors.T, atol=1e-6)
+    np.testing.assert_allclose(factors @ factors.T, vectors * largest @ vectors.T, atol=1e-6)
 
 
 def test_many_items_have_nearly_the_factors_of_the_dense_solver() -> None:
@@ -130,13 +130,13 @@ def test_each_fold_has_the_statistics_of_the_other_users() -> None:
     fill_statistics(neighbours, events, SETTINGS)
     deviations = value_deviations(events, SETTINGS)
     for fold in range(FOLDS + 1):
-        others = events.users % FOLDS != fold
-        items = events.items[others]
-        sums = np.bincount(items, deviations[others], NUM_ITEMS)
+        other_folds = events.users % FOLDS != fold
+        items = events.items[other_folds]
+        sums = np.bincount(items, deviations[other_folds], NUM_ITEMS)
         torch.testing.assert_close(neighbours.value_sums[:, fold], torch.tensor(sums).float())
         counts = torch.tensor(np.bincount(items, minlength=NUM_ITEMS)).float()
         torch.testing.assert_close(neighbours.value_counts[:, fold], counts)
-        scaled = events._replace(values=deviations).take(others)
+        scaled = events._replace(values=deviations).take(other_folds)
         similarities = item_similarities(scaled, NUM_ITEMS, SETTINGS)
         for name, similarity in zip(("cooccurrence", "taste"), similarities):
             expected = leading_factors(similarity, 3)
