@@ -124,7 +124,10 @@ def _number(value: Any) -> str:
 
 def _description(config: dict[str, Any]) -> str:
     modalities = (config.get("content") or {}).get("modalities") or {}
-    parts = [f"{n} ({m['kind']}, {m.get('encoder') or 'stored'})" for n, m in modalities.items()]
+    parts = [
+        f"{name} ({settings['kind']}, {settings.get('encoder') or 'stored'})"
+        for name, settings in modalities.items()
+    ]
     content = f"reads {', '.join(parts)}" if parts else "reads no content"
     return f"The ranking model `{config['ranking']['name']}` {content}."
 

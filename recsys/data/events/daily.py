@@ -69,10 +69,14 @@ def prepare_days(
 ) -> dict[str, Any] | None:
     """Write the partitions of the days up to `day`, or an hour of it, that are not written yet.
 
-    Returns the report of the call, also in `report.json`; if nothing is to do, that of the call
-    before, or with `after_new_files`, for which a new file is to do, None. Beside what
-    `prepare_events` refuses, a setting that is none for days, or differs from that of the calls
-    before, is a ValueError, and NoEvents where no event that can be used has arrived by then.
+    Returns:
+        The report of the call, also in `report.json`. If nothing is to do, the previous report;
+        with `after_new_files` None, also if no file is new.
+
+    Raises:
+        NoEvents: no event that can be used has arrived by then.
+        ValueError: as `prepare_events`; or a setting does not apply to days, or differs from that
+            of the previous calls.
     """
     settings = load_events_config(config, source)
     if (problem := _unfit(settings)) is not None:

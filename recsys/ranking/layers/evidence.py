@@ -1,7 +1,6 @@
-"""What a history says of a target, without ID vectors, which remember training rows.
+"""Computes logits of a target from its similarities to the history, not from its own ID vector.
 
-Ridge regression on the vectors of a history, one for each row, with the gradient in closed form,
-and the logits of the evidence.
+A ridge regression on the vectors of each row's history has its gradient in closed form.
 Shapes: R histories, L longest history, Z width of a vector, of which the first F numbers have no
 gradient, K targets of each history; B batch, E numbers of evidence, S similarities,
 V = NUM_VOTES, P parallel lists, W = len(LATEST), C labels.
