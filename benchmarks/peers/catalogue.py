@@ -1,7 +1,5 @@
 """The peers: their packages, adapters and search spaces."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -142,7 +140,7 @@ PEERS = (
             "dropout": FloatDistribution(0.0, 0.5),
             "contrastive_weight": _rate(1e-3, 0.1),
         },
-        {"batch_size": 256},
+        {"batch_size": 1024},  # so that a step encodes an item of many histories once
     ),
     Peer(
         "DCN over MiniLM with LoRA, as of Legommenders",

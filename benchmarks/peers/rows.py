@@ -4,8 +4,6 @@ Item vectors are the outputs of the recipe's frozen encoders, of unit length by 
 Shapes: N rows of a split, H history items of a split, I items, V width of all modalities.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

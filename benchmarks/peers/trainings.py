@@ -1,7 +1,5 @@
 """Trainings of peers: each once, in a process of one thread in the peer's environment."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

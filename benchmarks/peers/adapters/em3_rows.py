@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from peer_rows import PeerJob, Rows, item_vectors, order_within_users
+from peer_rows import PeerJob, Rows, batches_by_length, item_vectors, order_within_users
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -139,35 +139,46 @@ class Columns:
             torch.from_numpy(rows.label).float(),
         )
 
-    def batches(self, order: np.ndarray, size: int) -> Iterator[tuple[Tensor, ...]]:
-        """Yield users, items, stars, numbers and labels, without columns of padding alone."""
-        for first in range(0, len(order), size):
-            rows = torch.from_numpy(order[first : first + size])
-            items = self.items[rows]
-            longest = max(int((items[:, :-1] > 0).sum(1).max()), 1) + 1
-            stars = self.stars[rows, -longest:]
-            yield (
-                self.users[rows],
-                items[:, -longest:],
-                stars,
-                self.numbers[rows],
-                self.labels[rows],
-            )
+    @property
+    def lengths(self) -> np.ndarray:  # [N]
+        return (self.items[:, :-1] > 0).sum(1).numpy()
+
+    def batch(self, places: np.ndarray) -> tuple[Tensor, ...]:
+        """Return users, items, stars, numbers and labels, without columns of padding alone."""
+        rows = torch.from_numpy(places)
+        items = self.items[rows]
+        longest = max(int((items[:, :-1] > 0).sum(1).max()), 1) + 1
+        stars = self.stars[rows, -longest:]
+        return (
+            self.users[rows],
+            items[:, -longest:],
+            stars,
+            self.numbers[rows],
+            self.labels[rows],
+        )
 
 
 @torch.no_grad()
 def scores(model: EM3, columns: Columns, size: int) -> np.ndarray:  # [N]
     """Return the logit of each row."""
     model.eval()
-    batches = columns.batches(np.arange(len(columns.labels)), size)
-    return torch.cat([model(*inputs)[0] for *inputs, _ in batches]).numpy()
+    logits = np.zeros(len(columns.labels), np.float32)
+    order = np.argsort(columns.lengths, kind="stable")
+    for first in range(0, len(order), size):
+        places = order[first : first + size]
+        *inputs, _ = columns.batch(places)
+        logits[places] = model(*inputs)[0].numpy()
+    return logits
 
 
-def parts(num_rows: int, seed: int) -> Iterator[np.ndarray]:
-    """Yield the rows of each part of an epoch, after which the model is validated."""
+def parts(lengths: np.ndarray, size: int, seed: int) -> Iterator[list[np.ndarray]]:
+    """Yield the batches of each part of an epoch, after which the model is validated."""
     random = np.random.default_rng(seed)
     for _ in range(MOST_EPOCHS):
-        yield from np.array_split(random.permutation(num_rows), VALIDATIONS)
+        batches = batches_by_length(lengths, size, random)
+        middle = -(-len(batches) // VALIDATIONS)
+        for first in range(0, len(batches), middle):
+            yield batches[first : first + middle]
 
 
 def train(model: EM3, columns: dict[str, Columns], valid: Rows, job: PeerJob) -> None:
@@ -175,9 +186,10 @@ def train(model: EM3, columns: dict[str, Columns], valid: Rows, job: PeerJob) ->
     size, waited = job.settings["batch_size"], 0
     optimizer = torch.optim.Adam(model.parameters(), lr=job.settings["learning_rate"])
     best, weights = -1.0, copy.deepcopy(model.state_dict())
-    for part in parts(len(columns["train"].labels), job.seed):
+    for part in parts(columns["train"].lengths, size, job.seed):
         model.train()
-        for *inputs, labels in columns["train"].batches(part, size):
+        for places in part:
+            *inputs, labels = columns["train"].batch(places)
             logits, contrast = model(*inputs)
             optimizer.zero_grad()
             (F.binary_cross_entropy_with_logits(logits, labels) + contrast).backward()

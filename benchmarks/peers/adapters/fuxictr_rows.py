@@ -16,7 +16,13 @@ import numpy as np
 import torch
 from fuxictr.features import FeatureMap
 from fuxictr.pytorch.torch_utils import seed_everything
-from peer_rows import PeerJob, Rows, item_vectors, principal_components
+from peer_rows import (
+    PeerJob,
+    Rows,
+    batches_by_length,
+    item_vectors,
+    principal_components,
+)
 
 LENGTH = 200
 TARGET = 11  # code of a target's stars; 0 pads, 1 to 10 are half stars
@@ -27,9 +33,15 @@ Inputs = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], torch.Tensor]
 class Batches:
     """Batches of rows as the classes for long histories read them."""
 
-    def __init__(self, rows: Rows, content: np.ndarray, batch_size: int, shuffle: bool) -> None:
-        """Pad the histories; ids begin at 1."""
-        self.rows, self.batch_size, self.shuffle = rows, batch_size, shuffle
+    def __init__(
+        self,
+        rows: Rows,
+        content: np.ndarray,
+        batch_size: int,
+        random: np.random.Generator | None = None,
+    ) -> None:
+        """Pad the histories; ids begin at 1. Without `random`, shorter histories come first."""
+        self.rows, self.batch_size, self.random = rows, batch_size, random
         self.content = torch.from_numpy(np.concatenate([np.zeros_like(content[:1]), content]))
         items = rows.padded(rows.history + 1, LENGTH)
         stars = rows.padded(np.rint(rows.beside["history_stars"] * 10), LENGTH)
@@ -37,15 +49,26 @@ class Batches:
         self.stars = np.concatenate([stars, np.full((len(rows), 1), TARGET)], axis=1)
         self.lengths = np.minimum(np.diff(rows.offsets), LENGTH)
         self.numbers = list(rows.dense.T)
+        self.order = np.argsort(self.lengths, kind="stable")
 
     def __len__(self) -> int:
         return -(-len(self.rows) // self.batch_size)
 
     def __iter__(self) -> Iterator[Inputs]:
         """Yield (columns of rows [B], columns of items [B * (L + 1)], mask [B, L])."""
-        order = np.random.permutation(len(self.rows)) if self.shuffle else np.arange(len(self.rows))
-        for first in range(0, len(order), self.batch_size):
-            yield self._batch(order[first : first + self.batch_size])
+        if self.random is not None:
+            yield from map(
+                self._batch, batches_by_length(self.lengths, self.batch_size, self.random)
+            )
+            return
+        for first in range(0, len(self.order), self.batch_size):
+            yield self._batch(self.order[first : first + self.batch_size])
+
+    def in_order_of_rows(self, scores: np.ndarray) -> np.ndarray:  # [N] -> [N]
+        """Return the scores of batches without `random` by row."""
+        by_row = np.empty_like(scores)
+        by_row[self.order] = scores
+        return by_row
 
     def _batch(self, places: np.ndarray) -> Inputs:
         longest = max(int(self.lengths[places].max()), 1)
@@ -95,9 +118,10 @@ def main() -> None:
     rows = job.read()
     start = time.perf_counter()
     seed_everything(job.seed)
+    random = np.random.default_rng(job.seed)
     content = principal_components(item_vectors(job.rows), settings.pop("content_dim"))
     batches = {
-        split: Batches(split_rows, content, batch_size, split == "train")
+        split: Batches(split_rows, content, batch_size, random if split == "train" else None)
         for split, split_rows in rows.items()
     }
     users = max(int(split_rows.user.max()) for split_rows in rows.values()) + 1
@@ -121,7 +145,11 @@ def main() -> None:
     )
     os.makedirs(model.model_dir, exist_ok=True)
     model.fit(batches["train"], epochs=MOST_EPOCHS, validation_data=batches["valid"])
-    job.write(start, **{split: model.predict(batches[split]) for split in ("valid", "test")})
+    scores = {
+        split: batches[split].in_order_of_rows(model.predict(batches[split]))
+        for split in ("valid", "test")
+    }
+    job.write(start, **scores)
     os.remove(model.checkpoint)
 
 

@@ -56,6 +56,25 @@ class Rows:
         return np.where(inside, values[np.maximum(place, 0)], 0) if len(values) else inside * 0
 
 
+POOL = 16  # batches whose rows are sorted by length together
+
+
+def batches_by_length(
+    lengths: np.ndarray, size: int, random: np.random.Generator
+) -> list[np.ndarray]:
+    """Return the places of each batch's rows: random pools of rows, cut by their history lengths.
+
+    A batch of random rows is nearly always as long as the longest history, most of it padding.
+    """
+    order, batches = random.permutation(len(lengths)), []
+    for first in range(0, len(order), POOL * size):
+        pool = order[first : first + POOL * size]
+        pool = pool[np.argsort(lengths[pool], kind="stable")]
+        parts = [pool[place : place + size] for place in range(0, len(pool), size)]
+        batches += [parts[place] for place in random.permutation(len(parts))]
+    return batches
+
+
 def padded_behind(rows: Rows, length: int) -> dict[str, np.ndarray]:
     """Return columns of RecBole: the last `length` items [N, L], their number, and the target."""
     padded = rows.padded(rows.history + 1, length)
