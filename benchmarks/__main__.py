@@ -3,8 +3,6 @@
 Without words, list the suites.
 """
 
-from __future__ import annotations
-
 import runpy
 import sys
 

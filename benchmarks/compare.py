@@ -5,8 +5,6 @@
 A ratio is the median over rounds of the ratio within a round. FOLDER keeps the dataset (0.7 GB).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ Items are drawn log-uniformly (Zipf's law with exponent 1), as in real logs. Pop
 assigned to ids at random. Shapes: I items, N values of a column.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -8,8 +8,6 @@ of the thread on its core, so that other processes do not count. Exits with 1 if
 beam of 50 is 20 ms or more.
 """
 
-from __future__ import annotations
-
 import sys
 import tempfile
 import time

@@ -7,8 +7,6 @@ thread builds alone, then threads build ahead of a trainer that computes `--step
 Exits with 1 below 100,000 samples/s per core at a history of 50, or at 2 % of a step waiting.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Iterable, Sequence

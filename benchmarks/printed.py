@@ -5,8 +5,6 @@
 The end of its output replaces the command's section in `benchmarks/results/printed.md`.
 """
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Output of a benchmark: JSON lines, a Markdown table and a plot, with their provenance."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

@@ -9,8 +9,6 @@ search finds, or is not ten times as fast.
 Shapes: I items, Q queries, V width, K results.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Iterator

@@ -6,8 +6,6 @@ Processor time of setting A with and without content, on one thread, beside DIN 
 1 if a default `hstu` or `transformer` step takes over six times as long with long histories.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ Samples/s at P10, P50 and P90, the time of each part of a step, and peak memory.
 step that its FLOPs would take at the rate of a large matrix product shows the distance.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path

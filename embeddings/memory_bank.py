@@ -4,8 +4,6 @@ User histories read it instead of running the encoder again (LEMUR, arXiv 2511.1
 Shapes: U ids, D dimension, W ranks, P ids per rank after padding.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any

@@ -4,8 +4,6 @@ Each rank reads the files by row groups; pyarrow.dataset would hold them whole.
 Shapes: N rows of one block of a file, D dimension.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 

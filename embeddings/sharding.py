@@ -4,8 +4,6 @@ With C copies of the tables on W ranks, lookups travel among the W / C ranks of 
 copies are set to their mean every few steps (TorchRec's 2D parallelism).
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -3,8 +3,6 @@
 A laptop can so plan tables for devices that it does not have.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil

@@ -1,7 +1,5 @@
 """Rows of sharded tables under any plan. Shapes: N rows, R rows of the table, D dimension."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 Vectors and gradients may travel in 16 bits (DLRM with quantised collectives, Yang et al. 2020).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, cast, get_args
 

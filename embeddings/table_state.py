@@ -4,8 +4,6 @@ TorchRec's tensors do not: shards are read whole, moments differ by column shard
 DTensors. Shapes: R rows, D dimension.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, cast
 

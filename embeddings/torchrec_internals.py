@@ -5,8 +5,6 @@ lookups without pooling run as bags of one id each, in about 60 % of the time.
 Shapes: T features, B batch, N ids of all features, D dimension.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import accumulate, groupby, pairwise
 from typing import Any, cast

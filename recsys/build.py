@@ -1,7 +1,5 @@
 """Build a job from configuration and data, in the usual order of TorchRec. Shapes: D dimension."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """The command line: `recsys COMMAND`; only the modules of that command are imported."""
 
-from __future__ import annotations
-
 import atexit
 import gc
 import logging

@@ -1,7 +1,5 @@
 """Extras: packages that one command needs, and that an installation may lack."""
 
-from __future__ import annotations
-
 from importlib import import_module
 
 

@@ -1,7 +1,5 @@
 """Mistakes of users by concern: the call that refuses each, and what its error must name."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import tempfile

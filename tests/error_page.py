@@ -3,8 +3,6 @@
 Each text is raised by a real call, so that an editor reads what a user reads.
 """
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 

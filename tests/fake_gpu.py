@@ -6,8 +6,6 @@ an operator: moving a tensor to cuda, indexing, and a few more. Operators replac
 are no gradients, as autograd looks for the device as well.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace

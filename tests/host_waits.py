@@ -6,8 +6,6 @@ Batches are built and prepared on the host: of that only `Tensor.cpu` counts. A 
 torch.compile is one launch; its operators run one by one, so that waits inside of it are seen.
 """
 
-from __future__ import annotations
-
 import itertools
 import sys
 from collections import Counter

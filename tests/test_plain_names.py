@@ -3,8 +3,6 @@
 `make lint` runs this file alone.
 """
 
-from __future__ import annotations
-
 import ast
 from collections import Counter
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Files of the project itself: workflows, templates, version, and what stands at the top level."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import shutil

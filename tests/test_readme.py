@@ -7,8 +7,6 @@ torchrun by ranks of `run_recsys` (but on the launcher's own page), and benchmar
 seconds.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

@@ -3,8 +3,6 @@
 The rooms and their order stand in pyproject.toml as contracts of import-linter.
 """
 
-from __future__ import annotations
-
 import ast
 import graphlib
 import subprocess

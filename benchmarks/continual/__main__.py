@@ -8,8 +8,6 @@ Partitions of a synthetic dataset are timed from arrival to checkpoint, beside a
 Exits with 1 if an aim is missed.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Ways to keep a model up to date: each scores every partition before it has seen it."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

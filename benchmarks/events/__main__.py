@@ -7,8 +7,6 @@ A small log shows that all programs write equal datasets. Logs of more events th
 are prepared by `recsys` alone. Polars is optional (`pip install polars`).
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import shutil

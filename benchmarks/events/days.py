@@ -8,8 +8,6 @@ call takes for all days. A call with nothing to do measures the start of a call,
 column leaves out of both.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Sequence
 from datetime import UTC, datetime

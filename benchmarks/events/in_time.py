@@ -10,8 +10,6 @@ With `--runs`, finished trainings on the same dataset are compared with it.
 Shapes: R rows of a split, L items of all their histories, N items.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace

@@ -1,7 +1,5 @@
 """A synthetic log, and the `events.yaml` of the dataset that is made of it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

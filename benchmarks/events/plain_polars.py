@@ -3,8 +3,6 @@
 python -m benchmarks.events.plain_polars LOG OUT
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from pathlib import Path

@@ -6,8 +6,6 @@ A stage that has run is not run again, or with `--retry` if it failed. Without a
 printed. Exits with 3 while stages are left. The stages alone import heavy packages.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import subprocess

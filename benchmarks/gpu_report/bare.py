@@ -1,7 +1,5 @@
 """TorchRec's own DLRM and training loop on the same rows: what the product's costs are beside."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path

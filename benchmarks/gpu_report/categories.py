@@ -1,7 +1,5 @@
 """The dataset of DLRM: 26 columns of ids with a table each, and 13 numbers."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

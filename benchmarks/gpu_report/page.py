@@ -1,7 +1,5 @@
 """The page of the report, of the stages that have run: what passed, and the speed of each model."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Speed of a model at several batch sizes: samples/s, kernels, busy share and waits of a step."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable

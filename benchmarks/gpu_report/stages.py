@@ -1,7 +1,5 @@
 """The stages of the report, each a command of its own with the minutes that it should take."""
 
-from __future__ import annotations
-
 import json
 import sys
 from dataclasses import dataclass

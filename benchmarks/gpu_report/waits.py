@@ -1,7 +1,5 @@
 """Five training steps of a recipe or backbone in which PyTorch refuses to wait for the GPU."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

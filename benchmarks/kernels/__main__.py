@@ -7,8 +7,6 @@ Each variant has a process of one thread. A ratio is the median over rounds of t
 round. The base is the code in CLONE, or else `kernels: torch`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

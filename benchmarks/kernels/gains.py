@@ -6,8 +6,6 @@ All steps are of one process of one thread, by turns. Their processor time is me
 processes hardly change. A ratio is the median over rounds of the ratio within a round.
 """
 
-from __future__ import annotations
-
 import importlib
 import time
 from pathlib import Path

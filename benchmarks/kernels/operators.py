@@ -7,8 +7,6 @@ A ratio is the median over rounds of the ratio within a round, in one process of
 Shapes: B rows, L history, D dimension, F sparse features.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Answers each line of standard input in JSON: `run N` by the seconds of N steps, 
 of peak resident memory.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

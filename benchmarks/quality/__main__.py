@@ -6,8 +6,6 @@ Trains the cells of a grid (`benchmarks.quality.grid`) with several seeds, on a 
 windows of a rolling split. Finished runs are not trained again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -4,8 +4,6 @@ The difference of a cell to its baseline is the effect of one part; all other se
 Cells that a recipe makes equal share their runs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

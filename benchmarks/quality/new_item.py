@@ -7,8 +7,6 @@ Exports a run, and adds a copy of each item of test that training never saw, und
 test, each with the history of a row: for those who took an item, and for as many others.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

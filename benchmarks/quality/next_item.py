@@ -5,8 +5,6 @@
 Measures finished runs of one dataset, such as seeds of the recipe `next_item`, on their test rows.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

@@ -4,8 +4,6 @@ Each is a `recsys train` process of one rank and one thread in `OUT/DATASET/DIGE
 runs are read, interrupted ones continue, and those of another process are waited for.
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import re

@@ -3,8 +3,6 @@
 Shapes: R test rows, I items.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

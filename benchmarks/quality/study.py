@@ -4,8 +4,6 @@ Windows are pooled. An effect is the difference of a cell to its baseline, with 
 paired bootstrap over users (`recsys.evaluation.bootstrap`).
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace

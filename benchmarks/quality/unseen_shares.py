@@ -7,8 +7,6 @@ r"""Measure what content gains by the share of unseen items among positives, in 
 Trains the recipe, and the recipe without content, on each window. Finished runs are read.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -6,8 +6,6 @@
 One thread scores. Scorer and server start several times, as equal processes differ by milliseconds.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -6,8 +6,6 @@ The package scores every test row as a request. Exits with 1 if fp16, int8 or pr
 lose too much, or fp32 differs from `recsys predict`. Existing packages are used as they are.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from pathlib import Path

@@ -6,8 +6,6 @@ Items of the dataset get another text, until the server ranks them by it. The an
 of a scorer that loads the package afterwards. Exits with 1 if the median is not below the aim.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import resource

@@ -6,8 +6,6 @@ Measures seconds and resident memory of a server started with `--verify false`, 
 workers share the pages that both have read. Exits with 1 if an aim is missed.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

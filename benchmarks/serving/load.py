@@ -3,8 +3,6 @@
 Requests start at random times, and their latency counts from the time at which they are due.
 """
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 import json

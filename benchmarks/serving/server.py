@@ -1,7 +1,5 @@
 """A server of a package in a process of its own."""
 
-from __future__ import annotations
-
 import http.client
 import json
 import os

@@ -1,7 +1,5 @@
 """The processes that a variant's steps run in: one per rank, or those that torchrun started."""
 
-from __future__ import annotations
-
 import logging
 import multiprocessing
 import os

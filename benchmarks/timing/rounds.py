@@ -3,8 +3,6 @@
 The ratio within a round hardly depends on other load; its median over rounds is reported.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager

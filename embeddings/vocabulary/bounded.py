@@ -4,8 +4,6 @@ A hash gives each id a set of about a hundred rows; each rank serves some of the
 Shapes: N ids or rows, U distinct ids, S sets, R rows per set.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 

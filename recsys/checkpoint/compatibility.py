@@ -1,7 +1,5 @@
 """Check whether a run can continue with another configuration, other data or other ranks."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from typing import Any

@@ -3,8 +3,6 @@
 `RUN/item_content/DIGEST.npy` has the hashes by which a load finds them. N: items with a row there.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Checkpoints of a run by torch.distributed.checkpoint: the state of steps, and the best model."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 import threading

@@ -7,8 +7,6 @@ RUN/partitions/NAME          a run, warm-started from that of the partition befo
 RUN/tensorboard              losses and metrics of all partitions
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path

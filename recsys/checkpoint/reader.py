@@ -4,8 +4,6 @@
 `StoredTensor` reads ranges of rows, however ranks have cut them. Shapes: R rows, D dimension.
 """
 
-from __future__ import annotations
-
 import math
 import pickle
 import re

@@ -1,7 +1,5 @@
 """A run's folder: decide whether a job starts it, continues it or must leave it alone."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import asdict

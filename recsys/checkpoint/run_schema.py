@@ -1,7 +1,5 @@
 """The schema that a run was trained on: kept in `RUN/schema.yaml`, compared with other data."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict, replace

@@ -4,8 +4,6 @@
 `optimizer.*` optimizer states and averages, `random.RANK.*` generators. It has no frozen weights.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple, cast

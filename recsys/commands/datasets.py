@@ -1,7 +1,5 @@
 """Commands that make and describe datasets: prepare SOURCE and explain-data."""
 
-from __future__ import annotations
-
 import logging
 from functools import partial
 from pathlib import Path

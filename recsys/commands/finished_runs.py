@@ -1,7 +1,5 @@
 """Commands on finished runs: evaluate, predict, report, compare and export-tables."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Literal

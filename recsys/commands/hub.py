@@ -1,7 +1,5 @@
 """Commands that send runs and packages to a repository of the Hugging Face Hub, and fetch them."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 from collections.abc import Iterator

@@ -3,8 +3,6 @@
 Folders are checked before torch is imported.
 """
 
-from __future__ import annotations
-
 import inspect
 import os
 from argparse import ArgumentParser

@@ -1,7 +1,5 @@
 """Commands that write, change and serve packages and item vectors of finished runs."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -1,7 +1,5 @@
 """Settings of the ID tables, `embedding` in a recipe."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Literal
 

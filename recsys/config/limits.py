@@ -1,7 +1,5 @@
 """Types of numbers with limits, and the check of any tree of settings against them."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator

@@ -3,8 +3,6 @@
 Every field of `Config` is a setting of recipes, and an option `--any.setting VALUE`.
 """
 
-from __future__ import annotations
-
 import itertools
 import logging
 import math

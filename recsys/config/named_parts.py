@@ -3,8 +3,6 @@
 Built-in parts are named by import path, so that a package lists parts of packages above it.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Mapping
 from typing import Any, TypeVar

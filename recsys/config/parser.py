@@ -1,7 +1,5 @@
 """The parser of commands and settings: plain data, and errors that name setting, value and fix."""
 
-from __future__ import annotations
-
 import os
 import re
 import sys

@@ -3,8 +3,6 @@
 Refused are `class_path`, which imports modules, aliases, which expand, and duplicate keys.
 """
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Callable

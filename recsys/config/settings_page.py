@@ -3,8 +3,6 @@
 With `--check` it only compares, and ends with status 1 if the page differs from the code.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Iterator

@@ -5,8 +5,6 @@ Shapes: B batch, U unique history items, N history items of the batch, K history
 R items that this rank needs, E items that it owns and some rank needs, W ranks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 

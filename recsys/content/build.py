@@ -1,7 +1,5 @@
 """Builds the parts of the content branch; fills the caches of `recsys cache` without training."""
 
-from __future__ import annotations
-
 import logging
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Dropout on CPU in a third of the time: `nn.Dropout` draws its mask in double precision."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -6,8 +6,6 @@ Shapes: U unique items, T tokens of all modalities (in layers with the queries),
 tokens with outputs, D dimension, H heads, M modalities.
 """
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import torch

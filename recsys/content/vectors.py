@@ -4,8 +4,6 @@ Shapes: B batch, U unique history items, D dimension, M modalities, S sampled ne
 R items that this rank needs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import InitVar, dataclass
 from typing import NamedTuple

@@ -4,8 +4,6 @@ A model is wrapped from the inside out: `AtCut`, peft's adapters, `Recomputed`, 
 `InFloat32`, `Compiled` or `AsRows`, and `DistributedModelParallel`. Names in checkpoints stay.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

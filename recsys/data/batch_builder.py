@@ -3,8 +3,6 @@
 Shapes: B batch, N history items of the whole batch, U unique items, n ids, C columns.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

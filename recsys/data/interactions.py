@@ -1,7 +1,5 @@
 """Impressions -> the batches of one rank, which threads build ahead of the trainer, in order."""
 
-from __future__ import annotations
-
 import os
 from bisect import bisect_left, bisect_right
 from collections import deque

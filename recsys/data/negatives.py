@@ -4,8 +4,6 @@ Only items with training rows are negatives. Without `log_q_correction` the logs
 Shapes: B batch, S sampled negatives, N any items.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -3,8 +3,6 @@
 A map of raw ids that is built again appends new ids, so that earlier models stay valid.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial

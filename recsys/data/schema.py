@@ -4,8 +4,6 @@ A dataset is a folder or fsspec URL with `schema.yaml`, `train/ valid/ test/*.pa
 impression) and `items/*.parquet` (one row per item). Other columns of the files are ignored.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Columns of a dataset as `schema.yaml` describes them, and the types of raw ids."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, fields
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, Literal

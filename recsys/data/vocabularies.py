@@ -4,8 +4,6 @@ A bounded map changes with every batch and is shared by all ranks: the main thre
 order of the steps. Shapes: B batch, N ids of one feature.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 

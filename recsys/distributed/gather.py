@@ -1,7 +1,5 @@
 """Gather the rows of all ranks, with or without gradient. Shapes: N rows, D dimension."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

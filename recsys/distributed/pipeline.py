@@ -3,8 +3,6 @@
 ID tables are updated in each batch, as their kernels are fused; the loss is divided by the group.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext

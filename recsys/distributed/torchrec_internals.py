@@ -3,8 +3,6 @@
 `tests/recsys/distributed/test_torchrec_internals.py` says which of them an upgrade has changed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any

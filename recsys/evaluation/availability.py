@@ -3,8 +3,6 @@
 Shapes: R rows, I items.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 

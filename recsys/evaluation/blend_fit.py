@@ -3,8 +3,6 @@
 Shapes: N rows, C labels, E numbers of evidence.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 from torch import Tensor

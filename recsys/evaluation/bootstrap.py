@@ -6,8 +6,6 @@ Hesterberg, American Statistician 69, 2015; Kish 1965; Hall, JRSS B 54, 1992.
 Shapes: N rows of a window, U users, S resamples; P positive and M negative rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial

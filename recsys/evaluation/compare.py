@@ -1,7 +1,5 @@
 """Runs `recsys compare`: metrics of runs side by side, and which differences are significant."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import asdict

@@ -3,8 +3,6 @@
 Shapes: N rows of a split, B batch, C labels, Q rows with a query, D dimension.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing

@@ -1,7 +1,5 @@
 """Runs the model over batches without training. Shapes: B batch, C labels, N rows."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

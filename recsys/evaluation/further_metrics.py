@@ -1,7 +1,5 @@
 """Metrics of the setting `metrics`, built in or of your own. Shapes: N rows of a split."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 

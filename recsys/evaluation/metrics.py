@@ -4,8 +4,6 @@ GAUC: Zhu et al., Optimized Cost per Click in Taobao, 2017. Normalised entropy: 
 Lessons from Predicting Clicks on Ads at Facebook, 2014. Shapes: N rows, G groups.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

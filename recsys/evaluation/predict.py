@@ -1,7 +1,5 @@
 """Evaluates and predicts with a finished run. Shapes: N rows of a file or row group, C labels."""
 
-from __future__ import annotations
-
 import json
 import logging
 import tempfile

@@ -5,8 +5,6 @@ all that decides its content. A module with a kernel names it as `kernel`, and h
 `kernel_refusal`, which says why PyTorch computes it in every step, or returns None.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import os

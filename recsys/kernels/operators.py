@@ -9,8 +9,6 @@ similarities, P parallel lists, F features of a space, or sparse features of a D
 I = F * (F + 1) / 2 pairs, T tokens of an item, H heads.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce

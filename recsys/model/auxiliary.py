@@ -4,8 +4,6 @@ A user's loss is an `nn.Module`: `auxiliary: {calm: {loss: "my_losses:Calm", wei
 0.1}}`. Its attribute `columns` lists the extra columns that it reads. Shapes: B batch, C labels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, cast

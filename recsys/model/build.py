@@ -1,7 +1,5 @@
 """Builds EM3 from configuration, tables and encoders."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch.distributed as dist

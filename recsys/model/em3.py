@@ -4,8 +4,6 @@
 B batch, C labels, D dimension.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -7,8 +7,6 @@ Shapes: B batch, G batch of all ranks, D dimension, C labels, E members of an en
 negatives, K negatives or candidates (B or S of this rank, or of all).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 

@@ -4,8 +4,6 @@ Wrapping each part limits autocast's cache of cast weights to it. Attention to h
 that would break a compiled graph, and frozen layers must equal the cache.
 """
 
-from __future__ import annotations
-
 import logging
 import platform
 from collections.abc import Callable, Iterable, Iterator

@@ -1,7 +1,5 @@
 """Derives the ID tables from a configuration and a schema, and checks where they lie."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import astuple, replace
 

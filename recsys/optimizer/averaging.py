@@ -3,8 +3,6 @@
 After n updates the decay is at most (1 + n) / (10 + n), so initial weights are soon forgotten.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 

@@ -4,8 +4,6 @@ Checkpoints have the state of any optimizer as named tensors; a Python number in
 with a marked name.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any

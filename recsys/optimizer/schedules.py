@@ -3,8 +3,6 @@
 A rate depends on the number of dense updates alone, so a resumed run has the same rates.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

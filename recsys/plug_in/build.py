@@ -1,7 +1,5 @@
 """Builds the content of a DLRM from settings, and adds it to the DLRM."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

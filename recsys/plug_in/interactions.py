@@ -5,8 +5,6 @@ Shapes: B batch, F sparse features, K content vectors, D dimension, I columns of
 columns, R rank, X columns of a module's own input, Z added columns, O outputs of its first layer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import cast

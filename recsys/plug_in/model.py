@@ -6,8 +6,6 @@ Shapes: B batch, F sparse features, K content vectors, D dimension of the DLRM, 
 S further features.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """Settings of a DLRM's content: the items' files, the features with their ids, and the branch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal

@@ -10,8 +10,6 @@ U unique history items, N history items of the batch, K selected history items, 
 P parallel lists, A ages.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

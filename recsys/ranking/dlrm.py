@@ -5,8 +5,6 @@ et al. 2017, arXiv 1703.04247; TorchRec's version multiplies every two elements.
 Shapes: B batch, D dimension, F fields, I = F * (F + 1) / 2 pairs, S similarities, C labels.
 """
 
-from __future__ import annotations
-
 import math
 from typing import ClassVar
 

@@ -10,8 +10,6 @@ Shapes: B batch, I items, L levels, T = L + 1 codes of an item with the last one
 H heads, Q queries, K results of each, N nodes or beams.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor, nn

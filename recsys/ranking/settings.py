@@ -1,7 +1,5 @@
 """Settings of the ranking models and of their layers, which need no import of torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Literal
 

@@ -7,8 +7,6 @@ with the directions, I width of ID vectors, E content dimension, M modalities, P
 N history items of the batch.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

@@ -4,8 +4,6 @@ A lock on a trial's log claims it. An interrupted trial goes back to the study's
 go on. Each trial has a sampler of its own seed, so interruptions do not change what is tried.
 """
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import json

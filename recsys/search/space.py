@@ -9,8 +9,6 @@ A YAML file maps settings by full name to ranges or choices::
 A range with integer ends has integers. `sets` name groups of settings.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Mapping, Sequence

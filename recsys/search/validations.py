@@ -1,7 +1,5 @@
 """The validations of a run in training, one line each, by which a search judges its trial."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

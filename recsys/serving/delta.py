@@ -5,8 +5,6 @@ numbers (`rows/`) and bytes (`data/`) of rows that differ, and whole `files/`.
 Shapes: R rows of a file, C rows that differ.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

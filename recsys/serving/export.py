@@ -3,8 +3,6 @@
 Shapes: E width of content vectors.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Iterator, Sequence

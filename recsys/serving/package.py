@@ -4,8 +4,6 @@
 `tables/*.vectors`, content vectors in `content/*.vectors`, the encoder of new items in `items/`.
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from functools import partial

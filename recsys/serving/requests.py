@@ -5,8 +5,6 @@ Columns pass the functions that read Parquet (`recsys.data.transforms.columns`,
 P parallel lists, R rows of a column (1 or N), K table rows.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

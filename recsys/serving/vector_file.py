@@ -3,8 +3,6 @@
 Shapes: R rows of a file, N looked up, D dimension.
 """
 
-from __future__ import annotations
-
 import mmap
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Files and folders that appear whole or not at all, even if the job is killed."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Check the output file of a command before the command does any work."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`recsys train --dry-run`: build everything, take one step, and write no run."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 import math

@@ -1,7 +1,5 @@
 """The state of a job before its first step: of a new model, or of the run of `--warm-start`."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Mapping, Sequence

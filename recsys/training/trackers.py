@@ -1,7 +1,5 @@
 """Reports of a training run: lines or a progress bar, and trackers of settings and metrics."""
 
-from __future__ import annotations
-
 import logging
 import os
 import time

@@ -1,7 +1,5 @@
 """Training: begin or continue a run, and write its results; the loop is in `trainer`."""
 
-from __future__ import annotations
-
 import gc
 import json
 import logging

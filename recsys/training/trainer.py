@@ -1,7 +1,5 @@
 """The training loop: steps, validations with early stopping, checkpoints when they are due."""
 
-from __future__ import annotations
-
 import gc
 import logging
 import resource

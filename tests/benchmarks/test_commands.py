@@ -1,7 +1,5 @@
 """Benchmarks run at sizes of seconds, by turns, and their pages say what they measured."""
 
-from __future__ import annotations
-
 import json
 import runpy
 import sys

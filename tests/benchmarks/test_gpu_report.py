@@ -1,7 +1,5 @@
 """The report on a GPU, tried out without one: its plan, its pieces, its page and its figures."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A GPU trains faster than the two cores of the stored figures: no step waits or runs elsewhere."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

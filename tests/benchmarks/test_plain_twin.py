@@ -5,8 +5,6 @@ padded pairs, so that equal logits and gradients also say that the product's uni
 histories and split attention are right.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Variants of the quick setting A, and jobs built from them in this process alone."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

@@ -4,8 +4,6 @@ TorchRec asserts that the devices are GPUs, and takes means by an operation that
 the test therefore removes the assertion and brings a mean of its own; all else is the same code.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import ModuleType
 from typing import Any

@@ -1,7 +1,5 @@
 """Plans for clusters that are not there: billions of rows in seconds, bytes as by hand."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

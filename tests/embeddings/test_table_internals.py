@@ -3,8 +3,6 @@
 The reference of the bags are FBGEMM's own kernels for lookups without pooling.
 """
 
-from __future__ import annotations
-
 import inspect
 from importlib.metadata import version
 from itertools import chain

@@ -1,7 +1,5 @@
 """The page of branches for GPUs names every one in the sources, and no other."""
 
-from __future__ import annotations
-
 import ast
 import re
 from collections.abc import Iterator

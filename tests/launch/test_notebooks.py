@@ -1,7 +1,5 @@
 """The notebooks run from the first to the last cell, in an empty folder, and hold no outputs."""
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Images of training and serving, and the manifest of serving, read by parsers: none runs."""
 
-from __future__ import annotations
-
 import json
 import tomllib
 from pathlib import Path

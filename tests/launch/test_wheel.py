@@ -5,8 +5,6 @@ machine without a GPU, and the page's commands run there. Exchanged is the recip
 encoder by `tiny.yaml`, the same job in miniature.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

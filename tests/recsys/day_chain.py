@@ -5,8 +5,6 @@ many SIGKILLs spread over the commands, each before a random change of a file. R
 weights, optimizer state and packages must be equal to the last bit.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import signal

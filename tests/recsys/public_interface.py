@@ -3,8 +3,6 @@
 A line per name: what recsys/README.md calls stable, with the names of arguments and fields.
 """
 
-from __future__ import annotations
-
 import inspect
 import re
 from collections.abc import Iterator

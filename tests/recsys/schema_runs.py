@@ -1,7 +1,5 @@
 """Small datasets of many schemas over the same rows, in partitions, and configurations for them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 Installed versions are faked where the packages' metadata is read; nothing is reinstalled.
 """
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

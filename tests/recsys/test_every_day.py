@@ -1,7 +1,5 @@
 """Five days by three commands: no request fails, and killed commands change no bit."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import threading

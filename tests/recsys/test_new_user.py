@@ -1,7 +1,5 @@
 """Files of a log that nobody has prepared become a served answer, without a script."""
 
-from __future__ import annotations
-
 import csv
 import json
 import tempfile

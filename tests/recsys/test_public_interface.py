@@ -1,7 +1,5 @@
 """The interface that recsys/README.md calls stable equals its snapshot, and the page names it."""
 
-from __future__ import annotations
-
 import re
 import tomllib
 from fnmatch import fnmatch

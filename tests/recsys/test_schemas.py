@@ -4,8 +4,6 @@ By default each schema runs with one backbone, which no other schema has, and in
 two more. "items alone" has no history either, so that "no history" is of the long suite.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Nothing that comes with data, items or encoders is run: no pickle, no code, no interpreter."""
 
-from __future__ import annotations
-
 import ast
 import json
 import pickle

@@ -1,7 +1,5 @@
 """Copies of the small dataset with integer weights, and with rows repeated as often instead."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

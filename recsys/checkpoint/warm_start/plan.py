@@ -1,7 +1,5 @@
 """Decides about every tensor of a new run: taken over, begun anew, or refused."""
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator

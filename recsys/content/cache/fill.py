@@ -4,8 +4,6 @@ Interrupted work continues where it stopped: the file of a finished call is name
 Shapes: N rows of the store, S distinct contents, n rows of a call or to reuse, D output width.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import logging

@@ -3,8 +3,6 @@
 Shapes: U unique items, G items of a group, T tokens, D width of the encoder.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Builds the encoder of a modality, from its kind or from its settings alone."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from recsys.config import ModalitySettings

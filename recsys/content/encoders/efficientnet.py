@@ -3,8 +3,6 @@
 Shapes: U unique items, T tokens, H and W pixels.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

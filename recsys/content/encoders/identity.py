@@ -3,8 +3,6 @@
 Frozen weights are in no checkpoint: `encoders.json` of a run says which encoders it needs.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Container
 from dataclasses import asdict, dataclass

@@ -4,8 +4,6 @@ A name is a repository of the hub, a folder, `package:NAME` (the folder with a `
 installed package) or `random:NAME` (tiny, for tests). No code or pickle of a checkpoint is loaded.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import string
 from contextlib import suppress

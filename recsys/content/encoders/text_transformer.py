@@ -3,8 +3,6 @@
 Shapes: U unique items, T tokens, D width of the encoder.
 """
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest.mock import patch

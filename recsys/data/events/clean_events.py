@@ -1,7 +1,5 @@
 """Reads events and impressions as one stage, `clean_events`, and leaves out what cannot be used."""
 
-from __future__ import annotations
-
 import pyarrow as pa
 
 from recsys.data.events.file_columns import LARGEST, Field, Types

@@ -11,8 +11,6 @@ seen       keys of events by day, for repeated ones
 catalogue, taken, popularity    items, users' items, and events to draw negatives from
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from dataclasses import dataclass, field, replace

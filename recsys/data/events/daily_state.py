@@ -8,8 +8,6 @@ A call ends when `.ready` appears. A call that is killed before leaves nothing t
 that is killed later is ended by the next.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterator

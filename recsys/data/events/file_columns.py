@@ -3,8 +3,6 @@
 Ids are int64 or string, times microseconds, numbers float64. Shapes: N rows of a batch.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterable, Iterator

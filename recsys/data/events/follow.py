@@ -4,8 +4,6 @@ Each look is a call of `--until` up to the last day or hour that has ended, if a
 killed command leaves nothing half written, and the same command goes on.
 """
 
-from __future__ import annotations
-
 import logging
 import signal
 from collections.abc import Callable, Iterator

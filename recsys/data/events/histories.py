@@ -3,8 +3,6 @@
 Shapes: N rows of a chunk, E events of them that match, S samples.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ sorted with slices, which are a few bytes where lists are hundreds.
 Shapes: N rows of a chunk, E events of them that match a history, S samples of them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property

@@ -4,8 +4,6 @@ Columns of snapshots are those that are valid when the dataset is made; counts a
 right after the last event.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Reads an `events.yaml`, and checks that its parts fit together before any log is read."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,5 @@
 """Writes batches of rows as Parquet files of whole row groups, several at once."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """`recsys prepare events`: from logs to datasets, in stages that an engine runs."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -3,8 +3,6 @@
 Cuts of splits are lower quantiles of time, so that a moment is never cut in two.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from pathlib import PurePosixPath

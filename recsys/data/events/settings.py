@@ -1,7 +1,5 @@
 """Settings of `recsys prepare events`: the content of its `events.yaml`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Tables of items and users: columns as they were at the time of a row, and pictures."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial

@@ -1,7 +1,5 @@
 """Times of any form as microseconds since 1970 in UTC, durations such as `7d`, and periods."""
 
-from __future__ import annotations
-
 import re
 import time
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Each modality is a `RaggedArray` in a cache folder named by a hash of content an
 Shapes: U unique items, N items with a row.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping

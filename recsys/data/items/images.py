@@ -3,8 +3,6 @@
 Only formats whose decoders merely read pixels are accepted. Shapes: n rows of a chunk, S side.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable

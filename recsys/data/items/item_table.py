@@ -5,8 +5,6 @@ Shapes: N usable items, R rows of all files, n of a chunk or piece, T tokens of 
 a token.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import closing
 from functools import partial

@@ -4,8 +4,6 @@ Pages read are released whenever about `RESIDENT_BYTES` may be mapped. Shapes: N
 S distinct ones, n written or hashed at once, U gathered, T entries of the longest.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import mmap

@@ -4,8 +4,6 @@ Sources are the archives of https://grouplens.org/datasets/movielens/, `.csv` or
 Shapes: N rows of a file.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from functools import partial

@@ -3,8 +3,6 @@
 Pages are checked if the writer stored checksums (pyarrow: `write_page_checksum=True`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -4,8 +4,6 @@ A raw id of null is the unknown id: the last row of an exact or bounded map, an 
 Shapes: R rows, N values of a column, H rows per id.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any

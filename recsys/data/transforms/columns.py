@@ -1,7 +1,5 @@
 """Compute the columns of a schema from those of a file or request; no other module does."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np

@@ -4,8 +4,6 @@ A step maps N values, or S columns of them, to N. Null stays null, except in `fi
 arguments are its settings; a `Fit` computes those that are fitted on the training rows.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

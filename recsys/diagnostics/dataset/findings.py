@@ -1,7 +1,5 @@
 """Runs `recsys explain-data DATA [--on-bad-row skip] [--json FILE]`: tables, and findings last."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Summarizes the items' files, content by column, and the times of splits by their footers."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field

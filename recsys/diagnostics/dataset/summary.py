@@ -1,7 +1,5 @@
 """Summarizes a dataset for `recsys explain-data`: splits, id tables, items and their overlaps."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Describes a run on any cluster, without weights or devices: parameters, memory and plan."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, astuple, dataclass, replace

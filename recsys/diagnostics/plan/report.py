@@ -1,7 +1,5 @@
 """`recsys describe`: the cluster that its options name, and the description as text tables."""
 
-from __future__ import annotations
-
 import json
 import logging
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Runs `recsys report`: scores the test split and writes one page on a finished run."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any

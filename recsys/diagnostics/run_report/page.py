@@ -1,7 +1,5 @@
 """Writes a page of sections as one self-contained HTML file, with figures as data URIs."""
 
-from __future__ import annotations
-
 import base64
 import io
 import warnings

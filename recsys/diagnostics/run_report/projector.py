@@ -4,8 +4,6 @@ Names, categories and small pictures come from the items' Parquet files.
 Shapes: I chosen items, D ID dimension, E content dimension.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress

@@ -4,8 +4,6 @@ A partition of a continual run is scored before it is trained on. ID vectors of 
 training impressions are untrained. Shapes: N rows of the split.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

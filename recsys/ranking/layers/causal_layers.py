@@ -7,8 +7,6 @@ place and age as in BST (arXiv 1905.06874); norms stand before each part.
 Shapes: B batch, T tokens of all histories, S sequences, L longest sequence, D width, H heads.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

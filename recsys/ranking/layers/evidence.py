@@ -6,8 +6,6 @@ gradient, K targets of each history; B batch, E numbers of evidence, S similarit
 V = NUM_VOTES, P parallel lists, W = len(LATEST), C labels.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -4,8 +4,6 @@ Shapes: B batch, F fields, D dimension of the ID vectors, N history items of the
 lists, H half-lives (in newer items), U unique history items, S similarities, X dense numbers.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -6,8 +6,6 @@ Shapes: B batch, K history items that are attended to, P parallel lists, D dimen
 W width of the vector, X numbers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial

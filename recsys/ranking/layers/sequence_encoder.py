@@ -7,8 +7,6 @@ Shapes: B batch, T tokens of all histories, N history items of the batch, S sequ
 sequence, D width of a token, U unique items, P parallel lists, C labels.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any, cast
 

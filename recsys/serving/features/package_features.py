@@ -3,8 +3,6 @@
 Items that were added since the export have theirs in one further table. Shapes: K keys.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime

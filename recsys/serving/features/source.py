@@ -3,8 +3,6 @@
 Shapes: K keys.
 """
 
-from __future__ import annotations
-
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping

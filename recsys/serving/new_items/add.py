@@ -5,8 +5,6 @@ the package unchanged. A server takes items by requests: as rows of a file, by a
 loaded. Shapes: K items that are new or changed, N items of the files.
 """
 
-from __future__ import annotations
-
 import base64
 import time
 from collections.abc import Callable, Mapping, Sequence

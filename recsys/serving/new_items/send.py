@@ -1,7 +1,5 @@
 """Sends items of Parquet files to a server, which encodes them."""
 
-from __future__ import annotations
-
 import base64
 import http.client
 import json

@@ -9,8 +9,6 @@ are those that rank the targets of validation best. The blend with the model is 
 Shapes: R rows with a query, I items of the catalogue, S history items of all rows, D width.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Shapes: I items, V width of a vector.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -5,8 +5,6 @@ have the same order. `queries/` is the user tower, which makes the vectors that 
 Shapes: I items, V width of a vector, Q queries, K results, L levels of codes.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping, Sequence

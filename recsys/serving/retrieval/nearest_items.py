@@ -11,8 +11,6 @@ Shapes: N events, H items of their histories, I items, W words, K neighbours, V 
 modalities.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from itertools import chain

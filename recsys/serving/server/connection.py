@@ -1,7 +1,5 @@
 """HTTP connections that end when a client does not send its request."""
 
-from __future__ import annotations
-
 import asyncio
 from http import HTTPStatus
 

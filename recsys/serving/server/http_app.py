@@ -1,7 +1,5 @@
 """HTTP: Open Inference Protocol v2, `/v1/rank`, the metrics, and the middleware of requests."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager

@@ -3,8 +3,6 @@
 Shapes: N candidates, L events of a history, K values of a list.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

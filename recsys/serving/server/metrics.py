@@ -3,8 +3,6 @@
 Set the folder `PROMETHEUS_MULTIPROC_DIR` before importing this module.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import re

@@ -3,8 +3,6 @@
 Shapes: N candidates. The values of a tensor are flat, in row-major order.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator, Sequence

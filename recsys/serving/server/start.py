@@ -1,7 +1,5 @@
 """Starts the workers of a server, which share ports and mapped files, and ends them."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

@@ -3,8 +3,6 @@
 A load balancer takes seconds to notice that a server ends, and sends new connections meanwhile.
 """
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import logging

@@ -1,7 +1,5 @@
 """Compares a partition's columns, settings and items with those of the partitions before."""
 
-from __future__ import annotations
-
 import logging
 
 import pyarrow as pa

@@ -3,8 +3,6 @@
 Metrics come from the file of scores, so a killed job repeats no row and no line.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import time

@@ -4,8 +4,6 @@ Values are ordered as numbers or text. A name out of order, as of next year, wou
 day late: it is refused, as is a choice of the next partition that breaks the order of time.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress

@@ -4,8 +4,6 @@ The model of each is built anew from the saved state, so a killed job goes on wi
 Another process writes packages `PACKAGES/NAME` and `NAME.delta`, as ranks cannot leave their group.
 """
 
-from __future__ import annotations
-
 import gc
 import logging
 import shutil

@@ -1,7 +1,5 @@
 """Features by co-rating: a training row reads nothing of its own fold of users."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

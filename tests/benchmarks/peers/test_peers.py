@@ -1,7 +1,5 @@
 """Peers get the same rows and are scored alike; the published EM3 is as its paper says."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import ModuleType
 

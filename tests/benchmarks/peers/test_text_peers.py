@@ -1,7 +1,5 @@
 """Peers that train a text encoder: their batches, loss and scores on a few rows."""
 
-from __future__ import annotations
-
 from types import ModuleType
 
 import numpy as np

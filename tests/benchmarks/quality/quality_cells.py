@@ -4,8 +4,6 @@ Two windows, two seeds, two cells: `ID only` scores at random, and `content` add
 tells a liked item from another.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Rows fall into slices by the history that the dataset has for them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

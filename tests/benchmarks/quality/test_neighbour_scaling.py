@@ -1,7 +1,5 @@
 """The benchmark of neighbours by the number of users: it measures, and a fall ends it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Places of added items among all and among the new ones, and who took them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

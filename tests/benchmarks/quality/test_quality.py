@@ -1,7 +1,5 @@
 """The quality study: finished runs are read, and the table says what their scores say."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from statistics import median

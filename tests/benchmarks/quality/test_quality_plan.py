@@ -1,7 +1,5 @@
 """Which runs the study makes, what it refuses before the first, and that none is made twice."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

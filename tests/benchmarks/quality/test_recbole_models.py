@@ -1,7 +1,5 @@
 """RecBole's models read the rows of a run, and are measured as the run's baselines are."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What content gains by the share of unseen items: one point for each window."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

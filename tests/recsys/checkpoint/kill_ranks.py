@@ -6,8 +6,6 @@ restarts the job each time. Weights, optimizer state, bank and metrics must be e
 bit, and every impression trained on once per epoch; SIGTERM must not lose a step.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import random

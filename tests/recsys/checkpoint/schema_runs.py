@@ -3,8 +3,6 @@
 A change is named by what it does to `schema.yaml` or to the files of a copy of the dataset.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

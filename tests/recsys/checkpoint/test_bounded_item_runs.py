@@ -1,7 +1,5 @@
 """Runs whose items get their rows while training: stopped, resumed, resharded, started from."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Rows that no step has updated get the values of their rule, under every plan alike."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -3,8 +3,6 @@
 Each change is made in a copy of one run, in this process.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 from collections.abc import Callable

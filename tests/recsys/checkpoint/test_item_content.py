@@ -1,7 +1,5 @@
 """Items edited after training: histories read from the bank what ranked items are encoded from."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A run reads the columns it was trained on: by name, in any order, or not at all."""
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Iterator

@@ -3,8 +3,6 @@
 `python -m tests.recsys.commands.hub_server PORT` serves empty repositories from memory.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

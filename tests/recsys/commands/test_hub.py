@@ -1,7 +1,5 @@
 """A run and a package that are pushed and pulled are equal, and their card has the metrics."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Bad schemas, encoders and configurations: what is broken, and what the error must say."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

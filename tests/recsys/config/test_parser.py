@@ -1,7 +1,5 @@
 """The command line and recipes are parsed alike, and equal settings once."""
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The keys under `ranking`: those of the chosen model, wherever its name stands, and no others."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path

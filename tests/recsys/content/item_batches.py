@@ -1,7 +1,5 @@
 """Batches of nothing but items: targets, and histories where they are wanted."""
 
-from __future__ import annotations
-
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 

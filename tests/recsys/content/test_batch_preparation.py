@@ -1,7 +1,5 @@
 """Batches before the pipeline: searched histories."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

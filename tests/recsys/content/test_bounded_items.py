@@ -1,7 +1,5 @@
 """Ranked items whose rows are learned in training: row, moments and bank vector go together."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`recsys cache` fills what `recsys train` then finds, alone and on two ranks."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The content branch: encoding unique items once against encoding every occurrence naively."""
 
-from __future__ import annotations
-
 from dataclasses import fields, replace
 from typing import Any
 

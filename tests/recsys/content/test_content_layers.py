@@ -1,7 +1,5 @@
 """Layers of the content branch: history map, projection and dropout."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import pytest

@@ -1,7 +1,5 @@
 """Encoders that run for a share of the items, beside running or reading each by itself."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch

@@ -1,7 +1,5 @@
 """Fusions against a loop-written reference and hand-computed values, with gradients."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

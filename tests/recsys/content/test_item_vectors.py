@@ -1,7 +1,5 @@
 """Item vectors outside of training: each item is encoded once, to the vectors of the slow way."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

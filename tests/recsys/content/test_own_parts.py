@@ -1,7 +1,5 @@
 """A fusion and a modality kind of one's own: one file and one line of YAML each."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Projections start at principal components, and stay bounded on degenerate content."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

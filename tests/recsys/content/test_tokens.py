@@ -1,7 +1,5 @@
 """All tokens of a modality in the fusion: queries read the tokens, the linear map their mean."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """A content branch of two modalities with some content missing, and a batch for it."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -4,8 +4,6 @@ The second training file holds the share of the second of two ranks; what is wro
 only that rank sees.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """The tensors of a batch, found without its help."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any

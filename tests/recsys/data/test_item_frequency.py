@@ -1,7 +1,5 @@
 """Training rows of the items of rows that are evaluated."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import numpy as np

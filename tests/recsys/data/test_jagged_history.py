@@ -1,7 +1,5 @@
 """Arithmetic on histories as an index into unique items, against plain indexing and loops."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

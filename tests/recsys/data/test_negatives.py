@@ -1,7 +1,5 @@
 """Negatives are drawn of the items that are counted."""
 
-from __future__ import annotations
-
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Null is the unknown id of a column with a vocabulary, in rows of files and in lists."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A schema: what is refused in it, and values that stand for null."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

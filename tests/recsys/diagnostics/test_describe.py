@@ -1,7 +1,5 @@
 """What `describe` says before a run is what the run then has: parameters, bytes, refusals."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

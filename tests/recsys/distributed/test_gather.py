@@ -1,7 +1,5 @@
 """Rows of all ranks with a gradient: the way of GPUs beside that of hosts."""
 
-from __future__ import annotations
-
 from typing import Any
 from unittest.mock import patch
 

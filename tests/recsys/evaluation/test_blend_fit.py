@@ -1,7 +1,5 @@
 """The blend is fitted to held-out rows, and its scores are of blends that do not know the user."""
 
-from __future__ import annotations
-
 import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor

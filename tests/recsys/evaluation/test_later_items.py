@@ -1,7 +1,5 @@
 """Runs that are evaluated with other data: items of later on, and data that is refused."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Metrics equal their definitions, built in ones and further ones."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 RecBole is no dependency: where it cannot be imported, the test is left out.
 """
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

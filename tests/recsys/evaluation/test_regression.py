@@ -1,7 +1,5 @@
 """Errors of labels that are numbers: against scikit-learn, with weights, and between runs."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

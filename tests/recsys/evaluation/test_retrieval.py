@@ -1,7 +1,5 @@
 """Recall and NDCG of a retrieval model against brute force: every row ranked with every item."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from pathlib import Path

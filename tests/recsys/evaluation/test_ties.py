@@ -1,7 +1,5 @@
 """Stored scores, and ties in them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Metrics of rows with weights, and of rows whose labels are null."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -3,8 +3,6 @@
 Shapes: as in the module of each operator in `recsys.kernels`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """Kernels under autocast equal PyTorch whose matrix products have rounded factors."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

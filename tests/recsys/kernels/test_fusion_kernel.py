@@ -1,7 +1,5 @@
 """The kernel of the Fusion-Q-Former equals the operations of its layers, with all gradients."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Kernels are compiled once, and where that is not possible PyTorch computes, with one warning."""
 
-from __future__ import annotations
-
 import json
 import logging
 import platform

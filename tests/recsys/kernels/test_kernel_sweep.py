@@ -1,7 +1,5 @@
 """Each operator is right, or refuses by name, for every type of its inputs and at edge shapes."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

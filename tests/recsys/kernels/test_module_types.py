@@ -1,7 +1,5 @@
 """Modules of every float type give results of their type, by kernels and by PyTorch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Native kernels equal the PyTorch reference, to the last bit in every run and for all threads."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

@@ -1,7 +1,5 @@
 """Target attention where all rows have one history: as that of rows with equal histories."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Training at all positions: two ranks against one, and a run from begin to end."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -3,8 +3,6 @@
 Initial weights of tables are drawn on the device, so those of the CPU are copied.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 The branches that only GPUs take run here on CPU, and give the logits of those for CPUs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Numbers of wide range get mean 0 and variance 1 of the training rows; all others stay as bits."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The losses against loops over the published formulas, on one rank and on uneven two."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Softmax losses of retrieval against cross-entropies written out by row, on one rank and two."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Histories after the first one: looked up, encoded, and read by every backbone."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

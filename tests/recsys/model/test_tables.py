@@ -1,7 +1,5 @@
 """Settings of ID tables that do not fit data, device or ranks are refused with the fix."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A target that counts as new in training: what the ranking model and the losses read of it."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any, cast
 

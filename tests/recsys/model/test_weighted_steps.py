@@ -1,7 +1,5 @@
 """Steps on weighted rows against steps on rows that are there as often as their weight says."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

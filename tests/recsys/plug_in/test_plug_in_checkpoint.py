@@ -1,7 +1,5 @@
 """The page's lines load a DLRM's checkpoint, whatever its optimizers keep: nothing, too."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path

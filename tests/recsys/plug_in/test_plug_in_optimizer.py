@@ -1,7 +1,5 @@
 """The AdamW of the new parameters beside the user's, and content in a model of one's own."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

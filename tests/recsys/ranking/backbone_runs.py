@@ -1,7 +1,5 @@
 """Short runs of ranking backbones: trained, stopped, gone on with and evaluated, on some ranks."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Small random inputs of ranking models: three rows, one of them without a history."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

@@ -1,7 +1,5 @@
 """One pass over whole histories against the slow reference, a row for each of their items."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

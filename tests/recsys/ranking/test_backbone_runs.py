@@ -1,7 +1,5 @@
 """Backbones train, resume and evaluate, those of users too."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Every ranking backbone: rows are independent, all weights train, and twins are TorchRec's own."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Similarity features against a loop over groups."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

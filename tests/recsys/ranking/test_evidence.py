@@ -1,7 +1,5 @@
 """The network of the evidence: where it begins, what it computes, and whose gradient it passes."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """A beam search finds what scoring every item finds, and codes of items stay when others come."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Layers that backbones share, against plain PyTorch and loops over rows."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any

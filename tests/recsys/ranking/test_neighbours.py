@@ -1,7 +1,5 @@
 """Neighbours: evidence beside a plain computation, votes by hand, folds left out, packages."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any

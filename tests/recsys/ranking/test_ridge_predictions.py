@@ -1,7 +1,5 @@
 """Ridge predictions: the kernel's formula, and the closed gradient beside that of autograd."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """HSTU and the transformer equal a padded [history; target] under one mask, in plain PyTorch."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """SIM: what is found in a history, against a loop; attention and ages against plain PyTorch."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Target attention against a loop over rows and their unpadded histories."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

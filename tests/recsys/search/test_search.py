@@ -1,7 +1,5 @@
 """Trials are neither lost nor repeated, and what they try does not depend on interruptions."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import multiprocessing

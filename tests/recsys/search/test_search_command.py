@@ -1,7 +1,5 @@
 """`recsys search` with real trainings, killed in the middle of one."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

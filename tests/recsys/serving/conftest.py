@@ -1,7 +1,5 @@
 """Runs and their packages, made once for all tests of serving."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

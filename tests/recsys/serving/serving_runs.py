@@ -1,7 +1,5 @@
 """Runs, their packages, and the requests of a Parquet file's rows."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Items added to a package score as `recsys predict` with them in `items/`, all or none."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Graphs take over equal operations; compiled ones score as exported ones where they can run."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

@@ -1,7 +1,5 @@
 """Features come from Feast's online store, where Feast is installed."""
 
-from __future__ import annotations
-
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 The days are made by `prepare events --until`, and their models and packages by `continual`.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace

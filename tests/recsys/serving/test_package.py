@@ -1,7 +1,5 @@
 """Packages: files that differ are refused, and deltas make one of another."""
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil

@@ -1,7 +1,5 @@
 """Candidates of one user score as the rows of a batch with equal histories do."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

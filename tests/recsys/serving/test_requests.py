@@ -1,7 +1,5 @@
 """Requests are read by the schema: same rows as training reads, and words for what is wrong."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

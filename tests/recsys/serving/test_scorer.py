@@ -1,7 +1,5 @@
 """Scores of a package are those of `predict`, with several histories too."""
 
-from __future__ import annotations
-
 import shutil
 import threading
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The benchmarks of serving measure a package, and write their pages."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Files of a package are compared with their hashes, block by block."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Other answers in the rows of a dataset that `tests.datasets` writes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Callbacks see every step, validation and end, and their errors end all ranks."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

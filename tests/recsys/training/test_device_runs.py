@@ -3,8 +3,6 @@
 On a GPU the tables lie on the device, and once in host memory with a cache and prefetching.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Statistics of neighbours beside brute force, by fold of users, and those that a run keeps."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

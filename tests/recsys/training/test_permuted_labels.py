@@ -6,8 +6,6 @@ neighbours; `evaluation/test_blend_fit.py` has that a user's own labels do not c
 `continual/test_scores_first.py` has the same of partitions.
 """
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

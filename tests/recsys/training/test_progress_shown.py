@@ -1,7 +1,5 @@
 """Progress that a training shows, and dry runs."""
 
-from __future__ import annotations
-
 import io
 import re
 import sys

@@ -1,7 +1,5 @@
 """Runs whose labels are numbers, alone and beside labels of 0 and 1, through every command."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

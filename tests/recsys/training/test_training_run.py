@@ -1,7 +1,5 @@
 """A run leaves what evaluation needs, and accumulated gradients are those of larger batches."""
 
-from __future__ import annotations
-
 import gc
 import json
 import math

@@ -1,7 +1,5 @@
 """Jobs that cannot end well say so on every rank: useless validation, absurd settings, bad rows."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from pathlib import Path

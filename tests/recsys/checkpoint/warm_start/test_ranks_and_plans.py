@@ -1,7 +1,5 @@
 """Warm starts on several ranks, of any plan, and of jobs that are stopped or killed."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

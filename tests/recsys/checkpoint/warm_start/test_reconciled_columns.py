@@ -3,8 +3,6 @@
 The rows of tables are compared through `row_map`, which reads the run's maps of raw ids.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

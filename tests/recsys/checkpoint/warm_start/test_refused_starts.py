@@ -1,7 +1,5 @@
 """What a run refuses to begin from, with the fix; and that it begins with the fix."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Runs that begin from another one: what they predict at once, and where each value is from."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

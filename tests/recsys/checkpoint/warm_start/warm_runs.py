@@ -1,7 +1,5 @@
 """A tiny run with tables of every kind, and new runs that are begun from it without a step."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

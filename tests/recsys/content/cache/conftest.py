@@ -1,7 +1,5 @@
 """What tests of the cache of frozen outputs share."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

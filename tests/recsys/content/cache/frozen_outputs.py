@@ -1,7 +1,5 @@
 """Small encoders and stores whose frozen outputs are cached; fills that count and fail."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The slow way to score: every batch of training's size reads and encodes its own items."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Cached outputs of frozen layers against running them at every step."""
 
-from __future__ import annotations
-
 import json
 from contextlib import closing
 from pathlib import Path

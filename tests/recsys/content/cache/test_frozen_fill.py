@@ -1,7 +1,5 @@
 """The cache of frozen outputs is filled by several ranks and jobs, each output once."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from typing import Any

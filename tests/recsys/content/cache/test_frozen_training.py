@@ -1,7 +1,5 @@
 """A model trains and predicts to the same bits whether frozen layers are cached or run."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A checkpoint brings back adapters."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

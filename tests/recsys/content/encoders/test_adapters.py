@@ -1,7 +1,5 @@
 """LoRA by configuration against its formulas, and settings that are refused."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """CLIP and SigLIP: each tower of one checkpoint, alone and in the space that both share."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -3,8 +3,6 @@
 The hub is a folder here: its cache, which transformers reads without a network.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Encoders run layer by layer against the whole transformers model, item by item, unpadded."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, Literal
 

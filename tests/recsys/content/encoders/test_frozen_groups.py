@@ -1,7 +1,5 @@
 """The frozen part gives an item the same bits, whatever it is batched with."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Encoders that are no transformer."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn

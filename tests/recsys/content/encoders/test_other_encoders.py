@@ -1,7 +1,5 @@
 """Architectures beyond BERT, ViT, CLIP and SigLIP: cut below their adapters, or run whole."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, Literal
 

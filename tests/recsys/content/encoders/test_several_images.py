@@ -1,7 +1,5 @@
 """Items with several images: each is encoded by itself, their tokens stand side by side."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

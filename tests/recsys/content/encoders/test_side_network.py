@@ -1,7 +1,5 @@
 """Side tuning against its formula over the whole transformers model, item by item, unpadded."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

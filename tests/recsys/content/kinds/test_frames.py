@@ -1,7 +1,5 @@
 """Videos as lists of frames: sampled evenly, kept in order, encoded one by one."""
 
-from __future__ import annotations
-
 from io import BytesIO
 from pathlib import Path
 

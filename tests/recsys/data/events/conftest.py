@@ -1,7 +1,5 @@
 """Spark for tests, where PySpark and Java are."""
 
-from __future__ import annotations
-
 import importlib.util
 import shutil
 from collections.abc import Callable, Iterator

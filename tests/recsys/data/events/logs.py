@@ -1,7 +1,5 @@
 """Logs that hypothesis makes, written as files in the forms that logs have."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from datetime import UTC, datetime

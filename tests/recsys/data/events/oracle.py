@@ -4,8 +4,6 @@ An event is a dictionary with uid, iid, ts (microseconds), action, request and c
 the list is that of the files. A snapshot has id, valid_from and columns.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from typing import Any

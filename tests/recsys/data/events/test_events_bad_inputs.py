@@ -1,7 +1,5 @@
 """Inputs that cannot be used: an error names the file, the column and the fix; nothing is left."""
 
-from __future__ import annotations
-
 import resource
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Datasets that grow by days: however many calls make them, and wherever these are killed."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """`prepare events --follow`: files that arrive while it runs, and while it is killed."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time

@@ -1,7 +1,5 @@
 """Logs as they come: odd types, folders, links, names and texts keep their meaning or are named."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from datetime import datetime, timedelta

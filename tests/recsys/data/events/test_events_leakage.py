@@ -1,7 +1,5 @@
 """What arrives after a row's moment changes nothing of the row but its labels."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable
 from contextlib import closing

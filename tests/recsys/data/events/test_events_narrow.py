@@ -1,7 +1,5 @@
 """Rows with several items become a row for each, and `where` chooses rows."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Drawn negatives, and forms of input and output that the oracle does not have."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter

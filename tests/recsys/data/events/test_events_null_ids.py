@@ -1,7 +1,5 @@
 """Null ids of logs and tables are unknown ids; where ids are rows, what is no row is refused."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Datasets made of events against loops in plain Python, on logs that hypothesis makes."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime

@@ -1,7 +1,5 @@
 """Content of items: files that the item table names become bytes, lists of texts one text."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

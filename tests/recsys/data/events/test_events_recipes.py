@@ -1,7 +1,5 @@
 """The recipes of public logs, and datasets that train as they are prepared."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """What a row of a log knows of time: labels, cuts, clocks, and content, by logs of a few lines."""
 
-from __future__ import annotations
-
 import json
 from datetime import datetime
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Transforms of prepared datasets, and the DuckDB engine that makes them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

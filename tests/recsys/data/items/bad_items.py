@@ -1,7 +1,5 @@
 """Bad items, encoders and schemas: what is done to a good dataset, and what the error must say."""
 
-from __future__ import annotations
-
 import struct
 import zlib
 from collections.abc import Callable

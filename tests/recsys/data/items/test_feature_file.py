@@ -1,7 +1,5 @@
 """Features of items in a file of their own, and the arrays that hold tokens of several lengths."""
 
-from __future__ import annotations
-
 from contextlib import closing
 from pathlib import Path
 from typing import Any

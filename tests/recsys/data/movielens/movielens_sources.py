@@ -1,7 +1,5 @@
 """Small MovieLens sources for the tests of the adapter."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

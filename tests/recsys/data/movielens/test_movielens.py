@@ -1,7 +1,5 @@
 """MovieLens: its files, and the splits that are made of them."""
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import math

@@ -1,7 +1,5 @@
 """Bad files of impressions: what is done to a good dataset, and what the error must say."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

@@ -4,8 +4,6 @@ Properties over arbitrary tables: any list lengths, null lists, integer and list
 groups and encodings, any number of ranks and batch size, shuffled or not.
 """
 
-from __future__ import annotations
-
 import math
 import tempfile
 from dataclasses import dataclass

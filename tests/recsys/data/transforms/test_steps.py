@@ -1,7 +1,5 @@
 """Each step against values worked out by hand, and what no step takes."""
 
-from __future__ import annotations
-
 import re
 from datetime import UTC, date, datetime
 from pathlib import Path

@@ -4,8 +4,6 @@ Over nulls, NaN, infinities and values that no training row has, with arbitrary 
 steps, types of the columns and sizes of row groups.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import tempfile

@@ -1,7 +1,5 @@
 """Fitted values belong to the dataset and to the runs that were trained with them."""
 
-from __future__ import annotations
-
 import math
 import shutil
 from pathlib import Path

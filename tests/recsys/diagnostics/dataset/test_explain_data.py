@@ -1,7 +1,5 @@
 """What `explain-data` says of a dataset, against the same numbers by hand and by pandas."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from datetime import UTC, date, datetime

@@ -1,7 +1,5 @@
 """A small two-tower run on items whose ids are words, and the folder of its item vectors."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Baselines of retrieval equal brute force over users and items."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Runs of generative retrieval: trained on ranks, evaluated, packaged, and asked for items."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

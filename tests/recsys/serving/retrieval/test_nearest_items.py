@@ -1,7 +1,5 @@
 """Similarities of items equal sets of users, and TF-IDF by hand."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

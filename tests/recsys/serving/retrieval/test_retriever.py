@@ -1,7 +1,5 @@
 """Items that an index yields are those that the evaluation ranks highest, by raw id."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

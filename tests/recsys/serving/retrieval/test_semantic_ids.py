@@ -1,7 +1,5 @@
 """Similar items share codes, which stay when items are added, and any model takes them."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -6,8 +6,6 @@ of all processes of the server without shared pages counted twice; its growth co
 500 rankings on, in which threads, allocators and code start.
 """
 
-from __future__ import annotations
-
 import http.client
 import json
 import re

@@ -1,7 +1,5 @@
 """A server in a process of its own, and plain HTTP calls of it."""
 
-from __future__ import annotations
-
 import http.client
 import json
 import os

@@ -1,7 +1,5 @@
 """What is refused before a server starts, and columns of its requests."""
 
-from __future__ import annotations
-
 import socket
 from types import SimpleNamespace
 from typing import Any, cast

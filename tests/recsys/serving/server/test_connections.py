@@ -1,7 +1,5 @@
 """Clients that send half a request, no HTTP or too much, or read no answer; a server's end."""
 
-from __future__ import annotations
-
 import json
 import re
 import signal

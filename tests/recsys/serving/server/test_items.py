@@ -1,7 +1,5 @@
 """A server with encoders takes new items: they are served when it answers."""
 
-from __future__ import annotations
-
 import base64
 import shutil
 import time

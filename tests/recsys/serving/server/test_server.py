@@ -1,7 +1,5 @@
 """One server answers real clients, refuses bad requests in words, and exchanges its package."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -6,8 +6,6 @@ and metrics must be equal to the last bit, every row trained on once per pass, a
 scored once.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import random

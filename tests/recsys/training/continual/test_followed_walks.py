@@ -1,7 +1,5 @@
 """Walks that wait for partitions, of several ranks that are killed, and that export packages."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

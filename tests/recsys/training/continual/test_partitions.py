@@ -1,7 +1,5 @@
 """Partitions in order, the next one of a run, and what would break the order of time."""
 
-from __future__ import annotations
-
 from datetime import datetime
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Partitions that end a walk or are passed over: with the fix, and none is lost."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """What is fitted to a partition is fitted after it was scored, by the model of those before it."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

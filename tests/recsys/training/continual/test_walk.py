@@ -1,7 +1,5 @@
 """A walk over partitions: what it leaves, that scores come first, and that it goes on exactly."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """A small dataset in partitions with growing vocabularies and items, and walks over it."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
