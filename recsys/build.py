@@ -1,7 +1,9 @@
 """Build a job from configuration and data, in the usual order of TorchRec. Shapes: D dimension."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -96,9 +98,14 @@ class Job:
         if self.em3.content is not None:
             self.em3.content.step = step
 
-    def plan_epochs(self, batches_per_epoch: int) -> None:
-        """Set the number of dense updates in all epochs, at which learning-rate decay ends."""
-        updates = -(-batches_per_epoch // self.config.accumulate_steps) * self.config.epochs
+    def plan_epochs(self, batches_until: Sequence[int]) -> None:
+        """Set the number of dense updates in all epochs, at which learning-rate decay ends.
+
+        `batches_until`: batches of an epoch until each of its validations, each ending a group.
+        """
+        group, ends = self.config.accumulate_steps, [0, *batches_until]
+        updates = sum(-(-(end - begin) // group) for begin, end in pairwise(ends))
+        updates *= self.config.epochs
         for share in self.schedule.lr_lambdas:
             assert isinstance(share, LearningRateShare)
             share.end_at(updates)

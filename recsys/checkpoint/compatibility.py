@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from recsys.config import Config, config_of_plain, to_plain
+from recsys.config import Config, config_of_plain, content_settings, to_plain
 
 # Settings that a run may change when it continues; all others define the stored tensors.
 CHANGEABLE = re.compile(
@@ -25,6 +25,8 @@ CHANGEABLE = re.compile(
     """,
     re.VERBOSE,
 )
+
+MODALITIES = "content.modalities"  # as the name of a setting: their order
 
 
 def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -51,11 +53,20 @@ def differing_settings(stored: Config, config: Config) -> Iterator[tuple[str, An
         adds_head = name == "contrastive.weight" and 0 in values
         if adds_head or not CHANGEABLE.fullmatch(name):
             yield name, values[0], values[1]
+    orders = modalities_of(stored), modalities_of(config)
+    if orders[0] != orders[1] and set(orders[0]) == set(orders[1]):
+        yield MODALITIES, *orders
+
+
+def modalities_of(config: Config) -> list[str]:
+    """Return the modalities in their order, by which fusion and similarities tell them apart."""
+    content = content_settings(config.content)
+    return [] if content is None else list(content.modalities)
 
 
 def check_config(stored: dict[str, Any], config: Config, where: str) -> None:
     """Raise a ValueError that names the settings in which a checkpoint is of another model."""
-    if stored == to_plain(config):
+    if repr(stored) == repr(to_plain(config)):  # with the order of modalities
         return
     changes = [
         f"{name} (checkpoint: {previous}, now: {current})"

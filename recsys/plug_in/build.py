@@ -15,7 +15,12 @@ from recsys.content.build import build_content
 from recsys.content.item_vectors import start_projections
 from recsys.distributed.ranks import Ranks
 from recsys.plug_in.batches import ItemContent
-from recsys.plug_in.model import DLRMWithContent, DLRMWithContentTrain, require_dlrm
+from recsys.plug_in.model import (
+    DLRMWithContent,
+    DLRMWithContentTrain,
+    require_dlrm,
+    require_plain_loss,
+)
 from recsys.plug_in.settings import PlugInSettings, check, load_plug_in_settings
 from recsys.storage.location import Location
 
@@ -60,12 +65,15 @@ def add_content(
     dlrm = model.model if isinstance(model, DLRMTrain) else model
     with ranks.raise_on_all_ranks():
         require_dlrm(dlrm)
+        if isinstance(model, DLRMTrain):
+            require_plain_loss(model)
         settings = _checked(settings)
         num_items = _num_items(dlrm, settings.item)
     with _seeded(settings):
         result = DLRMWithContent(dlrm, _build(settings, num_items, ranks), settings)
-        is_train = isinstance(model, DLRMTrain)
-        return DLRMWithContentTrain(result, settings.optimizer) if is_train else result
+        if not isinstance(model, DLRMTrain):
+            return result
+        return DLRMWithContentTrain(result, settings.optimizer, model.loss_fn)
 
 
 def build_item_content(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torchrec.datasets.utils import Batch as TorchRecBatch
 from torchrec.distributed.model_parallel import DistributedModelParallel, get_unwrapped_module
-from torchrec.models.dlrm import DLRM
+from torchrec.models.dlrm import DLRM, DLRMTrain
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 
 from recsys.config import ContentSettings
@@ -93,6 +93,16 @@ def require_dlrm(model: nn.Module) -> None:
         )
 
 
+def require_plain_loss(model: DLRMTrain) -> None:
+    """Raise a ValueError if a DLRMTrain computes more than `loss_fn` of logits and labels."""
+    if type(model).forward is not DLRMTrain.forward:
+        raise ValueError(
+            f"a {type(model).__name__} computes a loss of its own, which content would replace by "
+            "DLRMTrain's; set `loss_fn` of a DLRMTrain, or give add_content the DLRM alone and "
+            "compute your loss of its logits"
+        )
+
+
 class DLRMWithContent(nn.Module):
     """A DLRM whose interaction has K more vectors: the target's content, and the content interest.
 
@@ -131,15 +141,21 @@ class DLRMWithContent(nn.Module):
 class DLRMWithContentTrain(nn.Module):
     """Maps a batch to (loss, (loss, logits [B], labels [B])), like torchrec's DLRMTrain.
 
-    Adds `contrastive.weight` times the Content-ID-Contrastive loss. With `rates`, an AdamW trains
-    the new parameters.
+    Adds `contrastive.weight` times the Content-ID-Contrastive loss to `loss_fn`. With `rates`, an
+    AdamW trains the new parameters.
     """
 
-    def __init__(self, model: DLRMWithContent, rates: ContentRates | None = None) -> None:
+    def __init__(
+        self,
+        model: DLRMWithContent,
+        rates: ContentRates | None = None,
+        loss_fn: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.model, self.items, self.rates = model, model.items, rates
         self._has_optimizer = rates is None
-        self.loss_fn, self.weight = nn.BCEWithLogitsLoss(), model.contrastive.weight
+        self.loss_fn = nn.BCEWithLogitsLoss() if loss_fn is None else loss_fn
+        self.weight = model.contrastive.weight
         self.contrastive: ContentIDContrastive | None = None
         if self.weight > 0:
             content_dim, dim = model.content.dim, model.content.target_map.out_features

@@ -181,7 +181,8 @@ def training_interactions(job: Job, is_shuffled: bool = True) -> Interactions:
         interactions = Interactions(
             rows, build, config.batch_size, ranks.rank, ranks.world_size, seed
         )
-        job.plan_epochs(interactions.num_batches)
+        parts = config.validations_per_epoch
+        job.plan_epochs([interactions.batches_until(part + 1, parts) for part in range(parts)])
     return interactions
 
 

@@ -10,6 +10,7 @@ import torch.distributed.checkpoint as dcp
 
 from embeddings.table_state import State
 from recsys.build import Job
+from recsys.checkpoint.compatibility import modalities_of
 from recsys.checkpoint.reader import readable_failure, table_of_key
 from recsys.checkpoint.run_schema import exact_maps
 from recsys.checkpoint.state import TrainingState
@@ -23,7 +24,7 @@ from recsys.checkpoint.warm_start.source import (
 )
 from recsys.config import Config
 from recsys.data.schema import Schema
-from recsys.model.tables import cold_row_rules, table_configs
+from recsys.model.tables import cold_row_rules, pooled_features, table_configs
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,11 @@ SCALING = f"{MODEL}scaling."  # a number per dense column and list
 MOST_SHAPES = 8  # in a message
 # Parts whose weights make the vectors in the memory bank.
 ENCODING = ("model.content.encoders.", "model.content.projections.", "model.content.fusion.")
+# Parts of the model that tell inputs apart by their places; of others the ranking model alone.
+_PARTS_BY_PLACE = {
+    "modalities": ("ranking.", "content."),
+    "further sequences": ("ranking.", "further_histories."),
+}
 OPTIMIZER_FIX = "set it back, or --warm-start-optimizer false"
 
 
@@ -121,6 +127,7 @@ def plan_warm_start(job: Job, source: Source) -> WarmStartPlan:
     plan, state = WarmStartPlan(source), TrainingState(job).state_dict()
     with job.ranks.raise_on_all_ranks():
         compare_settings(source, job.config)
+        _refuse_moved_inputs(source, job)
         names = {*state, *source.model.entries}
         parameters = [name.removeprefix(MODEL) for name in names if name.startswith(MODEL)]
         for pattern in source.request.unmatched(parameters):
@@ -139,9 +146,46 @@ def plan_warm_start(job: Job, source: Source) -> WarmStartPlan:
     return plan
 
 
+def _refuse_moved_inputs(source: Source, job: Job) -> None:
+    """Refuse weights of inputs and labels at whose places the new model has others.
+
+    Lists of unlike lengths have shapes that do not fit, except those of labels and sequences.
+    """
+    inputs = _inputs(source.config, source.schema)
+    for kind, names in _inputs(job.config, job.schema).items():
+        before, parts = inputs.get(kind, names), _PARTS_BY_PLACE.get(kind, ("ranking.",))
+        kept = [name for name in names if name in before]
+        are_moved = len(names) == len(before) and names != before
+        if kind in ("labels", "further sequences"):
+            are_moved &= bool(kept)
+            are_moved |= any(names.index(name) != before.index(name) for name in kept)
+        if are_moved and any(map(source.request.takes, parts)):
+            what = f"their places tell them apart, and were {before}, are {names}"
+            patterns = " ".join(f"'{part}*'" for part in parts)
+            fix = f"keep the places of the run, or --warm-start-skip {patterns}"
+            source.differences.refuse(kind, what, fix)
+
+
+def _inputs(config: Config, schema: Schema) -> dict[str, list[str]]:
+    """Return what a model tells apart by place alone, by kind."""
+    lists = {f"lists beside '{history.name}'": history.numbers for history in schema.histories}
+    return lists | {
+        "dense columns": schema.of_kind("dense"),
+        "id columns": pooled_features(config.embedding, schema),
+        "further sequences": [history.name for history in schema.histories[1:]],
+        "labels": schema.of_kind("label"),
+        "modalities": modalities_of(config),
+    }
+
+
+def _numbers(schema: Schema) -> list[list[str]]:
+    return [schema.of_kind("dense"), *(history.numbers for history in schema.histories)]
+
+
 def _choose_weights(plan: WarmStartPlan, job: Job, state: State) -> None:
     """Take the weights and buffers that both runs have, with the rows of tables. A collective."""
     source, differences, shapes = plan.source, plan.differences, dict[str, str]()
+    scales_differ = _numbers(source.schema) != _numbers(job.schema)
     item_tensors = {
         f"{MODEL}{path}.{buffer}"
         for path, module in job.em3.named_modules()
@@ -153,7 +197,7 @@ def _choose_weights(plan: WarmStartPlan, job: Job, state: State) -> None:
             rows = row_map(table, source, job.schema, job.ranks)
             plan.maps |= {} if rows is None else {table: rows}
         stored, size = tuple(source.model.entries[name].size), size_of(state[name])
-        if name.startswith(SCALING) and stored != size:
+        if name.startswith(SCALING) and (stored != size or scales_differ):
             differences.add("scales of numbers", "other columns have numbers", "fitted anew")
             continue
         if name in item_tensors:

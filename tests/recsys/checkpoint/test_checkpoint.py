@@ -12,17 +12,19 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from embeddings.table_state import table_weights
 from recsys.build import Job, build_job
+from recsys.checkpoint.compatibility import check_config
 from recsys.checkpoint.files import folder_of_step, folders_by_age, prune
 from recsys.checkpoint.manager import Checkpoints, load_best
 from recsys.checkpoint.progress import Progress
 from recsys.checkpoint.state import TrainingState
+from recsys.config import ContentSettings, config_of_plain, load_config, to_plain
 from recsys.distributed.log import configure_logging
 from recsys.distributed.ranks import Ranks, joined_ranks
 from recsys.evaluation.predict import evaluate
 from recsys.training.train import train
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
-from tests.recsys.command_runs import tiny_config
+from tests.recsys.command_runs import TINY, tiny_config
 from tests.recsys.em3_runs import ranks_of
 
 
@@ -79,6 +81,17 @@ def test_the_checkpoint_of_another_model_is_refused(
         pytest.raises(ValueError, match=r"best: .*config\.yaml"),
     ):
         load_best(job_of(folder, ranks, *words), run)
+
+
+def test_modalities_in_another_order_are_another_model() -> None:
+    plain = to_plain(load_config(TINY, ["--content.modalities.b", "{kind: feature, column: b}"]))
+    config = config_of_plain(plain)
+    check_config(plain, config, "RUN")
+    assert isinstance(config.content, ContentSettings)
+    config.content.modalities = dict(reversed(config.content.modalities.items()))
+
+    with pytest.raises(ValueError, match=r"modalities \(checkpoint: \['text', 'b'\], now: \['b'"):
+        check_config(plain, config, "RUN")
 
 
 def save_best(job: Job, run: Path, step: int = 0) -> None:

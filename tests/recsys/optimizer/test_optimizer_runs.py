@@ -9,13 +9,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 
+from recsys.build import build_job
 from recsys.checkpoint.reader import SafeFileSystemReader
 from recsys.config import load_config
 from recsys.distributed.ranks import Ranks, joined_ranks
-from recsys.training.train import train
+from recsys.training.train import train, training_interactions
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
-from tests.recsys.command_runs import TINY, run_recsys, train_words
+from tests.recsys.command_runs import TINY, run_recsys, tiny_config, train_words
 from tests.recsys.em3_runs import ranks_of
 
 WORDS = ["--batch_size", "8", "--device", "cpu", "--patience", "9", "--content", "none"]
@@ -121,6 +122,19 @@ def test_the_best_model_holds_the_averages_and_training_goes_on_without_them(
     assert any(not torch.equal(last[f"model.{name}"], value) for name, value in averages.items())
     tables = [name for name in best if name.startswith("model.embedding")]
     assert tables and all(torch.equal(best[name], last[name]) for name in tables)
+
+
+def test_decay_ends_with_the_last_update_where_validations_cut_groups_of_steps(
+    data: Path, tmp_path: Path
+) -> None:
+    words = ["--accumulate_steps", "3", "--validations_per_epoch", "4", "--epochs", "2"]
+    schedule = ["--optimizer.schedule", "linear", "--optimizer.warmup_steps", "0"]
+    config = tiny_config(tmp_path / "cache", *WORDS, *words, *schedule)
+    with joined_ranks("cpu") as ranks:
+        job = build_job(config, str(data), ranks)
+        assert training_interactions(job).num_batches == 8  # 4 parts of 2 steps, an update each
+    share = job.schedule.lr_lambdas[0]
+    assert [share(update) for update in (0, 4, 8)] == [1.0, 0.5, 0.0]
 
 
 def test_an_optimizer_and_a_schedule_of_one_s_own_are_a_file_and_two_lines(

@@ -8,10 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torchrec.datasets.utils import Batch as TorchRecBatch
+from torchrec.models.dlrm import DLRMTrain
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from recsys.config import ContrastiveSettings
 from recsys.data.batch import Batch
+from recsys.distributed.ranks import joined_ranks
 from recsys.plug_in import DLRMWithContent, add_content
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
@@ -150,3 +154,26 @@ def test_the_bank_is_filled_before_the_first_batch_if_it_is_read(results: Any) -
 def test_without_a_process_group_the_fix_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"call torch\.distributed\.init_process_group"):
         plugged_in(tmp_path)
+
+
+class OwnLoss(DLRMTrain):
+    def forward(self, batch: TorchRecBatch) -> Any:
+        loss, parts = super().forward(batch)
+        return 2 * loss, parts
+
+
+def test_the_loss_is_the_users_loss_fn_and_one_of_another_forward_is_refused(
+    tmp_path: Path,
+) -> None:
+    write_dataset(tmp_path / "data", num_items=NUM_ITEMS)
+    train_model, (user_batch,) = DLRMTrain(build_dlrm("dlrm", "cpu")), user_batches(0, 1)
+    train_model.loss_fn = nn.BCEWithLogitsLoss(pos_weight=torch.tensor(5.0))
+    settings = plug_in_settings(tmp_path, contrastive=ContrastiveSettings(), optimizer=None)
+    expected = train_model(user_batch)[0]
+
+    with joined_ranks("cpu"):
+        with_content = add_content(train_model, settings, CPU)
+        (batch,) = with_content.batches([user_batch])
+        torch.testing.assert_close(with_content(batch)[0], expected)
+        with pytest.raises(ValueError, match="OwnLoss computes a loss of its own"):
+            add_content(OwnLoss(build_dlrm("dlrm", "cpu")), settings, CPU)

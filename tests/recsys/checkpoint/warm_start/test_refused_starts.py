@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.recsys.checkpoint.schema_runs import rewrite
 from tests.recsys.checkpoint.warm_start.warm_runs import (
     WITHOUT_CONTENT,
     assert_equal,
@@ -67,6 +68,40 @@ def test_a_table_that_is_frozen_now_keeps_its_weights_alone(plain: Path, tmp_pat
     with begun(plain, tmp_path / "new", *WITHOUT_CONTENT, *words) as new:
         assert re.search("'item' +rowwise_adagrad before, none now +begins anew", new.words)
         assert_equal(state_of(new.job), stored_state(best_of(plain)), "item")
+
+
+def price_for_weight(schema: dict[str, Any]) -> None:
+    """Drops the first dense column and adds one, so that `age` takes its place."""
+    del schema["columns"]["price"]
+    schema["columns"]["weight"] = {"kind": "dense"}
+
+
+def without_first_label(schema: dict[str, Any]) -> None:
+    """Drops the first label, so that the second takes its place."""
+    del schema["columns"]["liked"]
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (price_for_weight, r"dense columns: .*\['price', 'age', .* \['age', .*'weight'\]"),
+        (without_first_label, r"labels: .*\['liked', 'bought'\].*\['bought'\]"),
+    ],
+)
+def test_inputs_and_labels_at_the_places_of_others_are_refused_and_begin_anew_with_the_fix(
+    plain: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None], what: str
+) -> None:
+    data = changed(plain, tmp_path, change)
+    for split in ("train", "valid", "test"):
+        rewrite(data / split, lambda table: table.append_column("weight", table["price"]))
+    arguments: dict[str, Any] = {"data": data}
+    with (
+        pytest.raises(ValueError, match=f"{what}.*skip 'ranking\\.\\*'"),
+        begun(plain, tmp_path / "new", *WITHOUT_CONTENT, **arguments),
+    ):
+        pass
+    with begun(plain, tmp_path / "new", *WITHOUT_CONTENT, **arguments, skip=("ranking.*",)) as new:
+        assert re.search("ranking\\..* not asked for", new.words)
 
 
 def other_encoder(run: Path) -> None:
