@@ -23,7 +23,13 @@ from recsys.diagnostics.run_report.quality import item_popularity, learning_curv
 from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.ranks import Ranks
 from recsys.distributed.watchdog import Watchdog
-from recsys.evaluation.evaluate import require_usable, score, split_interactions, split_scores
+from recsys.evaluation.evaluate import (
+    require_usable,
+    score,
+    scores_report,
+    split_interactions,
+    split_scores,
+)
 from recsys.evaluation.predict import data_of, load_run
 from recsys.evaluation.scores import SplitScores, read_scores
 from recsys.storage.files import read_json, write_whole
@@ -52,17 +58,17 @@ def report_run(
     job = load_run(run, data, ranks, device)
     with ranks.raise_on_all_ranks():
         table = item_table(job)
-        results, settings = _of_metrics(run, job)
+        settings = _of_metrics(run)
     is_partition = (run / PARTITION).is_file()
-    split, rows = _of_partition(run) if is_partition else (SPLIT, _scored_rows(job, run))
+    split, scores = _of_partition(run) if is_partition else (SPLIT, _scores(job, run))
     recorded = run.parents[1] if is_partition else run
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
             num_items = write_projector(projector, job, run, table, category)
             sections = [
-                results,
+                prequential(run.parents[1]) if is_partition else _results(job, scores),
                 learning_curves(recorded, job.config.best_model_by, best_step(run)),
-                *([] if rows is None else [item_popularity(rows, split)]),
+                *([] if scores is None else [item_popularity(scores.counted(0), split)]),
                 _item_vectors(projector, num_items),
                 settings,
             ]
@@ -70,32 +76,33 @@ def report_run(
             logger.info("report written to %s", out)
 
 
-def _of_metrics(run: Path, job: Job) -> tuple[Section, Section]:
+def _of_metrics(run: Path) -> Section:
     file = run / "metrics.json"
     metrics = read_json(file)
     check_metrics(run)
     try:
-        if (run / PARTITION).is_file():
-            results = prequential(run.parents[1])
-        else:
-            results = summary(metrics, softmax_settings(job.config.ranking) is None)
-        settings = _settings(run, metrics)
+        return _settings(run, metrics)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{file}: not as `recsys train` writes it ({error!r}); bring it back, or train on"
         ) from error
-    return results, settings
+
+
+def _results(job: Job, scores: SplitScores | None) -> Section:
+    assert scores is not None, "only partitions may have none"
+    report = {SPLIT: scores_report(scores, {})}
+    return summary(report, softmax_settings(job.config.ranking) is None)
 
 
 def _of_partition(run: Path) -> tuple[str, SplitScores | None]:
     """Return the name of a partition and its rows as they were scored; None of the first."""
     name = read_json(run / PARTITION)["name"]
     file = ContinualFolder(run.parents[1]).scores_of(name)
-    return name, read_scores(file).counted(0) if file.exists() else None
+    return name, read_scores(file) if file.exists() else None
 
 
-def _scored_rows(job: Job, run: Path) -> SplitScores:
-    """Return the test rows of all ranks that count for the first label. A collective."""
+def _scores(job: Job, run: Path) -> SplitScores:
+    """Return the scored test rows of all ranks. A collective."""
     interactions = split_interactions(job, SPLIT)
     with Watchdog(job.ranks, job.config.stall_timeout) as watchdog:
         lockstep = Lockstep(job.ranks, job.config.checkpoint.every_seconds, watchdog)
@@ -104,7 +111,7 @@ def _scored_rows(job: Job, run: Path) -> SplitScores:
         if job.ranks.is_first:
             require_usable(interactions.rows, job.root / SPLIT, scored)
     counts = read_item_counts(run, job.schema.item_id_limit)
-    return split_scores(job.schema, scored, counts).counted(0)
+    return split_scores(job.schema, scored, counts)
 
 
 def _item_vectors(folder: Path, num_items: int) -> Section:
@@ -120,7 +127,7 @@ def _item_vectors(folder: Path, num_items: int) -> Section:
 
 
 def summary(metrics: dict[str, Any], has_probabilities: bool) -> Section:
-    """Return the test metrics of `metrics.json` as a table per label, with findings."""
+    """Return the metrics of the test split as a table per label, with findings."""
     test = metrics[SPLIT]
     tables = []
     for label, report in test.get("labels", {"items": test}).items():

@@ -1,6 +1,7 @@
 """The page of a run, and what it says of items."""
 
 import base64
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from torch.utils.tensorboard import SummaryWriter
@@ -70,7 +72,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def data(trained: TrainedRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The dataset of the tiny run, whose items here have titles and genres too."""
+    """The dataset of the tiny run, with titles and genres of items, and exchanged test labels."""
     data = shutil.copytree(trained.data, tmp_path_factory.mktemp("report") / "data")
     items = pq.read_table(data / "items")
     ids = items["item"].to_pylist()
@@ -78,6 +80,10 @@ def data(trained: TrainedRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     genres = [f"$_{item % 2}$|rest" if item else None for item in ids]
     items = items.append_column("title", pa.array(titles))
     pq.write_table(items.append_column("genres", pa.array(genres)), data / "items/part-0.parquet")
+    for file in (data / "test").glob("*.parquet"):
+        rows = pq.read_table(file)
+        place, unlike = rows.column_names.index("liked"), pc.subtract(1, rows["liked"])
+        pq.write_table(rows.set_column(place, "liked", unlike), file)
     return data
 
 
@@ -111,6 +117,13 @@ def test_the_page_has_every_figure_and_fetches_nothing(report: Path) -> None:
         questions = re.findall(r">[A-Z][^<>]*\?</text>", drawing)
         assert len(questions) == len(re.findall(r'id="axes_\d', drawing)) > 0
         assert 'href="http' not in drawing and "url(http" not in drawing
+
+
+def test_the_metrics_are_those_of_the_data_of_the_page(trained: TrainedRun, report: Path) -> None:
+    auc = json.loads((trained.run / "metrics.json").read_text())["test"]["auc"]
+    assert auc != 0.5
+    cells = Page(report.read_text()).cells
+    assert cells[cells.index("all") + 1] == f"{1 - auc:.4f}"  # the labels are exchanged
 
 
 def test_the_projector_has_vectors_and_names_of_items(report: Path) -> None:
