@@ -226,9 +226,9 @@ class Checkpoints:
                 state = training.state_dict(reader.entries)
                 dcp.load(state, storage_reader=reader, process_group=ranks.group)
             training.finish_loading()
-            progress = self._continued(manifest)
-            if folder.name == files.BEST:
-                progress.validations += 1  # the validation that chose this model
+            is_best = folder.name == files.BEST
+            progress = self._continued(manifest, is_best)
+            if is_best:
                 logger.warning("%s has no state of the optimizers, which begin anew", folder)
             encode_changed_items(self.job, self.folder.parent, manifest)
             return progress
@@ -239,14 +239,18 @@ class Checkpoints:
             )
         return None
 
-    def _continued(self, manifest: dict[str, Any]) -> Progress:
-        job, ranks = self.job, self.job.ranks
+    def _continued(self, manifest: dict[str, Any], is_best: bool) -> Progress:
+        job, ranks, config = self.job, self.job.ranks, manifest["config"]
         progress = Progress.from_json(manifest["progress"])
-        before = Stage(manifest["world_size"], manifest["config"]["batch_size"], progress.batches)
+        progress.validations += is_best  # the one that chose this model
+        before = Stage(manifest["world_size"], config["batch_size"], progress.batches)
         current = Stage(ranks.world_size, job.config.batch_size, progress.batches)
-        if progress.batches and before != current:
+        num_before, num_parts = config["validations_per_epoch"], job.config.validations_per_epoch
+        if progress.batches and (before != current or num_before != num_parts):
             progress.stages.append(before)
             progress.batches = 0
+        if num_before != num_parts:  # parts whose rows are read are empty now
+            progress.validations = num_parts if progress.validations == num_before else 0
         if before.world_size != ranks.world_size:
             torch.manual_seed(job.config.seed + 1 + ranks.rank + 1000003 * progress.steps)
         job.set_step(progress.age, progress.dense_steps)

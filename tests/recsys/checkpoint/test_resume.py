@@ -53,6 +53,27 @@ def test_sigterm_loses_no_step_and_the_same_command_goes_on(
     assert_same_end(tmp_path / "run", whole)
 
 
+@pytest.mark.parametrize(("before", "after"), [(4, 1), (1, 8)])
+def test_an_epoch_is_read_to_its_end_with_another_number_of_validations(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: int, after: int
+) -> None:
+    words = [["--validations_per_epoch", str(count), "--epochs", "1"] for count in (before, after)]
+    with monkeypatch.context() as patch:
+        first = StepsSeen(patch, 5)
+        with pytest.raises(TrainingStopped):
+            run_training(folder, tmp_path / "run", *words[0])
+    with monkeypatch.context() as patch:
+        second, validations = StepsSeen(patch), list[int]()
+        patch.setattr(
+            "recsys.training.trainer.Reporter.validation",
+            lambda _, progress, report: validations.append(progress.steps),
+        )
+        run_training(folder, tmp_path / "run", *words[1])
+    counts = Counter(place for _, places in first.steps + second.steps for place in places)
+    assert Counter({place: counts[place] for place in range(60)}) == Counter(range(60))
+    assert validations == sorted(set(validations)) and validations[-1] == 8
+
+
 def test_a_map_that_learns_ids_goes_on_with_the_rows_it_has_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
