@@ -87,7 +87,8 @@ def _numbers(chunks: Iterable[Chunk], name: str) -> tuple[np.ndarray, bool]:
     for file, column in chunks:
         is_time = pt.is_timestamp(column.type) or pt.is_date(column.type)
         try:
-            column = column.cast(pa.timestamp("us")).cast(pa.int64()) if is_time else column
+            if is_time:  # parts of a microsecond, as pandas writes times, are cut
+                column = column.cast(pa.timestamp("us"), safe=False).cast(pa.int64())
             # Microseconds up to the year 2255 are exact in float64.
             parts.append(column.cast(pa.float64()).to_numpy(zero_copy_only=False))
         except pa.ArrowException as error:

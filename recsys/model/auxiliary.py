@@ -122,6 +122,12 @@ def build_auxiliary(
                 f"{where}: column '{unknown[0]}' is not of kind extra in schema.yaml, which has "
                 f"{extra}; add it there"
             )
+        labels = schema.of_kind("label")
+        if isinstance(loss, Distillation) and loss.label not in range(len(labels)):
+            raise ValueError(
+                f"{where}.options.label is {loss.label!r}; it is the number of a label, from 0 on, "
+                f"among {labels}"
+            )
         if isinstance(loss, Distillation) and schema.label_losses[loss.label] != "bce":
             raise ValueError(
                 f"{where}.options.label is {loss.label}, which has loss "

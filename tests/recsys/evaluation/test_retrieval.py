@@ -104,8 +104,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def released(items: np.ndarray) -> pa.Array:
     """Moments from which items are available, in another unit than those of rows, or none."""
-    days = pa.array(1000 * (items % 17), mask=items % 5 == 0)
-    return days.cast(pa.timestamp("ms"))
+    seconds = pa.array(10**9 * (items % 17) + 1, mask=items % 5 == 0)
+    return seconds.cast(pa.timestamp("ns"))
 
 
 @pytest.fixture(scope="module")

@@ -127,6 +127,11 @@ def test_the_loss_of_a_step_is_ranking_plus_the_weighted_auxiliary_loss(
             AuxiliarySettings("distillation", options={"column": "price"}),
             r"auxiliary\.a: column 'price' .*kind extra.*\['teacher'\]",
         ),
+        (
+            "a",
+            AuxiliarySettings("distillation", options={"column": "teacher", "label": 1}),
+            r"auxiliary\.a\.options\.label is 1; .*number of a label, from 0 on, among \['liked'\]",
+        ),
         ("ranking", TEACHING, r"auxiliary\.ranking: "),
     ],
 )
