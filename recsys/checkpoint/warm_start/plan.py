@@ -169,9 +169,14 @@ def _refuse_moved_inputs(source: Source, job: Job) -> None:
 def _inputs(config: Config, schema: Schema) -> dict[str, list[str]]:
     """Return what a model tells apart by place alone, by kind."""
     lists = {f"lists beside '{history.name}'": history.numbers for history in schema.histories}
+    dense, pooled = schema.of_kind("dense"), pooled_features(config.embedding, schema)
+    query, features = list[str](), getattr(config.ranking, "query_features", None)
+    if features is not None:  # of a retrieval model
+        query = [name for name in (*pooled, *dense) if name in {schema.group, *features}]
     return lists | {
-        "dense columns": schema.of_kind("dense"),
-        "id columns": pooled_features(config.embedding, schema),
+        "dense columns": dense,
+        "id columns": pooled,
+        "columns of the user": query,
         "further sequences": [history.name for history in schema.histories[1:]],
         "labels": schema.of_kind("label"),
         "modalities": modalities_of(config),

@@ -18,6 +18,7 @@ from tests.recsys.checkpoint.warm_start.warm_runs import (
     changed,
     state_of,
     stored_state,
+    write_run,
 )
 
 FAULTS = [
@@ -102,6 +103,17 @@ def test_inputs_and_labels_at_the_places_of_others_are_refused_and_begin_anew_wi
         pass
     with begun(plain, tmp_path / "new", *WITHOUT_CONTENT, **arguments, skip=("ranking.*",)) as new:
         assert re.search("ranking\\..* not asked for", new.words)
+
+
+def test_a_tower_over_other_columns_of_the_user_is_refused(tmp_path: Path) -> None:
+    words = [*WITHOUT_CONTENT, "--epochs", "1", "--best_model_by", "auc", "--ranking"]
+    tower = "{name: two_tower, query_features: [%s]}"
+    folder = write_run(tmp_path / "towers", *words, tower % "price")
+    with (
+        pytest.raises(ValueError, match=r"columns of the user: .*'price'\], are \['user', 'age'\]"),
+        begun(folder, tmp_path / "new", *words, tower % "age"),
+    ):
+        pass
 
 
 def other_encoder(run: Path) -> None:
