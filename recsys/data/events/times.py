@@ -19,6 +19,7 @@ UNKNOWN = r"^$|^\d{4}-(00-\d{2}|\d{2}-00)"
 HAS_ZONE = r"(Z|z|:[0-9.]+[+-]\d\d(:?\d\d)?)$"
 HOUR, DAY = DURATIONS["h"] * MICROS["s"], DURATIONS["d"] * MICROS["s"]
 EPOCH = date(1970, 1, 1)
+EXAMPLE = datetime(2026, 11, 1, 12)  # of a form of times
 Period = tuple[str, int, int]  # name, beginning, and end, in microseconds
 
 
@@ -99,6 +100,11 @@ def to_micros(values: pa.Array, unit: str, zone: str, form: str | None = None) -
     """Convert N integers, timestamps, dates, or strings, ISO or of a form, to int64 or null."""
     kind = values.type
     if pa.types.is_integer(kind):
+        if form is not None and EXAMPLE.strftime(form).isdigit():
+            raise ValueError(
+                f"type {kind}, but time_format is '{form}', whose times may be read as integers, "
+                "too; write them as text, or leave time_format out"
+            )
         micros = _scaled(values, MICROS[unit])
     elif pa.types.is_timestamp(kind) or pa.types.is_date(kind):
         micros = _instants(values, zone)

@@ -1,5 +1,6 @@
 """Rows with several items become a row for each, and `where` chooses rows."""
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,36 @@ def test_times_of_another_form_are_read_in_their_zone_and_others_named() -> None
     assert to_micros(times, "s", "Europe/Berlin", form).to_pylist() == expected
     with pytest.raises(ValueError, match=r"row 1: '2019-11-09' .*%I"):
         to_micros(pa.array(["11/9/2019 9:05:58 PM", "2019-11-09"]), "s", "UTC", form)
+
+
+@pytest.mark.parametrize(
+    ("form", "ending"), [("%Y%m%d", "csv"), ("%Y-%d-%m", "csv"), ("%d%m%Y", "")]
+)
+def test_times_of_a_form_are_no_other_times_though_they_look_like_them(
+    tmp_path: Path, form: str, ending: str
+) -> None:
+    days = [datetime(2026, 5, day, tzinfo=UTC) for day in range(1, 11)]
+    texts = [day.strftime(form) for day in days]
+    if ending:
+        lines = ["item,user,time", *(f"1,1,{text}" for text in texts)]
+        (tmp_path / "log.csv").write_text("\n".join(lines))
+    else:  # the value of a folder
+        for text in texts:
+            (tmp_path / f"log.csv/time={text}").mkdir(parents=True)
+            (tmp_path / f"log.csv/time={text}/a.csv").write_text("item,user\n1,1\n")
+    view = {"path": "log.csv", "time_format": form}
+    content = {"events": {"view": view}, "labels": {"viewed": {"action": "view"}}}
+    (tmp_path / "events.yaml").write_text(yaml.safe_dump(content))
+    prepare_events(tmp_path / "events.yaml", tmp_path / "out")
+    parts = (pq.read_table(tmp_path / "out" / split) for split in ("train", "valid", "test"))
+    times = [time for part in parts for time in part["time"].to_pylist()]
+    assert times == [day.timestamp() * 10**6 for day in days]
+
+
+def test_integers_beside_a_form_of_digits_alone_are_refused() -> None:
+    assert to_micros(pa.array([60]), "s", "UTC", "%Y-%m-%d").to_pylist() == [60_000_000]
+    with pytest.raises(ValueError, match=r"int64.*'%Y%m%d'.*as text"):
+        to_micros(pa.array([20261101]), "s", "UTC", "%Y%m%d")
 
 
 @pytest.mark.parametrize(
