@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
 from recsys.data.events.settings import Source
-from recsys.data.events.times import first_row, is_text, to_micros
+from recsys.data.events.times import RowError, first_row, is_text, to_micros
 from recsys.data.parquet.file import READ_ERRORS
 from recsys.data.parquet.values import is_list
 from recsys.storage.location import Location
@@ -258,9 +258,14 @@ def column_values(batch: pa.RecordBatch, field: Field, parts: Parts, kind: pa.Da
 
 
 def canonical(
-    values: pa.Array, field: Field, source: Source, kind: pa.DataType, file: Location
-) -> pa.Array:  # values [N] -> [N]
-    """Convert values to the canonical type."""
+    values: pa.Array,  # [N]
+    field: Field,
+    source: Source,
+    kind: pa.DataType,
+    file: Location,
+    rows: np.ndarray,
+) -> pa.Array:  # [N]
+    """Convert values to the canonical type; `rows` [N] are theirs in the file."""
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     try:
@@ -285,6 +290,8 @@ def canonical(
     except (ValueError, pa.ArrowException) as error:
         if str(error).startswith(str(file)):
             raise
+        if isinstance(error, RowError):
+            error = RowError(rows[error.row], error.problem)
         raise ValueError(f"{file}: column '{field.column}': {error}") from error
 
 
@@ -293,7 +300,7 @@ def _number(values: pa.Array) -> pa.Array:
     values = pc.if_else(pc.is_nan(values), None, values)
     row = first_row(pc.greater(pc.abs(values), LARGEST))
     if row is not None:
-        raise ValueError(f"the value {values[row]} is no finite float32; correct it, or write null")
+        raise RowError(row, f"{values[row]} is no finite float32; correct it, or write null")
     return values
 
 

@@ -64,13 +64,15 @@ class Reader:
             rows, positions = selected_rows(batch, self.source, file, first_row, parts)
             rows = self._with_split_ids(rows, file)
             arrays = [pa.array((number << FILE_BITS) + positions)]
+            has_several = isinstance(self.source, EventTable) and self.source.several is not None
+            file_rows = positions >> PLACE_BITS if has_several else positions
             for field, kind in zip(self.fields, self.schema.types[1:], strict=True):
                 if field.kind == "missing":
                     arrays.append(pa.nulls(rows.num_rows, kind))
                     continue
                 has_form = field.kind == "time" and self.source.time_format is not None
                 values = column_values(rows, field, parts, pa.string() if has_form else kind)
-                arrays.append(canonical(values, field, self.source, kind, file))
+                arrays.append(canonical(values, field, self.source, kind, file, file_rows))
             yield pa.record_batch(arrays, schema=self.schema)
             first_row += batch.num_rows
 

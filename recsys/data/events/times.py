@@ -57,6 +57,14 @@ def moment(text: str, zone: str | None) -> int:
     return (instant - datetime.fromtimestamp(0, UTC)) // timedelta(microseconds=1)
 
 
+class RowError(ValueError):
+    """The value in a row, counted from the first of some, that cannot be used."""
+
+    def __init__(self, row: int, problem: str) -> None:
+        super().__init__(f"row {row}: {problem}")
+        self.row, self.problem = row, problem
+
+
 @dataclass(frozen=True)
 class Calendar:
     """Days of a time zone, or the hours since each day began, which may be 23 or 25."""
@@ -120,9 +128,7 @@ def to_micros(values: pa.Array, unit: str, zone: str, form: str | None = None) -
         fix = f" where time_unit is {unit}; set time_unit to s, ms or us"
         if not pa.types.is_integer(kind):
             fix = "; correct it, or leave it empty"
-        raise ValueError(
-            f"row {row}: {values[row].as_py()} lies outside the years 1898 to 2255{fix}"
-        )
+        raise RowError(row, f"{values[row].as_py()} lies outside the years 1898 to 2255{fix}")
     return micros
 
 
@@ -173,8 +179,8 @@ def _parsed(values: pa.Array, zone: str) -> pa.Array:
     except pa.ArrowInvalid as error:
         text = str(error).partition("string: '")[2].rpartition("' as a ")[0]
         row = pc.index(values, pa.scalar(text, values.type)).as_py()
-        raise ValueError(
-            f"row {row}: {error}; write ISO times such as 2026-11-01T12:00:00+01:00, or integers"
+        raise RowError(
+            row, f"{error}; write ISO times such as 2026-11-01T12:00:00+01:00, or integers"
         ) from error
     return pc.coalesce(*parts)
 
@@ -184,5 +190,6 @@ def _parsed_by(values: pa.Array, zone: str, form: str) -> pa.Array:
     times = pc.strptime(values, form, "us", error_is_null=True)
     row = first_row(pc.and_(pc.is_null(times), pc.is_valid(values)))
     if row is not None:
-        raise ValueError(f"row {row}: '{values[row].as_py()}' is no time of the form '{form}'")
-    return _instants(times.cast(pa.timestamp("us")), zone)
+        raise RowError(row, f"'{values[row].as_py()}' is no time of the form '{form}'")
+    own_zone = "UTC" if "%z" in form.replace("%%", "") else zone  # strptime adds an offset itself
+    return _instants(times.cast(pa.timestamp("us")), own_zone)

@@ -103,6 +103,8 @@ def test_times_of_another_form_are_read_in_their_zone_and_others_named() -> None
     times = pa.array(["11/9/2019 9:05:58 PM", None])
     expected = [1_573_329_958_000_000, None]  # 20:05:58 in UTC
     assert to_micros(times, "s", "Europe/Berlin", form).to_pylist() == expected
+    zoned, offset = pa.array(["11/9/2019 21:05 +0300"]), "%m/%d/%Y %H:%M %z"
+    assert to_micros(zoned, "s", "Europe/Berlin", offset).to_pylist() == [1_573_322_700_000_000]
     with pytest.raises(ValueError, match=r"row 1: '2019-11-09' .*%I"):
         to_micros(pa.array(["11/9/2019 9:05:58 PM", "2019-11-09"]), "s", "UTC", form)
 
@@ -129,6 +131,18 @@ def test_times_of_a_form_are_no_other_times_though_they_look_like_them(
     parts = (pq.read_table(tmp_path / "out" / split) for split in ("train", "valid", "test"))
     times = [time for part in parts for time in part["time"].to_pylist()]
     assert times == [day.timestamp() * 10**6 for day in days]
+
+
+@pytest.mark.parametrize(("column", "value"), [("time", "2026-02-30"), ("price", 1e39)])
+def test_a_value_is_named_by_its_row_of_the_file(tmp_path: Path, column: str, value: Any) -> None:
+    log = {"item": [0, 1] * 10, "user": [1] * 20, "time": ["2026-05-01"] * 20, "price": [1.0] * 20}
+    log[column][13] = value
+    pq.write_table(pa.table(log), tmp_path / "log.parquet", row_group_size=4)
+    view = {"path": "log.parquet", "columns": ["price"], "where": {"item": 1}}
+    content = {"events": {"view": view}, "labels": {"dear": {"column": "price", "at_least": 1}}}
+    (tmp_path / "events.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=f"log.parquet: column '{column}': row 13: "):
+        prepare_events(tmp_path / "events.yaml", tmp_path / "out")
 
 
 def test_integers_beside_a_form_of_digits_alone_are_refused() -> None:
