@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from recsys.data.events.sql import quoted
+from recsys.data.events.sql import parquet_rows, quoted
 from recsys.data.item_frequency import ItemCounts, frequency_masks, target_counts
 from recsys.data.parquet.bad_rows import by_reason
 from recsys.data.parquet.rows import ParquetRows
@@ -135,7 +135,7 @@ def _summarize_split(
         f'CREATE VIEW {split} AS SELECT *, {group} AS "/group", {target} AS "/item", '
         f'nullif({target}, {_unknown_item(schema)}) AS "/known", '
         'CASE WHEN "/known" IS NOT NULL THEN hash(r) END AS "/row" '
-        f"FROM read_parquet('{file}') r"
+        f"FROM {parquet_rows([file])} r"
     )
     histories = [
         f'list_contains({quoted(name)}, "/known")'
