@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from recsys.data.events import file_columns
 from recsys.data.events.prepare import prepare_events
 from recsys.data.events.reader import selected_rows
 from recsys.data.events.settings import EventTable, Several
@@ -143,6 +144,24 @@ def test_a_value_is_named_by_its_row_of_the_file(tmp_path: Path, column: str, va
     (tmp_path / "events.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(ValueError, match=f"log.parquet: column '{column}': row 13: "):
         prepare_events(tmp_path / "events.yaml", tmp_path / "out")
+
+
+def test_text_files_may_have_the_first_value_or_fraction_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_columns, "BLOCK", 128)
+    seconds = [*range(20), *(second + 0.5 for second in range(20, 40))]
+    times = [str(datetime.fromtimestamp(second, UTC).replace(tzinfo=None)) for second in seconds]
+    lines = [f"1,1,{time},{'' if place < 30 else 'b'}" for place, time in enumerate(times)]
+    (tmp_path / "log.csv").write_text("\n".join(["item,user,time,arm", *lines, ""]))
+    for arms, kept in ((None, seconds), ("b", seconds[30:])):
+        view = {"path": "log.csv", "where": {} if arms is None else {"arm": arms}}
+        content = {"events": {"view": view}, "labels": {"viewed": {"action": "view"}}}
+        (tmp_path / "events.yaml").write_text(yaml.safe_dump(content))
+        out = tmp_path / f"out {arms}"
+        prepare_events(tmp_path / "events.yaml", out)
+        parts = (pq.read_table(out / split) for split in ("train", "valid", "test"))
+        assert [time / 1e6 for part in parts for time in part["time"].to_pylist()] == kept
 
 
 def test_integers_beside_a_form_of_digits_alone_are_refused() -> None:
