@@ -60,6 +60,13 @@ def later_items(
             f"'{settings.available_from}' of the items are not both times or both numbers; write "
             "them in one type"
         )
+    units = _unit(row_moments), _unit(moments)
+    if None not in units and units[0] != units[1]:
+        raise ValueError(
+            f"{job.root}: column '{settings.row_time}' of the rows seems to be in {units[0]} since "
+            f"1970 and column '{settings.available_from}' of the items in {units[1]}; write them "
+            "in one unit"
+        )
     row_moments = row_moments[positions.numpy()]
     if np.isnan(row_moments).any():
         raise ValueError(
@@ -69,6 +76,18 @@ def later_items(
     moments = np.nan_to_num(moments, nan=-np.inf)[table.rows[np.argsort(table.ids)]]
     ids = torch.from_numpy(np.sort(table.ids))
     return LaterItems(torch.from_numpy(row_moments), ids, torch.from_numpy(moments))
+
+
+# Ranges of numbers that are seconds, milli-, micro- or nanoseconds since 1970, from 1973 on.
+UNITS = {"s": (1e8, 1e10), "ms": (1e11, 1e13), "us": (1e14, 1e16), "ns": (1e17, 1e19)}
+
+
+def _unit(moments: np.ndarray) -> str | None:  # float64 [N], NaN for none
+    """Return the unit of numbers that may be times, by their median; else None."""
+    if np.isnan(moments).all():
+        return None
+    median = float(np.nanmedian(moments))
+    return next((name for name, (low, high) in UNITS.items() if low <= median < high), None)
 
 
 Chunk = tuple[Location, pa.Array | pa.ChunkedArray]

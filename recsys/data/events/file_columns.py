@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
 from recsys.data.events.settings import Source
-from recsys.data.events.times import first_row, is_text, to_micros
+from recsys.data.events.times import RowError, first_row, is_text, to_micros
 from recsys.data.parquet.file import READ_ERRORS
 from recsys.data.parquet.values import is_list
 from recsys.storage.location import Location
@@ -32,6 +32,7 @@ INTEGER = "^(0|-?[1-9][0-9]*)$"
 # Arrow's own list has NA and more, which may be ids: a country, the initials of a user.
 NULLS = ["", "NULL", "null", "NaN", "nan", "\\N"]
 WILDCARDS = set("*?[")
+BLOCK = 1 << 22  # bytes of a text file that are read at once
 
 
 def data_files(name: str, root: Location, may_be_empty: bool = False) -> list[Location]:
@@ -128,21 +129,55 @@ def csv_batches(
             names = source.header or _csv_header(stream.read(1 << 16), parse)
         check_columns(file, names, columns)
         ids = [name for name, kind in types.items() if pa.types.is_integer(kind)]
-        convert = pa_csv.ConvertOptions(
-            include_columns=columns,
-            column_types=types | dict.fromkeys(ids, pa.string()),
-            strings_can_be_null=True,
-            null_values=NULLS,
-        )
-        # One thread: with several, Arrow does not report the row of a bad value.
-        read = pa_csv.ReadOptions(use_threads=False, block_size=1 << 22, column_names=source.header)
-        with file.arrow.open_input_stream(file.path) as stream:
-            for batch in pa_csv.open_csv(stream, read, parse, convert):
-                yield with_integers(batch, ids)
+        types, num_rows = types | dict.fromkeys(ids, pa.string()), 0
+        while True:
+            try:
+                for batch in _csv_rows(file, source, parse, columns, types, num_rows):
+                    num_rows += batch.num_rows
+                    yield with_integers(batch, ids)
+                return
+            except pa.ArrowInvalid as error:
+                types |= _later_type(error, names)
     except READ_ERRORS as error:
         place = re.match(r"In CSV column #(\d+): (.*)", str(error), re.DOTALL)
         where = f"column '{names[int(place[1])]}': {place[2]}" if place else str(error)
         raise ValueError(f"{file}: {where}; correct the file") from error
+
+
+def _csv_rows(
+    file: Location,
+    source: Source,
+    parse: pa_csv.ParseOptions,
+    columns: list[str],
+    types: Types,
+    first_row: int,
+) -> Iterator[pa.RecordBatch]:
+    convert = pa_csv.ConvertOptions(
+        include_columns=columns,
+        column_types=types,
+        strings_can_be_null=True,
+        null_values=NULLS,
+    )
+    # One thread: with several, Arrow does not report the row of a bad value.
+    read = pa_csv.ReadOptions(use_threads=False, block_size=BLOCK, column_names=source.header)
+    with file.arrow.open_input_stream(file.path) as stream:
+        for batch in pa_csv.open_csv(stream, read, parse, convert):
+            yield batch.slice(first_row)
+            first_row = max(first_row - batch.num_rows, 0)
+
+
+def _later_type(error: pa.ArrowInvalid, names: list[str]) -> Types:
+    """Return the type of a column whose first block has no values, or whole seconds, or raise."""
+    found = re.match(
+        r"In CSV column #(\d+): Row #\d+: CSV conversion error to (null|timestamp\[s\]): "
+        "invalid value '(.*)'",
+        str(error),
+        re.DOTALL,
+    )
+    if found is None:
+        raise error
+    kind = pa.int64() if re.match(INTEGER, found[3]) else pa.string()
+    return {names[int(found[1])]: kind if found[2] == "null" else pa.timestamp("ns")}
 
 
 def _csv_header(start: bytes, parse: pa_csv.ParseOptions) -> list[str]:
@@ -258,9 +293,14 @@ def column_values(batch: pa.RecordBatch, field: Field, parts: Parts, kind: pa.Da
 
 
 def canonical(
-    values: pa.Array, field: Field, source: Source, kind: pa.DataType, file: Location
-) -> pa.Array:  # values [N] -> [N]
-    """Convert values to the canonical type."""
+    values: pa.Array,  # [N]
+    field: Field,
+    source: Source,
+    kind: pa.DataType,
+    file: Location,
+    rows: np.ndarray,
+) -> pa.Array:  # [N]
+    """Convert values to the canonical type; `rows` [N] are theirs in the file."""
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     try:
@@ -285,6 +325,8 @@ def canonical(
     except (ValueError, pa.ArrowException) as error:
         if str(error).startswith(str(file)):
             raise
+        if isinstance(error, RowError):
+            error = RowError(rows[error.row], error.problem)
         raise ValueError(f"{file}: column '{field.column}': {error}") from error
 
 
@@ -293,7 +335,7 @@ def _number(values: pa.Array) -> pa.Array:
     values = pc.if_else(pc.is_nan(values), None, values)
     row = first_row(pc.greater(pc.abs(values), LARGEST))
     if row is not None:
-        raise ValueError(f"the value {values[row]} is no finite float32; correct it, or write null")
+        raise RowError(row, f"{values[row]} is no finite float32; correct it, or write null")
     return values
 
 

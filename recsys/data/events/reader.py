@@ -64,12 +64,15 @@ class Reader:
             rows, positions = selected_rows(batch, self.source, file, first_row, parts)
             rows = self._with_split_ids(rows, file)
             arrays = [pa.array((number << FILE_BITS) + positions)]
+            has_several = isinstance(self.source, EventTable) and self.source.several is not None
+            file_rows = positions >> PLACE_BITS if has_several else positions
             for field, kind in zip(self.fields, self.schema.types[1:], strict=True):
                 if field.kind == "missing":
                     arrays.append(pa.nulls(rows.num_rows, kind))
                     continue
-                values = column_values(rows, field, parts, kind)
-                arrays.append(canonical(values, field, self.source, kind, file))
+                has_form = field.kind == "time" and self.source.time_format is not None
+                values = column_values(rows, field, parts, pa.string() if has_form else kind)
+                arrays.append(canonical(values, field, self.source, kind, file, file_rows))
             yield pa.record_batch(arrays, schema=self.schema)
             first_row += batch.num_rows
 
@@ -106,7 +109,7 @@ class Reader:
                 field.column: kind
                 for field, kind in zip(self.fields, self.schema.types[1:], strict=True)
                 if field.kind in (*TEXTS, "number") and field.column in columns
-            }
+            } | _texts_of_times(self.source, self.fields, columns)
             if isinstance(self.source, EventTable) and self.source.several is not None:
                 del types[self.source.item]  # split first
             yield from csv_batches(file, self.source, columns, types)
@@ -178,6 +181,12 @@ def _columns_to_read(source: Source, fields: list[Field], parts: Parts) -> list[
     return [name for name in dict.fromkeys(names) if name not in parts and name != split_column]
 
 
+def _texts_of_times(source: Source, fields: list[Field], columns: list[str]) -> Types:
+    """Return the types of times of a `time_format`, which might be read as numbers or dates."""
+    names = [field.column for field in fields if field.kind == "time" and source.time_format]
+    return {name: pa.string() for name in names if name in columns}
+
+
 def _schema(
     source: Source, fields: list[Field], roots: list[str], files: list[Location]
 ) -> pa.Schema:
@@ -213,6 +222,7 @@ def _types(source: Source, fields: list[Field], roots: list[str], file: Location
     else:
         texts = [field.column for field in fields if field.kind in TEXTS]
         text_types = {name: pa.string() for name in texts if name in columns}
+        text_types |= _texts_of_times(source, fields, columns)
         first_batch = next(csv_batches(file, source, columns, text_types), None)
         if first_batch is None:
             return {}

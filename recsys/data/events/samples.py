@@ -12,6 +12,7 @@ import numpy as np
 from recsys.data.events.settings import IMPRESSION, EventsConfig, Label, Split, Weight
 from recsys.data.events.sql import FOREVER, SqlEngine, aligned, filled, listed, literal, quoted
 from recsys.data.events.times import duration, moment
+from recsys.data.transforms.steps import least_equal
 
 logger = logging.getLogger(__name__)
 
@@ -240,7 +241,8 @@ def _label(name: str, label: Label) -> str:
     column = quoted(f"c_{label.column}")
     if label.at_least is None:
         return column
-    return f"CASE WHEN {column} >= {label.at_least} THEN 1 WHEN {column} IS NOT NULL THEN 0 END"
+    limit = least_equal(np.array(label.at_least, np.float64))  # a column may be float32
+    return f"CASE WHEN {column} >= {limit} THEN 1 WHEN {column} IS NOT NULL THEN 0 END"
 
 
 def is_row(config: EventsConfig) -> str:

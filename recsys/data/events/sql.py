@@ -121,7 +121,7 @@ class DuckDBEngine(_Results):
         """Make a stage of a query's result."""
         file = self._new_file(name)
         with self._explained():
-            self._duckdb.execute(f"COPY ({query}) TO '{file}' ({READ_SOON})")
+            self._duckdb.execute(f"COPY ({query}) TO {path_literal(file)} ({READ_SOON})")
         self.read_saved(name, [file])
 
     def save(self, query: str, file: Path, by: str | None = None) -> list[Path]:
@@ -132,12 +132,12 @@ class DuckDBEngine(_Results):
             target, options = file.parent, f"FORMAT parquet, COMPRESSION zstd, PARTITION_BY ({by})"
             options += f", FILENAME_PATTERN '{file.stem}-{{i}}', OVERWRITE_OR_IGNORE"
         with self._explained():
-            self._duckdb.execute(f"COPY ({query}) TO '{target}' ({options})")
+            self._duckdb.execute(f"COPY ({query}) TO {path_literal(target)} ({options})")
         return [file] if by is None else sorted(target.glob(f"*/{file.stem}-*"))
 
     def read_saved(self, name: str, files: Sequence[Path]) -> None:
         """Name the rows of files that `save` has written."""
-        self.view(name, f"SELECT * FROM read_parquet({[str(file) for file in files]})")
+        self.view(name, f"SELECT * FROM {parquet_rows(files)}")
 
     def view(self, name: str, query: str) -> None:
         """Name a query, to be run wherever the name is used."""
@@ -371,6 +371,17 @@ def _spark_explained() -> Iterator[None]:
         messages = re.findall(r"^ValueError: (.*)", str(error), re.MULTILINE)
         messages += [f"Spark cannot go on: {line}" for line in str(error).splitlines()[:1]]
         raise ValueError(messages[0]) from error
+
+
+def parquet_rows(files: Iterable[Path]) -> str:
+    """Return files as DuckDB reads their rows, without columns of folders such as `user=7`."""
+    paths = ", ".join(map(path_literal, files))
+    return f"read_parquet([{paths}], hive_partitioning = false)"
+
+
+def path_literal(path: Path) -> str:
+    """Return a path as DuckDB writes it."""
+    return "'" + str(path).replace("'", "''") + "'"
 
 
 def quoted(name: str) -> str:

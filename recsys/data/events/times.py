@@ -19,6 +19,7 @@ UNKNOWN = r"^$|^\d{4}-(00-\d{2}|\d{2}-00)"
 HAS_ZONE = r"(Z|z|:[0-9.]+[+-]\d\d(:?\d\d)?)$"
 HOUR, DAY = DURATIONS["h"] * MICROS["s"], DURATIONS["d"] * MICROS["s"]
 EPOCH = date(1970, 1, 1)
+EXAMPLE = datetime(2026, 11, 1, 12)  # of a form of times
 Period = tuple[str, int, int]  # name, beginning, and end, in microseconds
 
 
@@ -54,6 +55,14 @@ def moment(text: str, zone: str | None) -> int:
             )
         instant = instant.replace(tzinfo=ZoneInfo(zone))
     return (instant - datetime.fromtimestamp(0, UTC)) // timedelta(microseconds=1)
+
+
+class RowError(ValueError):
+    """The value in a row, counted from the first of some, that cannot be used."""
+
+    def __init__(self, row: int, problem: str) -> None:
+        super().__init__(f"row {row}: {problem}")
+        self.row, self.problem = row, problem
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,11 @@ def to_micros(values: pa.Array, unit: str, zone: str, form: str | None = None) -
     """Convert N integers, timestamps, dates, or strings, ISO or of a form, to int64 or null."""
     kind = values.type
     if pa.types.is_integer(kind):
+        if form is not None and EXAMPLE.strftime(form).isdigit():
+            raise ValueError(
+                f"type {kind}, but time_format is '{form}', whose times may be read as integers, "
+                "too; write them as text, or leave time_format out"
+            )
         micros = _scaled(values, MICROS[unit])
     elif pa.types.is_timestamp(kind) or pa.types.is_date(kind):
         micros = _instants(values, zone)
@@ -114,9 +128,7 @@ def to_micros(values: pa.Array, unit: str, zone: str, form: str | None = None) -
         fix = f" where time_unit is {unit}; set time_unit to s, ms or us"
         if not pa.types.is_integer(kind):
             fix = "; correct it, or leave it empty"
-        raise ValueError(
-            f"row {row}: {values[row].as_py()} lies outside the years 1898 to 2255{fix}"
-        )
+        raise RowError(row, f"{values[row].as_py()} lies outside the years 1898 to 2255{fix}")
     return micros
 
 
@@ -167,8 +179,8 @@ def _parsed(values: pa.Array, zone: str) -> pa.Array:
     except pa.ArrowInvalid as error:
         text = str(error).partition("string: '")[2].rpartition("' as a ")[0]
         row = pc.index(values, pa.scalar(text, values.type)).as_py()
-        raise ValueError(
-            f"row {row}: {error}; write ISO times such as 2026-11-01T12:00:00+01:00, or integers"
+        raise RowError(
+            row, f"{error}; write ISO times such as 2026-11-01T12:00:00+01:00, or integers"
         ) from error
     return pc.coalesce(*parts)
 
@@ -178,5 +190,6 @@ def _parsed_by(values: pa.Array, zone: str, form: str) -> pa.Array:
     times = pc.strptime(values, form, "us", error_is_null=True)
     row = first_row(pc.and_(pc.is_null(times), pc.is_valid(values)))
     if row is not None:
-        raise ValueError(f"row {row}: '{values[row].as_py()}' is no time of the form '{form}'")
-    return _instants(times.cast(pa.timestamp("us")), zone)
+        raise RowError(row, f"'{values[row].as_py()}' is no time of the form '{form}'")
+    own_zone = "UTC" if "%z" in form.replace("%%", "") else zone  # strptime adds an offset itself
+    return _instants(times.cast(pa.timestamp("us")), own_zone)

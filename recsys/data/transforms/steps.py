@@ -128,9 +128,22 @@ def bucketize(
     places = np.array(boundaries or [], np.float64)
     if not (np.diff(places) > 0).all():
         raise ValueError(f"boundaries are {boundaries}; sort them, each once")
+    if quantiles is None:  # others are of values that are read already
+        places = least_equal(places)
     values = _numbers(values)
     buckets = np.searchsorted(places, values.fill_null(0).to_numpy(False), side="right")
     return _with_nulls(buckets, values)
+
+
+def least_equal(limits: np.ndarray) -> np.ndarray:  # float64 [N] -> float64 [N]
+    """Return the least numbers that equal these limits in float32; integers are as they were.
+
+    A number 0.7 is read as float32, which is less than a limit 0.7 of the settings.
+    """
+    with np.errstate(over="ignore"):
+        rounded = limits.astype(np.float32).astype(np.float64)
+    is_exact = (limits == np.trunc(limits)) | (rounded == 0)
+    return np.where(is_exact, limits, np.minimum(limits, rounded))
 
 
 def hash_ids(values: pa.Array, buckets: int, seed: int = 0) -> pa.Array:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from recsys.data.events.sql import quoted
+from recsys.data.events.sql import parquet_rows, quoted
 from recsys.data.item_frequency import ItemCounts, frequency_masks, target_counts
 from recsys.data.parquet.bad_rows import by_reason
 from recsys.data.parquet.rows import ParquetRows
@@ -52,8 +52,10 @@ class SplitSummary:
     numbers: dict[str, dict[str, Any]]
     ids: dict[str, dict[str, Any]]
     lists: dict[str, Lengths]
-    distinct: dict[str, int]  # number of different groups, pairs of group and item, and rows
+    # Number of different groups; and of pairs of group and item, and rows, with known items.
+    distinct: dict[str, int]
     target_in_history: int  # rows with a history that holds their own target
+    known_rows: int  # whose target is no unknown id of an exact vocabulary
     item_counts: ItemCounts  # without drawn rows
     shares: dict[str, float]
 
@@ -115,7 +117,8 @@ def _summarize(database: Database, root: Location, schema: Schema, folder: Path)
     train, items = splits["train"].item_counts, summarize_items(root, schema)
     for split in splits.values():
         train_counts = target_counts(train, split.item_counts.items, schema)
-        split.shares = _shares(database, split, train_counts, items)
+        is_known = split.item_counts.items != _unknown_item(schema)
+        split.shares = _shares(database, split, train_counts, is_known, items)
     return DatasetSummary(root, schema, splits, items, _table_uses(database, schema))
 
 
@@ -130,10 +133,12 @@ def _summarize_split(
     target = quoted(schema.target_item)
     database.execute(
         f'CREATE VIEW {split} AS SELECT *, {group} AS "/group", {target} AS "/item", '
-        f"hash(r) AS \"/row\" FROM read_parquet('{file}') r"
+        f'nullif({target}, {_unknown_item(schema)}) AS "/known", '
+        'CASE WHEN "/known" IS NOT NULL THEN hash(r) END AS "/row" '
+        f"FROM {parquet_rows([file])} r"
     )
     histories = [
-        f"list_contains({quoted(name)}, {target})"
+        f'list_contains({quoted(name)}, "/known")'
         for name in schema.of_kind("sequence")
         if schema.table_of(name) == schema.target_item
     ]
@@ -142,7 +147,8 @@ def _summarize_split(
         "SELECT count(*) AS usable_rows, "
         f"count(*) FILTER ({' OR '.join(histories) or 'false'}) AS target_in_history, "
         f'count(DISTINCT "/group") AS {GROUPS}, '
-        f'count(DISTINCT hash("/group", "/item")) AS {quoted(PAIRS)}, '
+        f'count(DISTINCT CASE WHEN "/known" IS NOT NULL THEN hash("/group", "/item") END) AS '
+        f'{quoted(PAIRS)}, count("/known") AS known_rows, '
         f'count(DISTINCT "/row") AS {ROWS} FROM {split}',
     )
     id_columns = [name for name, column in schema.columns.items() if column.kind not in NUMBERS]
@@ -160,9 +166,17 @@ def _summarize_split(
         lists=_list_lengths(database, schema, split),
         distinct={kind: counts[kind] for kind in (GROUPS, PAIRS, ROWS)},
         target_in_history=counts["target_in_history"],
+        known_rows=counts["known_rows"],
         item_counts=_item_counts(database, schema, split),
         shares={},
     )
+
+
+def _unknown_item(schema: Schema) -> int:
+    """Return the row that all unknown target items share, or -1: they are different items."""
+    vocabulary = schema.vocabulary_of(schema.target_item)
+    is_exact = vocabulary is not None and vocabulary.kind == "exact"
+    return schema.limit(schema.target_item) - 1 if is_exact else -1
 
 
 def _copy_usable_rows(rows: ParquetRows, path: Path) -> None:
@@ -228,17 +242,22 @@ def _item_counts(database: Database, schema: Schema, split: str) -> ItemCounts:
 
 
 def _shares(
-    database: Database, split: SplitSummary, train_counts: np.ndarray, items: ItemSummary | None
+    database: Database,
+    split: SplitSummary,
+    train_counts: np.ndarray,  # [items of the split], as `is_known`
+    is_known: np.ndarray,
+    items: ItemSummary | None,
 ) -> dict[str, float]:
     """Return shares of a split's rows: cold and unseen items, repeats, known groups, ..."""
     counts = split.item_counts.counts
     parts = frequency_masks(train_counts)
     logged_rows, rows = max(int(counts.sum()), 1), max(split.usable_rows, 1)
-    top_counts = np.sort(counts)[::-1][: max(1, round(TOP_SHARE * len(counts)))]
+    known_counts = np.sort(counts[is_known])[::-1]
+    top_counts = known_counts[: max(1, round(TOP_SHARE * len(known_counts)))]
     shares = {
         **{part: float(counts[parts[part]].sum() / logged_rows) for part in ("cold", "unseen")},
-        "repeated_rows": (split.usable_rows - split.distinct[ROWS]) / rows,
-        "repeated_pairs": (split.usable_rows - split.distinct[PAIRS]) / rows,
+        "repeated_rows": (split.known_rows - split.distinct[ROWS]) / rows,
+        "repeated_pairs": (split.known_rows - split.distinct[PAIRS]) / rows,
         "target_in_history": split.target_in_history / rows,
         "of_top_items": float(top_counts.sum() / logged_rows),
     }

@@ -18,7 +18,7 @@ from recsys.config.ranking import RetrievalSettings
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.vocabularies import UnknownIds
 from recsys.distributed.ranks import joined_ranks
-from recsys.evaluation.availability import later_items
+from recsys.evaluation.availability import _unit, later_items
 from recsys.evaluation.predict import evaluate, load_run
 from recsys.evaluation.retrieval import retrieval_metrics
 from recsys.training.train import train
@@ -94,10 +94,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = pq.read_table(file)
     missing = pc.is_in(rows["item"], pa.array([ranked_item, (ranked_item + 1) % NUM_ITEMS]))
     rows = rows.append_column("released", released(rows["item"].to_numpy()))
+    rows = rows.append_column("millis", pa.array([1_800_000_000_000] * rows.num_rows))
     pq.write_table(rows.filter(pc.invert(missing)), file, row_group_size=7)
     for file in folder.glob("data/[tv]*/*.parquet"):
         rows = pq.read_table(file)
         moments = pa.array(100 * np.arange(rows.num_rows) % 13, pa.int64()).cast(pa.timestamp("s"))
+        rows = rows.append_column("seconds", pa.array([1_800_000_000] * rows.num_rows))
         pq.write_table(rows.append_column("moment", moments), file, row_group_size=7)
     return folder
 
@@ -168,11 +170,14 @@ def test_two_ranks_find_what_brute_force_finds(folder: Path, reports: Any, case:
 
 def test_moments_that_cannot_be_compared_are_refused(folder: Path, reports: Any) -> None:
     del reports
+    units = [_unit(np.array([0, np.nan, time, time])) for time in (1.8e9, 1.8e12, 1.8e15, 7.0)]
+    assert units == ["s", "ms", "us", None]
     run = folder / f"run {CASES[-1]}"
     for settings, message in (
         ({"available_from": "text"}, "items.*column 'text': has no times or numbers"),
         ({"row_time": "price"}, "'price' of the rows and column 'released'.*not both times"),
         ({"row_time": "none"}, "column 'none'"),
+        ({"row_time": "seconds", "available_from": "millis"}, "in s since 1970.* in ms; .*unit"),
     ):
         with joined_ranks("cpu") as ranks:
             job = load_run(run, None, ranks, "cpu")

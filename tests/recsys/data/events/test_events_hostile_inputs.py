@@ -173,6 +173,15 @@ def test_columns_of_any_name_keep_their_values_and_the_order_of_rows(tmp_path: P
         assert [row[name] for row in rows if not row["sampled"]] == columns[name]
 
 
+@pytest.mark.parametrize("name", ["uid=7", "action=buy", "o'brien"])
+def test_names_of_folders_above_the_output_are_no_values(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    for folder in (tmp_path, tmp_path / name):
+        pq.write_table(log(), folder / "log.parquet")
+    settings: Row = {"drop": {"duplicates": False}, "counts": {"views": {"of": "item"}}}
+    assert prepare(tmp_path / name, **settings) == prepare(tmp_path, **settings)
+
+
 @pytest.mark.parametrize(
     ("settings", "word"),
     [

@@ -1,5 +1,6 @@
 """Rows with several items become a row for each, and `where` chooses rows."""
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from recsys.data.events import file_columns
 from recsys.data.events.prepare import prepare_events
 from recsys.data.events.reader import selected_rows
 from recsys.data.events.settings import EventTable, Several
@@ -102,8 +104,70 @@ def test_times_of_another_form_are_read_in_their_zone_and_others_named() -> None
     times = pa.array(["11/9/2019 9:05:58 PM", None])
     expected = [1_573_329_958_000_000, None]  # 20:05:58 in UTC
     assert to_micros(times, "s", "Europe/Berlin", form).to_pylist() == expected
+    zoned, offset = pa.array(["11/9/2019 21:05 +0300"]), "%m/%d/%Y %H:%M %z"
+    assert to_micros(zoned, "s", "Europe/Berlin", offset).to_pylist() == [1_573_322_700_000_000]
     with pytest.raises(ValueError, match=r"row 1: '2019-11-09' .*%I"):
         to_micros(pa.array(["11/9/2019 9:05:58 PM", "2019-11-09"]), "s", "UTC", form)
+
+
+@pytest.mark.parametrize(
+    ("form", "ending"), [("%Y%m%d", "csv"), ("%Y-%d-%m", "csv"), ("%d%m%Y", "")]
+)
+def test_times_of_a_form_are_no_other_times_though_they_look_like_them(
+    tmp_path: Path, form: str, ending: str
+) -> None:
+    days = [datetime(2026, 5, day, tzinfo=UTC) for day in range(1, 11)]
+    texts = [day.strftime(form) for day in days]
+    if ending:
+        lines = ["item,user,time", *(f"1,1,{text}" for text in texts)]
+        (tmp_path / "log.csv").write_text("\n".join(lines))
+    else:  # the value of a folder
+        for text in texts:
+            (tmp_path / f"log.csv/time={text}").mkdir(parents=True)
+            (tmp_path / f"log.csv/time={text}/a.csv").write_text("item,user\n1,1\n")
+    view = {"path": "log.csv", "time_format": form}
+    content = {"events": {"view": view}, "labels": {"viewed": {"action": "view"}}}
+    (tmp_path / "events.yaml").write_text(yaml.safe_dump(content))
+    prepare_events(tmp_path / "events.yaml", tmp_path / "out")
+    parts = (pq.read_table(tmp_path / "out" / split) for split in ("train", "valid", "test"))
+    times = [time for part in parts for time in part["time"].to_pylist()]
+    assert times == [day.timestamp() * 10**6 for day in days]
+
+
+@pytest.mark.parametrize(("column", "value"), [("time", "2026-02-30"), ("price", 1e39)])
+def test_a_value_is_named_by_its_row_of_the_file(tmp_path: Path, column: str, value: Any) -> None:
+    log = {"item": [0, 1] * 10, "user": [1] * 20, "time": ["2026-05-01"] * 20, "price": [1.0] * 20}
+    log[column][13] = value
+    pq.write_table(pa.table(log), tmp_path / "log.parquet", row_group_size=4)
+    view = {"path": "log.parquet", "columns": ["price"], "where": {"item": 1}}
+    content = {"events": {"view": view}, "labels": {"dear": {"column": "price", "at_least": 1}}}
+    (tmp_path / "events.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=f"log.parquet: column '{column}': row 13: "):
+        prepare_events(tmp_path / "events.yaml", tmp_path / "out")
+
+
+def test_text_files_may_have_the_first_value_or_fraction_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_columns, "BLOCK", 128)
+    seconds = [*range(20), *(second + 0.5 for second in range(20, 40))]
+    times = [str(datetime.fromtimestamp(second, UTC).replace(tzinfo=None)) for second in seconds]
+    lines = [f"1,1,{time},{'' if place < 30 else 'b'}" for place, time in enumerate(times)]
+    (tmp_path / "log.csv").write_text("\n".join(["item,user,time,arm", *lines, ""]))
+    for arms, kept in ((None, seconds), ("b", seconds[30:])):
+        view = {"path": "log.csv", "where": {} if arms is None else {"arm": arms}}
+        content = {"events": {"view": view}, "labels": {"viewed": {"action": "view"}}}
+        (tmp_path / "events.yaml").write_text(yaml.safe_dump(content))
+        out = tmp_path / f"out {arms}"
+        prepare_events(tmp_path / "events.yaml", out)
+        parts = (pq.read_table(out / split) for split in ("train", "valid", "test"))
+        assert [time / 1e6 for part in parts for time in part["time"].to_pylist()] == kept
+
+
+def test_integers_beside_a_form_of_digits_alone_are_refused() -> None:
+    assert to_micros(pa.array([60]), "s", "UTC", "%Y-%m-%d").to_pylist() == [60_000_000]
+    with pytest.raises(ValueError, match=r"int64.*'%Y%m%d'.*as text"):
+        to_micros(pa.array([20261101]), "s", "UTC", "%Y%m%d")
 
 
 @pytest.mark.parametrize(

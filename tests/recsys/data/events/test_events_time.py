@@ -115,6 +115,17 @@ def test_the_last_rows_of_each_user_are_test_and_those_before_them_valid(tmp_pat
     assert items == {"train": [0, 1, 2, 5, 8, 10], "valid": [3, 6], "test": [4, 7, 9]}
 
 
+def test_a_label_is_1_from_the_limit_on_in_numbers_of_any_width(tmp_path: Path) -> None:
+    ratio = pa.array([0.6, 0.7, 0.8] * 5, pa.float32())
+    events = {"user": [0] * 15, "item": [0] * 15, "time": list(range(START, START + 15))}
+    options = {"table": {"columns": ["ratio"]}, "split": {"by": "time", "at": [0.4, 0.7]}}
+    events["ratio"] = ratio
+    rows = prepare(
+        tmp_path, events, labels={"liked": {"column": "ratio", "at_least": 0.7}}, **options
+    )
+    assert [row["liked"] for split in SPLITS for row in rows[split]] == [0, 1, 1] * 5
+
+
 def test_rows_after_the_end_of_test_are_counted(tmp_path: Path) -> None:
     events = {"user": [0] * 11, "item": [0] * 11, "time": [START + n for n in range(11)]}
     options = {"labels": {"viewed": {"action": "view"}}, "split": {"at": [0.4, 0.6, 0.8]}}

@@ -2,6 +2,7 @@
 
 import re
 from datetime import UTC, date, datetime
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,9 @@ def test_strings_and_integers_are_hashed_as_the_vocabularies_hash_them() -> None
 
 
 def test_numbers_are_read_as_float32_so_that_every_width_gives_the_same() -> None:
-    for kind in (pa.float32(), pa.float64()):
-        assert result(pa.array([0.1], kind), {"bucketize": [0.1]}) == [1]
+    for kind, number in product((pa.float32(), pa.float64()), (0.1, 0.7)):
+        assert result(pa.array([number], kind), {"bucketize": [number]}) == [1]
+    assert result(pa.array([2**24, 0]), {"bucketize": [1e-50, 2**24 + 1]}) == [1, 0]
 
 
 def test_a_column_reads_the_result_of_another_but_itself_from_the_file() -> None:

@@ -95,6 +95,24 @@ def test_shares_of_rows_that_training_knows_nothing_of(data: Path) -> None:
     assert shares["without_item_row"] == 0.0
 
 
+def test_unknown_items_are_different_ones(tmp_path: Path) -> None:
+    rows = {"user": [0, 0, 0, 1, 1], "item": [1, 8, 9, 1, 7], "y": [0, 1, 1, 0, 1]}
+    rows["past"] = [[1], [9], [7], [2], []]
+    for split in SPLITS:
+        write_parquet(tmp_path / split / "part-0.parquet", pa.table(rows))
+    (tmp_path / "vocabulary").mkdir()
+    pq.write_table(pa.table({"id": [1, 2], "row": [0, 1]}), tmp_path / "vocabulary/item.parquet")
+    (tmp_path / "schema.yaml").write_text(
+        "{target_item: item, group: user, columns: {user: {kind: id, num_embeddings: 2}, item: "
+        "{kind: id, num_embeddings: 3, vocabulary: {kind: exact}}, past: {kind: sequence, shares: "
+        "item}, y: {kind: label}}}"
+    )
+    shares = summarize_dataset(str(tmp_path)).splits["test"].shares
+    repeated = shares["repeated_pairs"], shares["repeated_rows"]
+    assert (shares["target_in_history"], shares["of_top_items"]) == (1 / 5, 2 / 5)
+    assert (repeated, shares["in_train"]) == ((0, 0), 2 / 5)
+
+
 def test_content_of_the_items(data: Path) -> None:
     items = summarize_dataset(str(data)).items
     rows = pq.read_table(data / "items" / "part-0.parquet").to_pandas()
