@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from embeddings.vocabulary.fixed import ExactVocabulary, is_id_type
 from recsys.checkpoint.run_schema import load_run_schema
+from recsys.data.items.item_table import plain_values
 from recsys.data.parquet.file import column_type, open_parquet
 from recsys.data.parquet.values import is_list, one_chunk
 from recsys.data.schema import Schema, features_folder
@@ -97,7 +98,7 @@ def updated_rows(
     features: PackageFeatures, table: FeatureTable, rows: pa.Table, unix_time: float
 ) -> tuple[pa.Table, pa.Array]:
     """Return rows with new values of some columns and known ones of others, and which change."""
-    ids = [one_chunk(rows[name]) for name in table.by]
+    ids = [plain_values(one_chunk(rows[name])) for name in table.by]
     stored, types = features.read(table, ids), features.types[table.name]
     columns = dict(zip(table.by, ids, strict=True))
     for name in value_columns(table):

@@ -138,7 +138,7 @@ def _changed_features(
         parts.append(updated.filter(is_changed))
     if not parts:
         raise ValueError(f"{files}: no such Parquet file, nor a folder with *.parquet files")
-    rows = pa.concat_tables(parts)
+    rows = pa.concat_tables(parts, promote_options="permissive")  # ids of any width
     if pc.count_distinct(rows[schema.target_item]).as_py() < len(rows):
         raise ValueError(f"{files}: column '{item}': an item has several rows; keep one")
     return rows

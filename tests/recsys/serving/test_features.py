@@ -342,6 +342,22 @@ def test_new_items_come_with_features(folder: Path, own: Scorer, tmp_path: Path)
     np.testing.assert_array_equal(again.score(FEW, [], ["i1"]), own.score(FEW, [], ["i1"]))
 
 
+def test_features_are_added_whatever_type_of_text_has_the_ids(
+    folder: Path, own: Scorer, tmp_path: Path
+) -> None:
+    package = shutil.copytree(folder / "package", tmp_path / "package")
+    new = pa.array(["new"])
+    columns = [new, new.cast(pa.large_string()), pa.array(["i1"]).dictionary_encode()]
+    for cost, ids in enumerate(columns):
+        pq.write_table(pa.table({"item": ids, "cost": [float(cost)]}), tmp_path / "new.parquet")
+        assert add_items(package, str(tmp_path / "new.parquet")).features == 1
+    features = Scorer.load(package, previous=own).read.features
+    assert features is not None
+    table = next(part for part in own.schema.features if part.by == ["item"])
+    costs = features.read(table, [pa.array(["new", "i1"])])["cost"].to_pylist()
+    assert costs == [1.0, 2.0]
+
+
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[ServedPackage]:
     """A server of the package that takes small batches."""
