@@ -125,7 +125,8 @@ def _of_type(values: pa.Array, kind: pa.DataType, name: str) -> pa.Array:
     texts = [is_id_type(part) and not pa.types.is_integer(part) for part in kinds]
     if texts[0] != texts[1]:
         raise ValueError(f"column '{name}' has type {values.type}, but {kind} in the package")
-    return values.cast(kind)
+    with errors_at(f"column '{name}'", pa.ArrowException):
+        return values.cast(kind)
 
 
 def features_file(package: Path, table: FeatureTable) -> Path:

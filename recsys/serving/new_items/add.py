@@ -136,6 +136,9 @@ def _changed_features(
             column_type(parquet, file, item)
             names = [name for name in value_columns(table) if name in parquet.schema_arrow.names]
             rows = parquet.read(columns=[item, *names]).rename_columns([schema.target_item, *names])
+        if (ids := rows[schema.target_item]).null_count:
+            row = pc.index(ids.is_null(), True).as_py()
+            raise ValueError(f"{file}: column '{item}', row {row}: null; every item needs an id")
         try:
             updated, is_changed = updated_rows(features, table, rows, unix_time)
         except (ValueError, pa.ArrowException) as error:

@@ -356,6 +356,9 @@ def test_features_are_added_whatever_type_of_text_has_the_ids(
     table = next(part for part in own.schema.features if part.by == ["item"])
     costs = features.read(table, [pa.array(["new", "i1"])])["cost"].to_pylist()
     assert costs == [1.0, 2.0]
+    pq.write_table(pa.table({"item": ["i1", None], "cost": [1.0, 2.0]}), tmp_path / "new.parquet")
+    with pytest.raises(ValueError, match=r"new.parquet: column 'item', row 1: null"):
+        add_items(package, str(tmp_path / "new.parquet"))
 
 
 @pytest.fixture(scope="module")
