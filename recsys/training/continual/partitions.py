@@ -175,7 +175,7 @@ class PartitionRange:
     last: str | None = None  # one of fewer levels takes all partitions in it
 
     def check(self, partitions: Sequence[Partition]) -> None:
-        """Refuse a bound that is no value as of these partitions: all would be on one side of it."""
+        """Refuse a bound of another form than these partitions, which lie all on one side of it."""
         example = partitions[0].name if partitions else ""
         values = [value for _, value in levels_of(example)] if example else []
         for option, bound in (("from", self.first), ("until", self.last)):

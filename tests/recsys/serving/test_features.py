@@ -361,6 +361,19 @@ def test_features_are_added_whatever_type_of_text_has_the_ids(
         add_items(package, str(tmp_path / "new.parquet"))
 
 
+def test_features_of_types_that_requests_cannot_read_are_refused(
+    folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder / "shop" / "data" / "features", tmp_path / "features")
+    [file] = (tmp_path / "features" / "item").glob("*.parquet")
+    table = pq.read_table(file, partitioning=None)
+    for column, kind in (("item_views@", pa.timestamp("us")), ("cost", pa.string())):
+        place = table.column_names.index(column)
+        pq.write_table(table.set_column(place, column, table[column].cast(kind)), file)
+        with pytest.raises(ValueError, match=rf"features/item: column '{column}'.* type "):
+            refresh_features(folder / "package", str(tmp_path), tmp_path / "out")
+
+
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[ServedPackage]:
     """A server of the package that takes small batches."""
