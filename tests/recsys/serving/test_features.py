@@ -372,6 +372,10 @@ def test_features_of_types_that_requests_cannot_read_are_refused(
         pq.write_table(table.set_column(place, column, table[column].cast(kind)), file)
         with pytest.raises(ValueError, match=rf"features/item: column '{column}'.* type "):
             refresh_features(folder / "package", str(tmp_path), tmp_path / "out")
+    later = table.set_column(0, "item", table["item"].cast(pa.large_string()))
+    pq.write_table(table.slice(0, 5), file)
+    pq.write_table(later.slice(5), file.with_name("z.parquet"))
+    refresh_features(folder / "package", str(tmp_path), tmp_path / "out")
 
 
 @pytest.fixture(scope="module")
