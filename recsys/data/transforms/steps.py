@@ -17,6 +17,7 @@ from embeddings.vocabulary.fixed import HashVocabulary, is_id_type, mix64
 
 SEPARATOR = "\x1f"  # between crossed values: the ASCII unit separator, which no text has
 ZONED_TEXT = r"[T ].*(Z|[+-]\d\d(:?\d\d)?)$"
+DATE_TEXT = r"^\d{4}-\d\d-\d\d$"
 # Largest number of values with exact quantiles; of more, a sample of this size, without
 # replacement and the same in every run, is used.
 SAMPLED = 1 << 22
@@ -227,7 +228,7 @@ def _with_nulls(numbers: np.ndarray, values: pa.Array) -> pa.Array:
 
 
 def _moments(values: pa.Array, zone: str, unit: Unit) -> pa.Array:
-    """Return times in a zone. Integers and times without a zone are UTC; a date does not change."""
+    """Return local times in a zone. Integers and times without one are UTC; a date is kept."""
     kind = values.type
     try:
         pc.assume_timezone(pa.array([0], pa.timestamp("us")), zone)
@@ -238,20 +239,22 @@ def _moments(values: pa.Array, zone: str, unit: Unit) -> pa.Array:
     if pa.types.is_integer(kind) or pa.types.is_null(kind):
         values = values.cast(pa.int64()).cast(pa.timestamp(unit))
     elif _is_text(kind):
-        values = _parsed(values.cast(pa.string()))
+        return _local_times(values.cast(pa.string()), zone)
     elif not pa.types.is_timestamp(kind):
         raise ValueError(f"takes times, not {kind}")
     if values.type.tz is None:
         values = pc.assume_timezone(values, "UTC")
-    return values.cast(pa.timestamp(values.type.unit, zone))
+    return pc.local_timestamp(values.cast(pa.timestamp(values.type.unit, zone)))
 
 
-def _parsed(texts: pa.Array) -> pa.Array:
-    """Return times in ISO 8601, those without a zone in UTC."""
+def _local_times(texts: pa.Array, zone: str) -> pa.Array:
+    """Return local times of ISO 8601 in a zone; a date alone, as of a request in JSON, is kept."""
     is_zoned, none = pc.match_substring_regex(texts, ZONED_TEXT), pa.scalar(None, pa.string())
+    is_date = pc.match_substring_regex(texts, DATE_TEXT)
     try:
         zoned = pc.if_else(is_zoned, texts, none).cast(pa.timestamp("us", "UTC"))
         unzoned = pc.if_else(is_zoned, none, texts).cast(pa.timestamp("us"))
     except pa.ArrowInvalid as error:
         raise ValueError(f"takes times; {error}") from error
-    return pc.coalesce(zoned, pc.assume_timezone(unzoned, "UTC"))
+    moments = pc.coalesce(zoned, pc.assume_timezone(unzoned, "UTC"))
+    return pc.if_else(is_date, unzoned, pc.local_timestamp(moments.cast(pa.timestamp("us", zone))))

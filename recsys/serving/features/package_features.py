@@ -17,10 +17,13 @@ import pyarrow.parquet as pq
 
 from embeddings.vocabulary.fixed import ExactVocabulary, is_id_type
 from recsys.checkpoint.run_schema import load_run_schema
+from recsys.data.items.item_table import plain_values
 from recsys.data.parquet.file import column_type, open_parquet
 from recsys.data.parquet.values import is_list, one_chunk
 from recsys.data.schema import Schema, features_folder
 from recsys.data.schema_columns import FeatureTable
+from recsys.data.transforms.columns import check_types
+from recsys.data.transforms.steps import is_number
 from recsys.serving.features.source import FeatureSource, joined_keys, value_columns
 from recsys.serving.new_items.added_items import FEATURES, AddedItems
 from recsys.serving.new_items.added_items import FOLDER as ADDED
@@ -97,7 +100,7 @@ def updated_rows(
     features: PackageFeatures, table: FeatureTable, rows: pa.Table, unix_time: float
 ) -> tuple[pa.Table, pa.Array]:
     """Return rows with new values of some columns and known ones of others, and which change."""
-    ids = [one_chunk(rows[name]) for name in table.by]
+    ids = [plain_values(one_chunk(rows[name])) for name in table.by]
     stored, types = features.read(table, ids), features.types[table.name]
     columns = dict(zip(table.by, ids, strict=True))
     for name in value_columns(table):
@@ -124,7 +127,8 @@ def _of_type(values: pa.Array, kind: pa.DataType, name: str) -> pa.Array:
     texts = [is_id_type(part) and not pa.types.is_integer(part) for part in kinds]
     if texts[0] != texts[1]:
         raise ValueError(f"column '{name}' has type {values.type}, but {kind} in the package")
-    return values.cast(kind)
+    with errors_at(f"column '{name}'", pa.ArrowException):
+        return values.cast(kind)
 
 
 def features_file(package: Path, table: FeatureTable) -> Path:
@@ -139,10 +143,24 @@ def write_features(root: Location, schema: Schema, package: Path) -> None:
         rows = _read(features_folder(root, table), names)
         with errors_at(features_folder(root, table)):
             IndexedRows(rows, table)
+        _check_types(schema, table, rows, str(features_folder(root, table)))
         path = features_file(package, table)
         path.parent.mkdir(exist_ok=True)
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, rows.schema) as writer:
             writer.write_table(rows)
+
+
+def _check_types(schema: Schema, table: FeatureTable, rows: pa.Table, place: str) -> None:
+    """Require types that the model's columns can be made of, else each request would fail."""
+    kinds = {name: rows.schema.field(name).type for name in value_columns(table)}
+    known = {name for name, kind in kinds.items() if not pa.types.is_null(kind)}
+    for name in known & {*table.times.values()}:
+        if not is_number(kinds[name]):
+            raise ValueError(
+                f"{place}: column '{name}' has type {kinds[name]}; write microseconds since 1970"
+            )
+    names = [name for name in schema.columns if known >= {*schema.file_columns([name])}]
+    check_types(schema, names, kinds.__getitem__, place)
 
 
 def _read(folder: Location, names: Sequence[str]) -> pa.Table:
@@ -159,7 +177,8 @@ def _read(folder: Location, names: Sequence[str]) -> pa.Table:
             parts.append(parquet.read(columns=list(names)))
     if not parts:
         return pa.schema([(name, pa.null()) for name in names]).empty_table()
-    return pa.concat_tables(parts).combine_chunks()
+    with errors_at(folder, pa.ArrowException):
+        return pa.concat_tables(parts, promote_options="permissive").combine_chunks()
 
 
 def refresh_features(package: Path, data: str, out: Path) -> Manifest:

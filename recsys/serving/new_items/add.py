@@ -26,7 +26,7 @@ from recsys.data.items.item_table import ItemTable, plain_values
 from recsys.data.parquet.file import column_type, open_parquet
 from recsys.data.parquet.values import usable_column
 from recsys.data.schema import Schema
-from recsys.data.schema_columns import FeatureTable
+from recsys.data.schema_columns import FeatureTable, ItemColumn
 from recsys.data.transforms.columns import check_types, read_columns
 from recsys.serving.features.package_features import PackageFeatures, updated_rows
 from recsys.serving.features.source import value_columns
@@ -96,12 +96,18 @@ def add_items(package: Path, items: str, encoders: EncoderCache | None = None) -
 
 def _has_content(schema: Schema, files: Location) -> bool:
     """Whether a file has a column of content, which is then that of all its items."""
-    content = set() if schema.items is None else set(schema.items.columns)
+    content = _content_columns(schema)
     for file in files.files(".parquet"):
         with open_parquet(file) as parquet:
-            if content & set(parquet.schema_arrow.names):
+            if content.keys() & set(parquet.schema_arrow.names):
                 return True
     return False
+
+
+def _content_columns(schema: Schema) -> dict[str, ItemColumn]:
+    """Return the columns that may be encoded; a category is none, but may be a feature."""
+    columns = {} if schema.items is None else schema.items.columns
+    return {name: column for name, column in columns.items() if column.kind != "category"}
 
 
 def _require_addable(
@@ -130,6 +136,9 @@ def _changed_features(
             column_type(parquet, file, item)
             names = [name for name in value_columns(table) if name in parquet.schema_arrow.names]
             rows = parquet.read(columns=[item, *names]).rename_columns([schema.target_item, *names])
+        if (ids := rows[schema.target_item]).null_count:
+            row = pc.index(ids.is_null(), True).as_py()
+            raise ValueError(f"{file}: column '{item}', row {row}: null; every item needs an id")
         try:
             updated, is_changed = updated_rows(features, table, rows, unix_time)
         except (ValueError, pa.ArrowException) as error:
@@ -138,7 +147,7 @@ def _changed_features(
         parts.append(updated.filter(is_changed))
     if not parts:
         raise ValueError(f"{files}: no such Parquet file, nor a folder with *.parquet files")
-    rows = pa.concat_tables(parts)
+    rows = pa.concat_tables(parts, promote_options="permissive")  # ids of any width
     if pc.count_distinct(rows[schema.target_item]).as_py() < len(rows):
         raise ValueError(f"{files}: column '{item}': an item has several rows; keep one")
     return rows
@@ -227,7 +236,6 @@ TYPES = {
     "text": pa.string(),
     "image": pa.binary(),
     "feature": pa.list_(pa.float32()),
-    "category": pa.string(),
 }
 
 Item = Mapping[str, Any]
@@ -264,19 +272,25 @@ def item_rows(schema: Schema, items: Sequence[Item]) -> pa.Table:
 
     An item's content is given whole: what it lacks is null. Columns of features may be left out.
     """
-    content = {} if schema.items is None else schema.items.columns
+    content, columns = _content_columns(schema), dict[str, pa.Array]()
     item = schema.target_item if schema.items is None else schema.items.id
     tables = [table for table in schema.features if table.by == [schema.target_item]]
     features = [name for table in tables for name in value_columns(table)]
+    known = [item, *({} if schema.items is None else schema.items.columns), *features]
     names = dict.fromkeys([item, *(name for row in items for name in row)])
-    if unknown := sorted(names.keys() - {item, *content, *features}):
-        raise ValueError(f"items: {unknown} are none of the columns {[item, *content, *features]}")
+    if unknown := sorted(names.keys() - set(known)):
+        raise ValueError(f"items: {unknown} are none of the columns {known}")
+    for name in features:
+        if len({name in row for row in items}) > 1:
+            raise ValueError(
+                f"items: some have '{name}' and others none, which would stay as it is; send these "
+                "separately, or give null"
+            )
     have_content = {bool(content.keys() & row.keys()) for row in items}
     if len(have_content) > 1:
         raise ValueError("items: some have content and others none; send these separately")
     if have_content == {True}:
         names |= {name: None for name, column in content.items() if column.kind in TYPES}
-    columns = {}
     for name in names:
         kind = content[name].kind if name in content else None
         values = [row.get(name) for row in items]

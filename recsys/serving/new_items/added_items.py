@@ -66,7 +66,8 @@ class AddedItems:
         if self.features is None:
             return rows
         is_replaced = pc.is_in(self.features[item], rows[item])
-        return pa.concat_tables([self.features.filter(pc.invert(is_replaced)), rows])
+        kept = self.features.filter(pc.invert(is_replaced))
+        return pa.concat_tables([kept, rows], promote_options="permissive")  # ids of any width
 
     def replace_in(self, vectors: Tensor, items: np.ndarray) -> None:  # [N, E], [N]
         place, is_added = lookup(self.index, items)

@@ -54,10 +54,13 @@ def key_of(name: str) -> Key:
 def key_of_bound(bound: str, like: Key) -> Key:
     """Return the place of a bound such as `2026-11-01/05` among partitions."""
     keys = []
-    for level, (kind, *_) in zip(bound.split("/"), like):
-        value = unquote(level.partition("=")[2] or level)
+    for value, (kind, *_) in zip(_values_of_bound(bound), like):
         keys.append((1, 0, value) if kind else _key_of_value(value))
     return tuple(keys)
+
+
+def _values_of_bound(bound: str) -> list[str]:
+    return [unquote(level.partition("=")[2] or level) for level in bound.split("/")]
 
 
 def _key_of_value(value: str) -> tuple[int, int, str]:
@@ -143,10 +146,18 @@ def date_of(name: str) -> datetime | None:
 
 
 def _form(name: str) -> tuple[str, ...]:
-    return tuple(
-        "number" if value.isascii() and value.isdigit() else "date" if _parsed(value) else "text"
-        for _, value in levels_of(name)
-    )
+    return tuple(_form_of_value(value) for _, value in levels_of(name))
+
+
+def _form_of_value(value: str) -> str:
+    is_number = value.isascii() and value.isdigit()
+    return "number" if is_number else "date" if _parsed(value) else "text"
+
+
+def _differ_in_form(one: str, other: str) -> bool:
+    """Whether the order of two values is not that of time, as of 2026-11 and 2026-11-01."""
+    forms = _form_of_value(one), _form_of_value(other)
+    return forms[0] != forms[1] or (forms[0] == "date" and len(one) != len(other))
 
 
 def _parsed(value: str) -> datetime | None:
@@ -162,6 +173,18 @@ class PartitionRange:
 
     first: str | None = None  # value such as `2026-11-01` or `2026-11-01/05`; None: from the start
     last: str | None = None  # one of fewer levels takes all partitions in it
+
+    def check(self, partitions: Sequence[Partition]) -> None:
+        """Refuse a bound of another form than these partitions, which lie all on one side of it."""
+        example = partitions[0].name if partitions else ""
+        values = [value for _, value in levels_of(example)] if example else []
+        for option, bound in (("from", self.first), ("until", self.last)):
+            levels = [] if bound is None or not values else _values_of_bound(bound)
+            if len(levels) > len(values) or any(map(_differ_in_form, levels, values)):
+                raise ValueError(
+                    f"--{option} {bound}: is not comparable with the partition {example}; write "
+                    f"a value such as {'/'.join(values[: len(levels)])}"
+                )
 
     def begins_after(self, key: Key) -> bool:
         bound = () if self.first is None else key_of_bound(self.first, key)

@@ -258,6 +258,7 @@ def _candidate(
     trained, today = [p.name for p in state.trained], datetime.now(UTC).replace(tzinfo=None)
     refused = refused_partitions(partitions, trained, today)
     in_order = [p for p in partitions if p.name not in refused]
+    span.check(in_order)
     partition = next_partition(train, in_order, state, span, continual.config.continual.late)
     _check_begun(continual.folder, state, partition)
     if partition is None:

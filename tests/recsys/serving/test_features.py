@@ -342,6 +342,42 @@ def test_new_items_come_with_features(folder: Path, own: Scorer, tmp_path: Path)
     np.testing.assert_array_equal(again.score(FEW, [], ["i1"]), own.score(FEW, [], ["i1"]))
 
 
+def test_features_are_added_whatever_type_of_text_has_the_ids(
+    folder: Path, own: Scorer, tmp_path: Path
+) -> None:
+    package = shutil.copytree(folder / "package", tmp_path / "package")
+    new = pa.array(["new"])
+    columns = [new, new.cast(pa.large_string()), pa.array(["i1"]).dictionary_encode()]
+    for cost, ids in enumerate(columns):
+        pq.write_table(pa.table({"item": ids, "cost": [float(cost)]}), tmp_path / "new.parquet")
+        assert add_items(package, str(tmp_path / "new.parquet")).features == 1
+    features = Scorer.load(package, previous=own).read.features
+    assert features is not None
+    table = next(part for part in own.schema.features if part.by == ["item"])
+    costs = features.read(table, [pa.array(["new", "i1"])])["cost"].to_pylist()
+    assert costs == [1.0, 2.0]
+    pq.write_table(pa.table({"item": ["i1", None], "cost": [1.0, 2.0]}), tmp_path / "new.parquet")
+    with pytest.raises(ValueError, match=r"new.parquet: column 'item', row 1: null"):
+        add_items(package, str(tmp_path / "new.parquet"))
+
+
+def test_features_of_types_that_requests_cannot_read_are_refused(
+    folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder / "shop" / "data" / "features", tmp_path / "features")
+    [file] = (tmp_path / "features" / "item").glob("*.parquet")
+    table = pq.read_table(file, partitioning=None)
+    for column, kind in (("item_views@", pa.timestamp("us")), ("cost", pa.string())):
+        place = table.column_names.index(column)
+        pq.write_table(table.set_column(place, column, table[column].cast(kind)), file)
+        with pytest.raises(ValueError, match=rf"features/item: column '{column}'.* type "):
+            refresh_features(folder / "package", str(tmp_path), tmp_path / "out")
+    later = table.set_column(0, "item", table["item"].cast(pa.large_string()))
+    pq.write_table(table.slice(0, 5), file)
+    pq.write_table(later.slice(5), file.with_name("z.parquet"))
+    refresh_features(folder / "package", str(tmp_path), tmp_path / "out")
+
+
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[ServedPackage]:
     """A server of the package that takes small batches."""

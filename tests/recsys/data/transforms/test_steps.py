@@ -49,6 +49,7 @@ def result(values: pa.Array | dict[str, Any], *steps: Any, **column: Any) -> lis
         ([NOON.replace(tzinfo=None)], [{"hour": "Europe/Berlin"}], [13]),
         ([EVENING * 1000], [{"weekday": {"zone": "Europe/Berlin", "unit": "ms"}}], [4]),
         ([date(2026, 11, 1)], [{"weekday": "America/New_York"}], [6]),
+        (["2026-11-01"], [{"weekday": "America/New_York"}], [6]),  # the same date in JSON
         (["2026-11-01", "2026-11-01T12:30:00", None], ["hour"], [0, 12, None]),
         (["2026-11-01 12:00:00+02:00", "2026-11-01T12:00:00Z"], ["hour"], [10, 12]),
     ],

@@ -13,9 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from recsys.data.schema import load_schema
 from recsys.serving import Scorer
-from recsys.serving.new_items.add import add_items
+from recsys.serving.new_items.add import add_items, item_rows
 from recsys.serving.new_items.send import send_items
+from recsys.storage.location import Location
 from tests.recsys.serving.server.served_package import TOKEN, ServedPackage
 from tests.recsys.serving.serving_runs import requests
 from tests.recsys.serving.test_add_items import NEW, new_items, run_with_new_items
@@ -108,3 +110,27 @@ def test_items_that_cannot_be_used_are_refused(
     answer = server.call("/v1/items", body)
     assert answer.status == 400 and problem in answer.content["error"]
     assert server.call("/v1/items", body, authorization="Bearer other").status == 401
+
+
+SCHEMA = """
+target_item: item
+group: item
+columns:
+  item: {kind: id, num_embeddings: 9}
+  price: {kind: dense}
+  brand: {kind: id, num_embeddings: 9}
+  liked: {kind: label}
+items: {id: item, columns: {title: {kind: text}, brand: {kind: category}}}
+features: [{by: [item], columns: [price, brand]}]
+"""
+
+
+def test_what_posted_items_leave_out_does_not_change(tmp_path: Path) -> None:
+    """A feature that is a category, too, is no content: a null title would replace the item's."""
+    (tmp_path / "schema.yaml").write_text(SCHEMA)
+    schema = load_schema(Location.of(tmp_path))
+    assert item_rows(schema, [{"item": 1, "brand": 3}]).to_pylist() == [{"item": 1, "brand": 3}]
+    titled = {"item": 1, "title": "shoe"}
+    assert item_rows(schema, [titled]).to_pylist() == [titled]
+    with pytest.raises(ValueError, match="some have 'price' and others none"):
+        item_rows(schema, [{"item": 1, "price": 2.5}, {"item": 2, "brand": 3}])

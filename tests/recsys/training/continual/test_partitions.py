@@ -88,6 +88,26 @@ def test_a_bound_of_one_level_takes_all_partitions_in_it() -> None:
 
 
 @pytest.mark.parametrize(
+    ("bound", "partition"),
+    [
+        ("20251102", "date=2025-11-01"),
+        ("2025-11-2", "date=2025-11-01"),
+        ("2025-11", "date=2025-11-01"),
+        ("2025-11-02/05", "date=2025-11-01"),
+        ("2025-11-02", "date=20251101"),
+        ("2025-11-02", "year=2025/month=11/day=1"),
+    ],
+)
+def test_a_bound_of_another_form_than_the_partitions_is_refused(bound: str, partition: str) -> None:
+    """All partitions were before it, so that `--until` ended nowhere."""
+    for option, span in (("from", PartitionRange(bound)), ("until", PartitionRange(None, bound))):
+        with pytest.raises(ValueError, match=f"--{option} {bound}: .*{partition}"):
+            span.check([Partition(partition)])
+    PartitionRange("2025/9", "year=2025").check([Partition("year=2025/month=11/day=1")])
+    PartitionRange("2025-10-30", "date=2025-12-01").check([Partition("date=2025-11-01")])
+
+
+@pytest.mark.parametrize(
     ("progress", "span", "expected"),
     [
         (state("02", "03"), PartitionRange(), "01"),
