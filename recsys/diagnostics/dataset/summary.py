@@ -56,7 +56,7 @@ class SplitSummary:
     distinct: dict[str, int]
     target_in_history: int  # rows with a history that holds their own target
     known_rows: int  # whose target is no unknown id of an exact vocabulary
-    item_counts: ItemCounts  # without drawn rows
+    item_counts: ItemCounts  # without drawn rows and those of weight 0
     shares: dict[str, float]
 
 
@@ -233,9 +233,11 @@ def _list_lengths(database: Database, schema: Schema, split: str) -> dict[str, L
 
 
 def _item_counts(database: Database, schema: Schema, split: str) -> ItemCounts:
+    """Return the rows of each item that a run counts: not drawn, nor of weight 0."""
     is_logged = "true" if schema.sampled is None else f"{quoted(schema.sampled)} = 0"
+    has_weight = "true" if schema.weight is None else f"{quoted(schema.weight)} > 0"
     counts = database.sql(
-        f'SELECT "/item" AS item, count(*) AS n FROM {split} WHERE {is_logged} '
+        f'SELECT "/item" AS item, count(*) AS n FROM {split} WHERE {is_logged} AND {has_weight} '
         "GROUP BY 1 ORDER BY 1"
     ).fetchnumpy()
     return ItemCounts(counts["item"].astype(np.int64), counts["n"].astype(np.int64))

@@ -24,7 +24,7 @@ from recsys.build import Job
 from recsys.checkpoint.run_folder import read_item_counts
 from recsys.config.ranking import RetrievalSettings
 from recsys.content.encoders.base import Encoder
-from recsys.data.item_frequency import frequency_masks
+from recsys.data.item_frequency import frequency_masks, rows_that_count
 from recsys.data.parquet.columns import RowColumns
 from recsys.data.parquet.values import RAW_GROUP
 from recsys.data.row_source import open_rows
@@ -368,7 +368,8 @@ def _encoders(job: Job, items: np.ndarray) -> np.ndarray | None:  # [I, V]
 def _read_events(job: Job, items: np.ndarray) -> tuple[np.ndarray, np.ndarray, csr_matrix]:
     """Return users and places of the items of the training rows with a positive first label.
 
-    The last result has the weights of pairs of their histories' items and theirs [I, I].
+    Rows of weight 0 are left out. The last result has the weights of pairs of items of their
+    histories and theirs [I, I].
     """
     schema, columns = job.schema, []
     label, pairs = schema.of_kind("label")[0], csr_matrix((len(items),) * 2)
@@ -377,7 +378,7 @@ def _read_events(job: Job, items: np.ndarray) -> tuple[np.ndarray, np.ndarray, c
     for table in rows.read(*rows.share(0, 1)):
         events = RowColumns.of(table)
         targets = place_of(items, events.values(schema.target_item))
-        is_taken = (events.values(label) > 0) & (targets >= 0)
+        is_taken = rows_that_count(table, schema) & (events.values(label) > 0) & (targets >= 0)
         events, targets = events.take(np.flatnonzero(is_taken)), targets[is_taken]
         history = place_of(items, events.values(schema.history))
         lengths = events.lengths(schema.history)

@@ -23,6 +23,7 @@ from recsys.diagnostics.dataset.summary import (
 from tests.datasets import item_rows, png, write_dataset, write_parquet
 from tests.recsys.data import bad_impressions
 from tests.recsys.data.parquet import bad_files
+from tests.recsys.weighted_data import table_of, write_weighted
 
 SPLITS = ("train", "valid", "test")
 
@@ -93,6 +94,17 @@ def test_shares_of_rows_that_training_knows_nothing_of(data: Path) -> None:
     assert shares["cold"] == pytest.approx((train_rows < 5).mean())
     assert shares["of_known_groups"] == pytest.approx(test["user"].isin(train["user"]).mean())
     assert shares["without_item_row"] == 0.0
+
+
+def test_rows_of_weight_0_count_for_no_item(tmp_path: Path) -> None:
+    data, _ = write_weighted(tmp_path)
+    splits = summarize_dataset(str(data)).splits
+    rows = table_of(data, "train").to_pandas()
+    counts = np.bincount(rows["item"][rows["times"] > 0], minlength=40)
+    assert splits["train"].item_counts.of(np.arange(40)).tolist() == counts.tolist()
+    test = table_of(data, "test").to_pandas()
+    is_unseen = counts[test["item"][test["times"] > 0]] == 0
+    assert splits["test"].shares["unseen"] == pytest.approx(is_unseen.mean())
 
 
 def test_unknown_items_are_different_ones(tmp_path: Path) -> None:

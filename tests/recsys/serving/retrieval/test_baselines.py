@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ import torch
 from scipy.sparse import csr_matrix, identity
 
 from recsys.cli import main
-from recsys.config import RetrievalSettings
+from recsys.config import Config, RetrievalSettings
+from recsys.data.schema import load_schema
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.bootstrap import effective_users, interval_stretch
 from recsys.evaluation.predict import load_run
@@ -24,6 +26,7 @@ from recsys.serving.retrieval.baselines import (
     FACTORS,
     Blend,
     Catalogue,
+    _read_events,
     best_weights,
     blend_to_serve,
     choose_blend,
@@ -40,6 +43,8 @@ from recsys.serving.retrieval.nearest_items import (
 )
 from recsys.serving.retrieval.query_rows import QueryRows, other_candidates, places, places_among
 from recsys.serving.retrieval.served_blend import ServedBlend
+from recsys.storage.location import Location
+from tests.recsys.weighted_data import table_of, write_weighted
 
 # Users of the items 0 to 4; the second has taken item 1 twice.
 TAKEN = [[0, 1, 2], [1, 1, 2], [0, 3], [2], [1, 2, 3]]
@@ -328,6 +333,20 @@ def test_transitions_are_those_of_loops_over_the_training_rows(towers: Path) -> 
     np.testing.assert_allclose(
         items.neighbours["transitions"].toarray(), shrunk, rtol=1e-5, atol=1e-9
     )
+
+
+def test_rows_of_weight_0_are_no_events_of_baselines(tmp_path: Path) -> None:
+    data, _ = write_weighted(tmp_path)
+    root = Location.of(str(data))
+    dataset = {"schema": load_schema(root), "root": root, "train_folder": "train"}
+    job: Any = SimpleNamespace(**dataset, config=Config())
+    users, items, _ = _read_events(job, np.arange(40))
+    expected = [
+        (row["user"], row["item"])
+        for row in table_of(data, "train").to_pylist()
+        if row["times"] > 0 and row["liked"] > 0
+    ]
+    assert list(zip(users.tolist(), items.tolist(), strict=True)) == expected
 
 
 def test_the_command_compares_a_run_with_baselines(
