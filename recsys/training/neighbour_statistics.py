@@ -113,7 +113,10 @@ def read_events(job: Job, settings: NeighbourSettings, folders: Sequence[str]) -
 
 
 def events_of_rows(table: pa.Table, schema: Schema, settings: NeighbourSettings) -> Events:
-    """Return the distinct events of the histories of some rows; padding rows have none."""
+    """Return the distinct events of the histories of some rows; padding rows have none.
+
+    Unknown ids share a table row, which is no item.
+    """
     rows = RowColumns.of(table)
     assert schema.history is not None
     lengths = rows.lengths(schema.history)
@@ -121,7 +124,11 @@ def events_of_rows(table: pa.Table, schema: Schema, settings: NeighbourSettings)
     users = np.repeat(users.astype(np.int64), lengths)
     items = rows.values(schema.history).astype(np.int64)
     values = np.ones(len(items)) if settings.values is None else rows.values(settings.values)
-    return Events(users, items, values.astype(np.float64)).distinct()
+    events = Events(users, items, values.astype(np.float64))
+    vocabulary = schema.vocabulary_of(schema.history)
+    if vocabulary is not None and vocabulary.kind == "exact":
+        events = events.take(items != schema.limit(schema.history) - 1)
+    return events.distinct()
 
 
 def fill_statistics(neighbours: Neighbours, events: Events, settings: NeighbourSettings) -> None:

@@ -306,8 +306,8 @@ class PartitionTrainer(Trainer):
 
     def _validate(self) -> None:
         """At the end of a pass fill rows without training and, if asked, the bank. A collective."""
-        self._refresh_bank()
-        with self.job.averaged():
+        with self.job.averaged():  # by which the next partition is scored
+            self._refresh_bank()
             initial_state.refill_cold_rows(self.job)
 
 

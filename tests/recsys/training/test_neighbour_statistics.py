@@ -1,5 +1,6 @@
 """Statistics of neighbours beside brute force, by fold of users, and those that a run keeps."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from recsys.config import NeighbourSettings, load_config
 from recsys.data.schema import Schema
-from recsys.data.schema_columns import Column
+from recsys.data.schema_columns import Column, VocabularySettings
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.predict import load_run
 from recsys.ranking.neighbours import FOLDS, PRIOR_VALUES, Neighbours
@@ -163,6 +164,22 @@ def test_an_event_counts_once_in_however_many_histories() -> None:
     assert events.items.tolist() == [0, 1, 0, 2]
     np.testing.assert_allclose(events.values, [1.0, 0.5, 0.0, 0.7], rtol=1e-6)
     assert events_of_rows(rows, SCHEMA, NeighbourSettings()).values.tolist() == [1.0] * 4
+
+
+def test_unknown_ids_of_a_history_are_no_item() -> None:
+    item = Column("id", num_embeddings=3, vocabulary=VocabularySettings("exact"))
+    schema = replace(SCHEMA, columns={**SCHEMA.columns, "item": item})
+    unknown = 2
+    rows = pa.table(
+        {
+            "user": [1, 3],
+            "history": pa.array([[unknown, 0, unknown], [1, unknown]], pa.list_(pa.int64())),
+            "stars": pa.array([[0.1, 1.0, 0.2], [0.5, 0.3]], pa.list_(pa.float32())),
+        }
+    )
+    events = events_of_rows(rows, schema, NeighbourSettings("stars"))
+    assert [events.users.tolist(), events.items.tolist()] == [[1, 3], [0, 1]]
+    assert events.values.tolist() == [1.0, 0.5]
 
 
 def test_of_a_user_with_many_events_some_pair(monkeypatch: pytest.MonkeyPatch) -> None:
