@@ -105,7 +105,10 @@ class PartitionRun:
         self.previous, self.request = "", continual.warm_start  # partition and run to go on from
         if state.last is not None:
             self.previous = state.last.name
-            self.request = WarmStart(self.folder.run_of(self.previous), checkpoint="last")
+            # Both have the same weights, unless the best has averages, which this run may not keep.
+            has_averages = self.config.optimizer.ema_decay is not None
+            checkpoint = "last" if has_averages else "best"
+            self.request = WarmStart(self.folder.run_of(self.previous), checkpoint=checkpoint)
 
     def train(self) -> TrainedPartition:
         """Score the partition and train on it, or go on with that. A collective."""

@@ -169,6 +169,16 @@ def test_a_refreshed_bank_is_encoded_by_the_averaged_weights_that_score(tmp_path
         torch.testing.assert_close(kept, bank.lookup(items)[0])
 
 
+def test_a_day_without_averages_goes_on_from_the_averaged_model_of_the_day_before(
+    tmp_path: Path,
+) -> None:
+    write_days(tmp_path / "data", 2)
+    words = [*WITHOUT_CONTENT, "--optimizer.ema_decay"]
+    walk(tmp_path, tmp_path / "run", *words, "0.9", last=DAYS[0])
+    walk(tmp_path, tmp_path / "run", *words, "null")
+    assert_predicted_alike(tmp_path, 1, tmp_path / "predicted.parquet")
+
+
 @pytest.mark.parametrize("begins", ["anew", "warm"])
 def test_transforms_are_fitted_on_the_first_partition_alone(begins: str, tmp_path: Path) -> None:
     """Values that the dataset has are of all partitions, those that lie ahead included."""
