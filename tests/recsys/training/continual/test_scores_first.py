@@ -179,6 +179,14 @@ def test_a_day_without_averages_goes_on_from_the_averaged_model_of_the_day_befor
     assert_predicted_alike(tmp_path, 1, tmp_path / "predicted.parquet")
 
 
+def test_a_model_that_encodes_a_share_of_the_items_scores_by_the_bank_of_the_day_before(
+    tmp_path: Path,
+) -> None:
+    write_days(tmp_path / "data", 2)
+    walk(tmp_path, tmp_path / "run", "--content.encoder_share", "0.3")
+    assert_predicted_alike(tmp_path, 1, tmp_path / "predicted.parquet")
+
+
 @pytest.mark.parametrize("begins", ["anew", "warm"])
 def test_transforms_are_fitted_on_the_first_partition_alone(begins: str, tmp_path: Path) -> None:
     """Values that the dataset has are of all partitions, those that lie ahead included."""
