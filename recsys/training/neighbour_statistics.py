@@ -73,15 +73,10 @@ def fit_neighbours(job: Job, earlier_folders: Sequence[str] = ()) -> None:
     neighbours, settings, ranks = job.em3.neighbours, job.config.neighbours, job.ranks
     if neighbours is None or settings is None:
         return
-    with ranks.raise_on_all_ranks():
-        folders = [folder for folder in earlier_folders if (job.root / folder).exists()]
-        folders = [job.train_folder, *folders[-settings.partitions :]]
-        local = read_events(job, settings, folders)
-    columns = [torch.from_numpy(column).to(ranks.device) for column in local]
-    gathered = [gather_rows_to_first(column, ranks.group).cpu().numpy() for column in columns]
+    folders = ranks.on_first(_existing, job, earlier_folders)
+    events = gather_events(job, settings, [job.train_folder, *folders[-settings.partitions :]])
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
-            events = Events(*gathered).distinct()
             num_before = float(neighbours.value_counts[:, FOLDS].sum())  # of the run begun from
             if len(events.users) < num_before / 2:
                 logger.warning(
@@ -99,17 +94,38 @@ def fit_neighbours(job: Job, earlier_folders: Sequence[str] = ()) -> None:
             dist.broadcast(buffer, src=0, group=ranks.group)
 
 
-def read_events(job: Job, settings: NeighbourSettings, folders: Sequence[str]) -> Events:
-    """Return the distinct events of this rank's share of the rows in folders."""
-    kinds = np.int64, np.int64, np.float64
-    parts, schema = [Events(*(np.zeros(0, kind) for kind in kinds))], job.schema
+def _existing(job: Job, folders: Sequence[str]) -> list[str]:
+    return [folder for folder in folders if (job.root / folder).exists()]
+
+
+def gather_events(job: Job, settings: NeighbourSettings, folders: Sequence[str]) -> Events:
+    """Return the distinct events of the rows in folders on rank 0. A collective.
+
+    Of the values of an event the first one counts, by folder and row, for any number of ranks.
+    """
+    ranks, events = job.ranks, _no_events()
     for folder in folders:
-        rows = open_rows(job.config.source, job.root, folder, schema, job.config.on_bad_row)
-        for table in rows.read(*rows.share(job.ranks.rank, job.ranks.world_size)):
-            parts.append(events_of_rows(table, schema, settings))
-            if sum(len(part.users) for part in parts) > EVENTS_PER_BLOCK:
-                parts = [Events.joined(parts)]
+        with ranks.raise_on_all_ranks():
+            local = read_events(job, settings, folder)
+        columns = [torch.from_numpy(column).to(ranks.device) for column in local]
+        gathered = [gather_rows_to_first(column, ranks.group).cpu().numpy() for column in columns]
+        events = Events.joined([events, Events(*gathered)])
+    return events
+
+
+def read_events(job: Job, settings: NeighbourSettings, folder: str) -> Events:
+    """Return the distinct events of this rank's share of the rows in a folder."""
+    parts, schema = [_no_events()], job.schema
+    rows = open_rows(job.config.source, job.root, folder, schema, job.config.on_bad_row)
+    for table in rows.read(*rows.share(job.ranks.rank, job.ranks.world_size)):
+        parts.append(events_of_rows(table, schema, settings))
+        if sum(len(part.users) for part in parts) > EVENTS_PER_BLOCK:
+            parts = [Events.joined(parts)]
     return Events.joined(parts)
+
+
+def _no_events() -> Events:
+    return Events(*(np.zeros(0, kind) for kind in (np.int64, np.int64, np.float64)))
 
 
 def events_of_rows(table: pa.Table, schema: Schema, settings: NeighbourSettings) -> Events:

@@ -2,31 +2,36 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
-from recsys.config import NeighbourSettings, load_config
-from recsys.data.schema import Schema
+from recsys.config import Config, NeighbourSettings, load_config
+from recsys.data.schema import Schema, load_schema
 from recsys.data.schema_columns import Column, VocabularySettings
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.predict import load_run
 from recsys.ranking.neighbours import FOLDS, PRIOR_VALUES, Neighbours
+from recsys.storage.location import Location
 from recsys.training.neighbour_statistics import (
     Events,
     events_of_rows,
     fill_statistics,
+    gather_events,
     item_similarities,
     leading_factors,
     value_deviations,
 )
 from recsys.training.train import train
-from tests.datasets import write_dataset
+from tests.datasets import impressions, write_dataset, write_parquet
 from tests.ranks import run_on_ranks
 from tests.recsys.command_runs import TINY
 from tests.recsys.ranking.test_neighbours import WITH_ITEMS
+from tests.recsys.training.changed_answers import set_column
 from tests.recsys.training.continual.walk_runs import WITHOUT_CONTENT
 
 NUM_USERS, NUM_ITEMS = 30, 9
@@ -213,3 +218,28 @@ def test_two_ranks_have_the_statistics_of_one(tmp_path: Path) -> None:
         assert states[0][name].any()
         torch.testing.assert_close(states[0][name], states[1][name])
     assert any(states[0]["blend.weight"][0, 1:] != 0)  # fitted to validation rows
+
+
+def events_of_ranks(rank: int, world_size: int, data: Path) -> Events:
+    from tests.recsys.optimizer.test_optimizer_runs import ranks_of
+
+    root, ranks = Location.of(data), ranks_of(rank, world_size)
+    parts = {"config": Config(), "root": root, "schema": load_schema(root), "ranks": ranks}
+    job: Any = SimpleNamespace(**parts)
+    return gather_events(job, NeighbourSettings("history_liked"), ["valid", "train"])
+
+
+def test_of_differing_values_the_first_by_folder_counts_on_any_number_of_ranks(
+    tmp_path: Path,
+) -> None:
+    """A user of the second half of one folder, and of the first half of the other."""
+    data = write_dataset(tmp_path / "data", {})
+    for folder, users, value in (("valid", [1, 2], 1.0), ("train", [2, 1], 0.0)):
+        rows = impressions(2, 3, 4, np.random.default_rng(0))
+        columns = {"user": users, "history": [[3], [3]], "history_liked": [[value], [value]]}
+        for name, values in columns.items():
+            rows = set_column(rows, name, pa.array(values, rows.schema.field(name).type))
+        write_parquet(data / folder / "part-0.parquet", rows)
+    for world_size in (1, 2):
+        events = run_on_ranks(events_of_ranks, world_size, data)[0]
+        assert [part.tolist() for part in events] == [[1, 2], [3, 3], [1.0, 1.0]]

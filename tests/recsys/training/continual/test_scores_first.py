@@ -162,7 +162,8 @@ def test_a_refreshed_bank_is_encoded_by_the_averaged_weights_that_score(tmp_path
     with joined_ranks("cpu") as ranks:
         run = ContinualFolder(tmp_path / "run").run_of(NAMES[0])
         job = load_run(run, str(data), ranks, "cpu")
-        assert job.em3.content is not None and (bank := job.em3.content.bank) is not None
+        assert job.em3.content is not None and job.em3.content.bank is not None
+        bank = job.em3.content.bank
         items = torch.arange(job.schema.num_items)
         kept = bank.lookup(items)[0].clone()
         fill_bank(job)
