@@ -30,6 +30,7 @@ from recsys.training.train import train
 from tests.datasets import impressions, write_dataset, write_parquet
 from tests.ranks import run_on_ranks
 from tests.recsys.command_runs import TINY
+from tests.recsys.data.raw_ids import TRAIN, write_raw_dataset
 from tests.recsys.ranking.test_neighbours import WITH_ITEMS
 from tests.recsys.training.changed_answers import set_column
 from tests.recsys.training.continual.walk_runs import WITHOUT_CONTENT
@@ -243,3 +244,14 @@ def test_of_differing_values_the_first_by_folder_counts_on_any_number_of_ranks(
     for world_size in (1, 2):
         events = run_on_ranks(events_of_ranks, world_size, data)[0]
         assert [part.tolist() for part in events] == [[1, 2], [3, 3], [1.0, 1.0]]
+
+
+def test_rows_without_a_user_are_other_users_in_each_folder(tmp_path: Path) -> None:
+    hashes = dict.fromkeys(("user", "item", "words"), "{kind: hash}")
+    data = write_raw_dataset(tmp_path / "data", **hashes)
+    rows = {name: values[:2] for name, values in TRAIN.items()}
+    rows |= {"user": [None, "ann"], "history": [[7], [7]], "history_liked": [[1.0], [1.0]]}
+    for folder in ("train", "valid"):
+        write_parquet(data / folder / "part-0.parquet", pa.table(rows))
+    events = run_on_ranks(events_of_ranks, 1, data)[0]
+    assert len(np.unique(events.users)) == len(events.users) == 3  # ann, and one in each folder
