@@ -107,8 +107,9 @@ class PartitionRun:
             self.previous = state.last.name
             # Both have the same weights, unless the best has averages, which this run may not keep.
             has_averages = self.config.optimizer.ema_decay is not None
-            checkpoint = "last" if has_averages else "best"
-            self.request = WarmStart(self.folder.run_of(self.previous), checkpoint=checkpoint)
+            self.request = WarmStart(
+                self.folder.run_of(self.previous), checkpoint="last" if has_averages else "best"
+            )
 
     def train(self) -> TrainedPartition:
         """Score the partition and train on it, or go on with that. A collective."""
