@@ -18,10 +18,11 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 
+from embeddings.vocabulary.fixed import mix64
 from recsys.build import Job
 from recsys.config import NeighbourSettings
 from recsys.data.parquet.columns import RowColumns
-from recsys.data.parquet.values import RAW_GROUP
+from recsys.data.parquet.values import RAW_GROUP, ROW_POSITION
 from recsys.data.row_source import open_rows
 from recsys.data.schema import Schema
 from recsys.distributed.gather import gather_rows_to_first
@@ -73,15 +74,10 @@ def fit_neighbours(job: Job, earlier_folders: Sequence[str] = ()) -> None:
     neighbours, settings, ranks = job.em3.neighbours, job.config.neighbours, job.ranks
     if neighbours is None or settings is None:
         return
-    with ranks.raise_on_all_ranks():
-        folders = [folder for folder in earlier_folders if (job.root / folder).exists()]
-        folders = [job.train_folder, *folders[-settings.partitions :]]
-        local = read_events(job, settings, folders)
-    columns = [torch.from_numpy(column).to(ranks.device) for column in local]
-    gathered = [gather_rows_to_first(column, ranks.group).cpu().numpy() for column in columns]
+    folders = ranks.on_first(_existing, job, earlier_folders)
+    events = gather_events(job, settings, [job.train_folder, *folders[-settings.partitions :]])
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
-            events = Events(*gathered).distinct()
             num_before = float(neighbours.value_counts[:, FOLDS].sum())  # of the run begun from
             if len(events.users) < num_before / 2:
                 logger.warning(
@@ -99,29 +95,67 @@ def fit_neighbours(job: Job, earlier_folders: Sequence[str] = ()) -> None:
             dist.broadcast(buffer, src=0, group=ranks.group)
 
 
-def read_events(job: Job, settings: NeighbourSettings, folders: Sequence[str]) -> Events:
-    """Return the distinct events of this rank's share of the rows in folders."""
-    kinds = np.int64, np.int64, np.float64
-    parts, schema = [Events(*(np.zeros(0, kind) for kind in kinds))], job.schema
-    for folder in folders:
-        rows = open_rows(job.config.source, job.root, folder, schema, job.config.on_bad_row)
-        for table in rows.read(*rows.share(job.ranks.rank, job.ranks.world_size)):
-            parts.append(events_of_rows(table, schema, settings))
-            if sum(len(part.users) for part in parts) > EVENTS_PER_BLOCK:
-                parts = [Events.joined(parts)]
+def _existing(job: Job, folders: Sequence[str]) -> list[str]:
+    return [folder for folder in folders if (job.root / folder).exists()]
+
+
+def gather_events(job: Job, settings: NeighbourSettings, folders: Sequence[str]) -> Events:
+    """Return the distinct events of the rows in folders on rank 0. A collective.
+
+    Of the values of an event the first one counts, by folder and row, for any number of ranks.
+    """
+    ranks, events = job.ranks, _no_events()
+    for number, folder in enumerate(folders):
+        with ranks.raise_on_all_ranks():
+            local = read_events(job, settings, folder, number)
+        columns = [torch.from_numpy(column).to(ranks.device) for column in local]
+        gathered = [gather_rows_to_first(column, ranks.group).cpu().numpy() for column in columns]
+        events = Events.joined([events, Events(*gathered)])
+    return events
+
+
+def read_events(job: Job, settings: NeighbourSettings, folder: str, number: int) -> Events:
+    """Return the distinct events of this rank's share of the rows in a folder of this number."""
+    parts, schema = [_no_events()], job.schema
+    rows = open_rows(job.config.source, job.root, folder, schema, job.config.on_bad_row)
+    for table in rows.read(*rows.share(job.ranks.rank, job.ranks.world_size)):
+        parts.append(events_of_rows(table, schema, settings, number))
+        if sum(len(part.users) for part in parts) > EVENTS_PER_BLOCK:
+            parts = [Events.joined(parts)]
     return Events.joined(parts)
 
 
-def events_of_rows(table: pa.Table, schema: Schema, settings: NeighbourSettings) -> Events:
-    """Return the distinct events of the histories of some rows; padding rows have none."""
+def _no_events() -> Events:
+    return Events(*(np.zeros(0, kind) for kind in (np.int64, np.int64, np.float64)))
+
+
+def events_of_rows(
+    table: pa.Table, schema: Schema, settings: NeighbourSettings, number: int = 0
+) -> Events:
+    """Return the distinct events of the histories of some rows; padding rows have none.
+
+    Unknown ids share a table row, which is no item.
+    """
     rows = RowColumns.of(table)
     assert schema.history is not None
     lengths = rows.lengths(schema.history)
-    users = rows.numbers[RAW_GROUP if RAW_GROUP in rows.numbers else schema.group]
-    users = np.repeat(users.astype(np.int64), lengths)
+    users = np.repeat(_users_of_rows(rows, schema, number), lengths)
     items = rows.values(schema.history).astype(np.int64)
     values = np.ones(len(items)) if settings.values is None else rows.values(settings.values)
-    return Events(users, items, values.astype(np.float64)).distinct()
+    events = Events(users, items, values.astype(np.float64))
+    vocabulary = schema.vocabulary_of(schema.history)
+    if vocabulary is not None and vocabulary.kind == "exact":
+        events = events.take(items != schema.limit(schema.history) - 1)
+    return events.distinct()
+
+
+def _users_of_rows(rows: RowColumns, schema: Schema, number: int) -> np.ndarray:  # int64 [R]
+    """Return the users; a row without one is another user in each folder, by its `number`."""
+    if RAW_GROUP not in rows.numbers:
+        return rows.numbers[schema.group].astype(np.int64)
+    users, positions = rows.numbers[RAW_GROUP], rows.numbers[ROW_POSITION]
+    is_nobody = users == mix64(positions).view(np.int64)  # as `usable_table` has it
+    return np.where(is_nobody, mix64(positions + (number << 40)).view(np.int64), users)
 
 
 def fill_statistics(neighbours: Neighbours, events: Events, settings: NeighbourSettings) -> None:

@@ -29,6 +29,7 @@ from recsys.model.tables import cold_row_rules, pooled_features, table_configs
 logger = logging.getLogger(__name__)
 
 MODEL = "model."
+BANKS = ("bank", "encoder_outputs")  # tensors with a row per item, of the memory bank's rows
 DENSE, TABLES, AVERAGE = "optimizer.dense.", "optimizer.tables.", "optimizer.average."
 SCALING = f"{MODEL}scaling."  # a number per dense column and list
 MOST_SHAPES = 8  # in a message
@@ -95,7 +96,7 @@ class WarmStartPlan:
         state = training.state_dict(entries)
         moved: dict[str, RowMap] = {}
         for name in self.tensors:
-            rows = self.items if name == "bank" else self.maps.get(_table_of(name) or name)
+            rows = self.items if name in BANKS else self.maps.get(_table_of(name) or name)
             if rows is not None and not rows.is_identity:
                 moved[name] = rows
         for stored in dict.fromkeys(self.tensors.values()):
@@ -283,9 +284,9 @@ def _choose_vocabularies(plan: WarmStartPlan, state: State) -> None:
 
 
 def _choose_bank(plan: WarmStartPlan, job: Job, state: State, is_same: bool) -> None:
-    """Take the vectors of the memory bank if the encoders that made them are. A collective."""
-    stored = plan.source.model.entries
-    if "bank" not in state:
+    """Take the memory bank, and outputs beside it, if the encoders are taken. A collective."""
+    stored, banks = plan.source.model.entries, [name for name in BANKS if name in state]
+    if not banks:
         return
     encoding = {name for name in {*state, *stored} if name.startswith(ENCODING)}
     if "bank" not in stored:
@@ -294,8 +295,8 @@ def _choose_bank(plan: WarmStartPlan, job: Job, state: State, is_same: bool) -> 
         reason = f"vectors of {stored['bank'].size[1] - 1} numbers before"
     elif not is_same or not encoding <= plan.tensors.keys():
         reason = "its vectors are of other encoders"
-    elif "encoder_outputs" in state:
-        reason = "outputs of trained encoders are stored beside it"
+    elif any(name not in stored for name in banks):
+        reason = "the run has no outputs of trained encoders beside it"
     else:
         item = job.schema.target_item
         rows = plan.maps.get(item)
@@ -303,7 +304,8 @@ def _choose_bank(plan: WarmStartPlan, job: Job, state: State, is_same: bool) -> 
             unlisted = replace(plan.source, differences=Differences())
             rows = row_map(item, unlisted, job.schema, job.ranks)
         if rows is not None:
-            plan.items, plan.tensors["bank"] = rows, plan.source.model
+            plan.items = rows
+            plan.tensors |= dict.fromkeys(banks, plan.source.model)
             return
         reason = "the items have other rows"
     plan.differences.add("memory bank", reason, "all items are encoded")

@@ -181,7 +181,8 @@ class ItemTable:
         for _, _, chunk in self.chunks(name):
             # A slice shares the buffers of its parent, so hash a compact copy.
             compact = pa.concat_arrays([chunk])
-            buffers += [len(compact), *(memoryview(part) for part in compact.buffers() if part)]
+            parts = [memoryview(part) for part in compact.buffers() if part]
+            buffers += [len(compact), str(compact.type), *parts]
         return digest_of(*buffers)
 
 
@@ -241,7 +242,8 @@ class FeatureFile:
                     yield first, values.astype(np.float32)
 
     def fingerprint(self) -> str:
-        return digest_of(self.num_rows, *(values.data.cast("B") for _, values in self.pieces()))
+        shape = self.num_rows, *self.row_shape
+        return digest_of(shape, *(values.data.cast("B") for _, values in self.pieces()))
 
 
 def _read_ids(file: Location, features: FeatureFile) -> np.ndarray:  # [R]

@@ -105,7 +105,11 @@ class PartitionRun:
         self.previous, self.request = "", continual.warm_start  # partition and run to go on from
         if state.last is not None:
             self.previous = state.last.name
-            self.request = WarmStart(self.folder.run_of(self.previous), checkpoint="last")
+            # Both have the same weights, unless the best has averages, which this run may not keep.
+            has_averages = self.config.optimizer.ema_decay is not None
+            self.request = WarmStart(
+                self.folder.run_of(self.previous), checkpoint="last" if has_averages else "best"
+            )
 
     def train(self) -> TrainedPartition:
         """Score the partition and train on it, or go on with that. A collective."""
@@ -306,8 +310,8 @@ class PartitionTrainer(Trainer):
 
     def _validate(self) -> None:
         """At the end of a pass fill rows without training and, if asked, the bank. A collective."""
-        self._refresh_bank()
-        with self.job.averaged():
+        with self.job.averaged():  # by which the next partition is scored
+            self._refresh_bank()
             initial_state.refill_cold_rows(self.job)
 
 

@@ -1,31 +1,38 @@
 """Statistics of neighbours beside brute force, by fold of users, and those that a run keeps."""
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
-from recsys.config import NeighbourSettings, load_config
-from recsys.data.schema import Schema
-from recsys.data.schema_columns import Column
+from recsys.config import Config, NeighbourSettings, load_config
+from recsys.data.schema import Schema, load_schema
+from recsys.data.schema_columns import Column, VocabularySettings
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.predict import load_run
 from recsys.ranking.neighbours import FOLDS, PRIOR_VALUES, Neighbours
+from recsys.storage.location import Location
 from recsys.training.neighbour_statistics import (
     Events,
     events_of_rows,
     fill_statistics,
+    gather_events,
     item_similarities,
     leading_factors,
     value_deviations,
 )
 from recsys.training.train import train
-from tests.datasets import write_dataset
+from tests.datasets import impressions, write_dataset, write_parquet
 from tests.ranks import run_on_ranks
 from tests.recsys.command_runs import TINY
+from tests.recsys.data.raw_ids import TRAIN, write_raw_dataset
 from tests.recsys.ranking.test_neighbours import WITH_ITEMS
+from tests.recsys.training.changed_answers import set_column
 from tests.recsys.training.continual.walk_runs import WITHOUT_CONTENT
 
 NUM_USERS, NUM_ITEMS = 30, 9
@@ -165,6 +172,22 @@ def test_an_event_counts_once_in_however_many_histories() -> None:
     assert events_of_rows(rows, SCHEMA, NeighbourSettings()).values.tolist() == [1.0] * 4
 
 
+def test_unknown_ids_of_a_history_are_no_item() -> None:
+    item = Column("id", num_embeddings=3, vocabulary=VocabularySettings("exact"))
+    schema = replace(SCHEMA, columns={**SCHEMA.columns, "item": item})
+    unknown = 2
+    rows = pa.table(
+        {
+            "user": [1, 3],
+            "history": pa.array([[unknown, 0, unknown], [1, unknown]], pa.list_(pa.int64())),
+            "stars": pa.array([[0.1, 1.0, 0.2], [0.5, 0.3]], pa.list_(pa.float32())),
+        }
+    )
+    events = events_of_rows(rows, schema, NeighbourSettings("stars"))
+    assert [events.users.tolist(), events.items.tolist()] == [[1, 3], [0, 1]]
+    assert events.values.tolist() == [1.0, 0.5]
+
+
 def test_of_a_user_with_many_events_some_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("recsys.training.neighbour_statistics.MOST_EVENTS", 3)
     capped = random_events().capped()
@@ -196,3 +219,39 @@ def test_two_ranks_have_the_statistics_of_one(tmp_path: Path) -> None:
         assert states[0][name].any()
         torch.testing.assert_close(states[0][name], states[1][name])
     assert any(states[0]["blend.weight"][0, 1:] != 0)  # fitted to validation rows
+
+
+def events_of_ranks(rank: int, world_size: int, data: Path) -> Events:
+    from tests.recsys.optimizer.test_optimizer_runs import ranks_of
+
+    root, ranks = Location.of(data), ranks_of(rank, world_size)
+    parts = {"config": Config(), "root": root, "schema": load_schema(root), "ranks": ranks}
+    job: Any = SimpleNamespace(**parts)
+    return gather_events(job, NeighbourSettings("history_liked"), ["valid", "train"])
+
+
+def test_of_differing_values_the_first_by_folder_counts_on_any_number_of_ranks(
+    tmp_path: Path,
+) -> None:
+    """A user of the second half of one folder, and of the first half of the other."""
+    data = write_dataset(tmp_path / "data", {})
+    for folder, users, value in (("valid", [1, 2], 1.0), ("train", [2, 1], 0.0)):
+        rows = impressions(2, 3, 4, np.random.default_rng(0))
+        columns = {"user": users, "history": [[3], [3]], "history_liked": [[value], [value]]}
+        for name, values in columns.items():
+            rows = set_column(rows, name, pa.array(values, rows.schema.field(name).type))
+        write_parquet(data / folder / "part-0.parquet", rows)
+    for world_size in (1, 2):
+        events = run_on_ranks(events_of_ranks, world_size, data)[0]
+        assert [part.tolist() for part in events] == [[1, 2], [3, 3], [1.0, 1.0]]
+
+
+def test_rows_without_a_user_are_other_users_in_each_folder(tmp_path: Path) -> None:
+    hashes = dict.fromkeys(("user", "item", "words"), "{kind: hash}")
+    data = write_raw_dataset(tmp_path / "data", **hashes)
+    rows = {name: values[:2] for name, values in TRAIN.items()}
+    rows |= {"user": [None, "ann"], "history": [[7], [7]], "history_liked": [[1.0], [1.0]]}
+    for folder in ("train", "valid"):
+        write_parquet(data / folder / "part-0.parquet", pa.table(rows))
+    events = run_on_ranks(events_of_ranks, 1, data)[0]
+    assert len(np.unique(events.users)) == len(events.users) == 3  # ann, and one in each folder

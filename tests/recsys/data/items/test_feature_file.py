@@ -81,6 +81,32 @@ def test_tokens_and_items_that_are_nan_throughout_are_not_there(dataset: Path) -
         assert not content.values[item, count:].any()
 
 
+def tokens_in_column(dataset: Path, kind: pa.DataType, features: np.ndarray) -> Path:
+    """Puts these features into the items' files."""
+    items, schema = dataset / "items" / "part-0.parquet", dataset / "schema.yaml"
+    names = [name for name in pq.read_schema(items).names if name != "audio"]
+    audio = pa.array(features.tolist(), kind)
+    pq.write_table(pq.read_table(items, columns=names).append_column("audio", audio), items)
+    if "audio" not in schema.read_text():
+        schema.write_text(schema.read_text() + "    audio: {kind: feature}\n")
+    return dataset
+
+
+@pytest.mark.parametrize("is_column", [False, True])
+def test_the_same_values_as_other_tokens_are_read_anew(dataset: Path, is_column: bool) -> None:
+    vectors = random_features(NUM_ITEMS, 6)
+    tokens, width = vectors.reshape(NUM_ITEMS, 2, 3), pa.list_(pa.float32(), 3)
+    if is_column:
+        store_of(tokens_in_column(dataset, pa.list_(pa.float32(), 6), vectors))
+        store = store_of(tokens_in_column(dataset, pa.list_(width, 2), tokens))
+    else:
+        store_of(with_audio(dataset, vectors))
+        np.save(dataset / "audio.npy", tokens)
+        store = store_of(dataset)
+    content = store.gather(np.array(ids_in_files(dataset)))["audio"]
+    assert np.array_equal(content.values, tokens)
+
+
 def test_rows_by_id_in_any_order_for_some_items_and_for_others_that_do_not_exist(
     dataset: Path,
 ) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 
 from recsys.checkpoint.partitions import ContinualFolder, newest_run
@@ -15,8 +16,8 @@ from recsys.checkpoint.run_schema import load_run_schema
 from recsys.checkpoint.warm_start.source import WarmStart
 from recsys.data.prepare import prepare_transforms, prepare_vocabularies
 from recsys.distributed.ranks import joined_ranks
-from recsys.evaluation.evaluate import scores_report
-from recsys.evaluation.predict import predict
+from recsys.evaluation.evaluate import fill_bank, scores_report
+from recsys.evaluation.predict import load_run, predict
 from recsys.evaluation.scores import read_scores
 from recsys.training.train import train
 from tests.recsys.checkpoint.warm_start.warm_runs import stored_state
@@ -152,6 +153,39 @@ def test_the_first_partition_of_a_walk_is_scored_as_the_run_that_it_was_begun_fr
     (line,) = lines_of(tmp_path / "run")
     out = tmp_path / "predicted.parquet"
     assert_predicted_alike(tmp_path, 1, out, line, before=tmp_path / "trained")
+
+
+def test_a_refreshed_bank_is_encoded_by_the_averaged_weights_that_score(tmp_path: Path) -> None:
+    data = write_days(tmp_path / "data", 1)
+    words = [*CASES["averages"], "--content.history.refresh_bank_every_epoch", "true"]
+    walk(tmp_path, tmp_path / "run", *words)
+    with joined_ranks("cpu") as ranks:
+        run = ContinualFolder(tmp_path / "run").run_of(NAMES[0])
+        job = load_run(run, str(data), ranks, "cpu")
+        assert job.em3.content is not None and job.em3.content.bank is not None
+        bank = job.em3.content.bank
+        items = torch.arange(job.schema.num_items)
+        kept = bank.lookup(items)[0].clone()
+        fill_bank(job)
+        torch.testing.assert_close(kept, bank.lookup(items)[0])
+
+
+def test_a_day_without_averages_goes_on_from_the_averaged_model_of_the_day_before(
+    tmp_path: Path,
+) -> None:
+    write_days(tmp_path / "data", 2)
+    words = [*WITHOUT_CONTENT, "--optimizer.ema_decay"]
+    walk(tmp_path, tmp_path / "run", *words, "0.9", last=DAYS[0])
+    walk(tmp_path, tmp_path / "run", *words, "null")
+    assert_predicted_alike(tmp_path, 1, tmp_path / "predicted.parquet")
+
+
+def test_a_model_that_encodes_a_share_of_the_items_scores_by_the_bank_of_the_day_before(
+    tmp_path: Path,
+) -> None:
+    write_days(tmp_path / "data", 2)
+    walk(tmp_path, tmp_path / "run", "--content.encoder_share", "0.3")
+    assert_predicted_alike(tmp_path, 1, tmp_path / "predicted.parquet")
 
 
 @pytest.mark.parametrize("begins", ["anew", "warm"])
