@@ -112,7 +112,7 @@ def summarize_dataset(data: str) -> DatasetSummary:
 
 def _summarize(database: Database, root: Location, schema: Schema, folder: Path) -> DatasetSummary:
     splits = {name: _summarize_split(database, root, name, schema, folder) for name in SPLITS}
-    train, items = splits["train"].item_counts, summarize_items(root, schema)
+    train, items = _item_counts(database, schema, "train", "> 0"), summarize_items(root, schema)
     for split in splits.values():
         train_counts = target_counts(train, split.item_counts.items, schema)
         split.shares = _shares(database, split, train_counts, items)
@@ -218,10 +218,13 @@ def _list_lengths(database: Database, schema: Schema, split: str) -> dict[str, L
     return lengths
 
 
-def _item_counts(database: Database, schema: Schema, split: str) -> ItemCounts:
+def _item_counts(
+    database: Database, schema: Schema, split: str, weights: str = ">= 0"
+) -> ItemCounts:
     is_logged = "true" if schema.sampled is None else f"{quoted(schema.sampled)} = 0"
+    has_weight = "true" if schema.weight is None else f"{quoted(schema.weight)} {weights}"
     counts = database.sql(
-        f'SELECT "/item" AS item, count(*) AS n FROM {split} WHERE {is_logged} '
+        f'SELECT "/item" AS item, count(*) AS n FROM {split} WHERE {is_logged} AND {has_weight} '
         "GROUP BY 1 ORDER BY 1"
     ).fetchnumpy()
     return ItemCounts(counts["item"].astype(np.int64), counts["n"].astype(np.int64))

@@ -24,7 +24,7 @@ from recsys.build import Job
 from recsys.checkpoint.run_folder import read_item_counts
 from recsys.config.ranking import RetrievalSettings
 from recsys.content.encoders.base import Encoder
-from recsys.data.item_frequency import frequency_masks
+from recsys.data.item_frequency import frequency_masks, rows_that_count
 from recsys.data.parquet.columns import RowColumns
 from recsys.data.parquet.values import RAW_GROUP
 from recsys.data.row_source import open_rows
@@ -212,6 +212,8 @@ def compare_with_baselines(
     `gain over blend` has the difference of NDCG at the first depth, and its interval over users. A
     run that is not finished, no retrieval model or without a history is a ValueError.
     """
+    if ranks.world_size > 1:
+        raise ValueError("baselines run in one process; start them without torchrun")
     job = load_run(run, data, ranks, ranks.device.type)
     settings = settings_with_vectors(run, job)
     items, catalogue = _read_catalogue(job, settings)
@@ -377,7 +379,7 @@ def _read_events(job: Job, items: np.ndarray) -> tuple[np.ndarray, np.ndarray, c
     for table in rows.read(*rows.share(0, 1)):
         events = RowColumns.of(table)
         targets = place_of(items, events.values(schema.target_item))
-        is_taken = (events.values(label) > 0) & (targets >= 0)
+        is_taken = (events.values(label) > 0) & (targets >= 0) & rows_that_count(table, schema)
         events, targets = events.take(np.flatnonzero(is_taken)), targets[is_taken]
         history = place_of(items, events.values(schema.history))
         lengths = events.lengths(schema.history)

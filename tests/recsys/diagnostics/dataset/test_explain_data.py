@@ -95,6 +95,35 @@ def test_shares_of_rows_that_training_knows_nothing_of(data: Path) -> None:
     assert shares["without_item_row"] == 0.0
 
 
+def test_a_training_row_of_weight_0_is_none_of_its_item(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data", num_items=40)
+    schema = data / "schema.yaml"
+    schema.write_text(schema.read_text().replace("\nitems:", "\n  weight: {kind: weight}\nitems:"))
+    for split in SPLITS:
+        change(data, split, weight=lambda table: pa.array(np.arange(len(table)) % 2.0))
+    summary, train = summarize_dataset(str(data)), frame(data, "train")
+    counts = train["item"][train["weight"] > 0].value_counts()
+    train_rows = frame(data, "test")["item"].map(counts).fillna(0)
+
+    shares = summary.splits["test"].shares
+    assert shares["unseen"] == pytest.approx((train_rows == 0).mean())
+    assert shares["cold"] == pytest.approx((train_rows < 5).mean())
+    assert summary.splits["train"].item_counts.counts.sum() == len(train)
+
+
+def test_rows_without_a_group_are_of_no_known_group(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data")
+    schema = data / "schema.yaml"
+    kind = "num_embeddings: 10, vocabulary: {kind: hash}"
+    schema.write_text(schema.read_text().replace("num_embeddings: 10", kind, 1))
+    for split in ("train", "test"):  # at the same places of both
+        users = [None if row % 5 == 0 else 3 for row in range(60 if split == "train" else 20)]
+        change(data, split, user=pa.array(users, pa.int64()))
+
+    test = summarize_dataset(str(data)).splits["test"]
+    assert test.shares["of_known_groups"] == 16 / 20 and test.distinct[GROUPS] == 5
+
+
 def test_content_of_the_items(data: Path) -> None:
     items = summarize_dataset(str(data)).items
     rows = pq.read_table(data / "items" / "part-0.parquet").to_pandas()

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ import torch
 from scipy.sparse import csr_matrix, identity
 
 from recsys.cli import main
-from recsys.config import RetrievalSettings
-from recsys.distributed.ranks import joined_ranks
+from recsys.config import Config, RetrievalSettings
+from recsys.data.schema import load_schema
+from recsys.distributed.ranks import Ranks, joined_ranks
 from recsys.evaluation.bootstrap import effective_users, interval_stretch
 from recsys.evaluation.predict import load_run
 from recsys.evaluation.retrieval import row_gains
@@ -40,6 +42,8 @@ from recsys.serving.retrieval.nearest_items import (
 )
 from recsys.serving.retrieval.query_rows import QueryRows, other_candidates, places, places_among
 from recsys.serving.retrieval.served_blend import ServedBlend
+from recsys.storage.location import Location
+from tests.datasets import write_dataset
 
 # Users of the items 0 to 4; the second has taken item 1 twice.
 TAKEN = [[0, 1, 2], [1, 1, 2], [0, 3], [2], [1, 2, 3]]
@@ -328,6 +332,32 @@ def test_transitions_are_those_of_loops_over_the_training_rows(towers: Path) -> 
     np.testing.assert_allclose(
         items.neighbours["transitions"].toarray(), shrunk, rtol=1e-5, atol=1e-9
     )
+
+
+def test_rows_of_weight_0_are_no_events(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path)
+    schema = data / "schema.yaml"
+    schema.write_text(schema.read_text().replace("\nitems:", "\n  weight: {kind: weight}\nitems:"))
+    counted = np.zeros(30, np.int64)
+    for file in sorted((data / "train").glob("*.parquet")):
+        table = pq.read_table(file)
+        table = table.append_column("weight", [np.arange(len(table)) % 2.0])
+        pq.write_table(table, file)
+        rows = table.to_pandas().query("weight > 0 and liked > 0")
+        counted += np.bincount(rows["item"], minlength=30)
+    root = Location.of(data)
+    config = Config(content="none")
+    job: Any = SimpleNamespace(
+        config=config, root=root, schema=load_schema(root), train_folder="train"
+    )
+    _, items, _ = baselines._read_events(job, np.arange(30))
+    assert np.bincount(items, minlength=30).tolist() == counted.tolist()
+
+
+def test_several_ranks_are_refused() -> None:
+    ranks = Ranks(0, 2, 0, 2, torch.device("cpu"))
+    with pytest.raises(ValueError, match="start them without torchrun"):
+        baselines.compare_with_baselines(Path("run"), None, ranks)
 
 
 def test_the_command_compares_a_run_with_baselines(
