@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -388,6 +389,17 @@ def test_the_command_compares_a_run_with_baselines(
     assert table[-3].startswith("blend with model") and any(
         "recall@10 unseen" in line for line in table
     )
+
+
+def test_a_test_split_that_asks_for_no_item_is_refused(
+    towers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = shutil.copytree(towers / "data", tmp_path / "data")
+    for file in (data / "test").glob("*.parquet"):
+        table = pq.read_table(file).drop_columns("liked")
+        pq.write_table(table.append_column("liked", [np.zeros(len(table), np.float32)]), file)
+    assert main(["baselines", "--run", str(towers / "run"), "--data", str(data)]) == 1
+    assert "data/test: no row with a weight has a positive first label" in capsys.readouterr().err
 
 
 def test_a_ranking_model_is_refused(trained: Any, capsys: pytest.CaptureFixture[str]) -> None:
