@@ -71,6 +71,7 @@ class RowSource(ABC):
         self._first_positions = [0, *accumulate(chunk.num_rows for chunk in chunks)]
         self.num_rows = self._first_positions.pop()
         self._kept: dict[int, pa.Table | None] = {}
+        self.null_groups = 0  # differs between folders of training rows: see `usable_table`
         if not self.num_rows:
             raise ValueError(f"{type(self).__name__}: a split without rows; it needs some")
 
@@ -107,7 +108,7 @@ class RowSource(ABC):
 
         positions = np.arange(chunk.num_rows) + self._first_positions[number]
         columns = read_columns(table, self.schema, self.names, chunk.place)
-        return usable_table(columns, self.schema, positions, report)
+        return usable_table(columns, self.schema, positions, report, self.null_groups)
 
     def describe_range(self, positions: np.ndarray) -> str:
         """Describe the positions of the first and last of some rows [n] for messages."""

@@ -38,14 +38,14 @@ def compare_runs(runs: Sequence[Path], split: str) -> dict[str, Any]:
     for run, other in zip(runs[1:], rest, strict=True):
         scores.append(with_labels(other, first.label_names, str(run)))
         check_same_rows(first, scores[-1], f"{runs[0]} and {run}")
-    metrics = metrics_of(first.loss_of(0))
+    metrics, counted = metrics_of(first.loss_of(0)), first.counted(0)
     return {
         "split": split,
         "label": first.label_names[0],
         "metrics": list(metrics),
-        "users": len(np.unique(first.groups)),
+        "users": len(np.unique(counted.groups)),
         "samples": SAMPLES,
-        "rows": {part: int(rows.sum()) for part, rows in frequency_masks(first.counts).items()},
+        "rows": {part: int(rows.sum()) for part, rows in frequency_masks(counted.counts).items()},
         "metric_users": {
             part: {metric: metric_users([first], metric, part) for metric in metrics}
             for part in PARTS

@@ -18,11 +18,10 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 
-from embeddings.vocabulary.fixed import mix64
 from recsys.build import Job
 from recsys.config import NeighbourSettings
 from recsys.data.parquet.columns import RowColumns
-from recsys.data.parquet.values import RAW_GROUP, ROW_POSITION
+from recsys.data.parquet.values import RAW_GROUP
 from recsys.data.row_source import open_rows
 from recsys.data.schema import Schema
 from recsys.distributed.gather import gather_rows_to_first
@@ -105,21 +104,21 @@ def gather_events(job: Job, settings: NeighbourSettings, folders: Sequence[str])
     Of the values of an event the first one counts, by folder and row, for any number of ranks.
     """
     ranks, events = job.ranks, _no_events()
-    for number, folder in enumerate(folders):
+    for folder in folders:
         with ranks.raise_on_all_ranks():
-            local = read_events(job, settings, folder, number)
+            local = read_events(job, settings, folder)
         columns = [torch.from_numpy(column).to(ranks.device) for column in local]
         gathered = [gather_rows_to_first(column, ranks.group).cpu().numpy() for column in columns]
         events = Events.joined([events, Events(*gathered)])
     return events
 
 
-def read_events(job: Job, settings: NeighbourSettings, folder: str, number: int) -> Events:
-    """Return the distinct events of this rank's share of the rows in a folder of this number."""
+def read_events(job: Job, settings: NeighbourSettings, folder: str) -> Events:
+    """Return the distinct events of this rank's share of the rows in a folder."""
     parts, schema = [_no_events()], job.schema
     rows = open_rows(job.config.source, job.root, folder, schema, job.config.on_bad_row)
     for table in rows.read(*rows.share(job.ranks.rank, job.ranks.world_size)):
-        parts.append(events_of_rows(table, schema, settings, number))
+        parts.append(events_of_rows(table, schema, settings))
         if sum(len(part.users) for part in parts) > EVENTS_PER_BLOCK:
             parts = [Events.joined(parts)]
     return Events.joined(parts)
@@ -129,9 +128,7 @@ def _no_events() -> Events:
     return Events(*(np.zeros(0, kind) for kind in (np.int64, np.int64, np.float64)))
 
 
-def events_of_rows(
-    table: pa.Table, schema: Schema, settings: NeighbourSettings, number: int = 0
-) -> Events:
+def events_of_rows(table: pa.Table, schema: Schema, settings: NeighbourSettings) -> Events:
     """Return the distinct events of the histories of some rows; padding rows have none.
 
     Unknown ids share a table row, which is no item.
@@ -139,7 +136,8 @@ def events_of_rows(
     rows = RowColumns.of(table)
     assert schema.history is not None
     lengths = rows.lengths(schema.history)
-    users = np.repeat(_users_of_rows(rows, schema, number), lengths)
+    users = rows.numbers[RAW_GROUP if RAW_GROUP in rows.numbers else schema.group]
+    users = np.repeat(users.astype(np.int64), lengths)
     items = rows.values(schema.history).astype(np.int64)
     values = np.ones(len(items)) if settings.values is None else rows.values(settings.values)
     events = Events(users, items, values.astype(np.float64))
@@ -147,15 +145,6 @@ def events_of_rows(
     if vocabulary is not None and vocabulary.kind == "exact":
         events = events.take(items != schema.limit(schema.history) - 1)
     return events.distinct()
-
-
-def _users_of_rows(rows: RowColumns, schema: Schema, number: int) -> np.ndarray:  # int64 [R]
-    """Return the users; a row without one is another user in each folder, by its `number`."""
-    if RAW_GROUP not in rows.numbers:
-        return rows.numbers[schema.group].astype(np.int64)
-    users, positions = rows.numbers[RAW_GROUP], rows.numbers[ROW_POSITION]
-    is_nobody = users == mix64(positions).view(np.int64)  # as `usable_table` has it
-    return np.where(is_nobody, mix64(positions + (number << 40)).view(np.int64), users)
 
 
 def fill_statistics(neighbours: Neighbours, events: Events, settings: NeighbourSettings) -> None:

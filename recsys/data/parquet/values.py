@@ -101,11 +101,16 @@ def padding_rows(like: pa.Table, num_rows: int) -> pa.Table:
 
 
 def usable_table(
-    table: pa.Table, schema: Schema, positions: np.ndarray, report: ReportColumn
-) -> pa.Table:  # positions int64 [R], in the split
+    table: pa.Table,
+    schema: Schema,
+    positions: np.ndarray,  # int64 [R], in the split
+    report: ReportColumn,
+    null_groups: int = 0,
+) -> pa.Table:
     """Return the rows at these positions in canonical types, with padding rows for bad ones.
 
-    A row is reported for its first bad column.
+    A row is reported for its first bad column. Rows without a group are groups of their own, which
+    differ between values of `null_groups`.
     """
     bad = np.zeros(table.num_rows, bool)
 
@@ -118,7 +123,9 @@ def usable_table(
         # Raw ids of the group as integers; a row without one is a group of its own.
         ids = _with_values(one_chunk(table[schema.group]), False, True)
         groups, null, _ = _rows_of_ids(ids, None)
-        arrays.append(pa.array(np.where(null, mix64(positions).view(np.int64), groups)))
+        arrays.append(
+            pa.array(np.where(null, mix64(positions + null_groups).view(np.int64), groups))
+        )
     usable = pa.table([*arrays, positions], schema=empty_table(schema, table.column_names).schema)
     for history in schema.histories:
         _check_parallel(usable, schema, history, note)

@@ -212,6 +212,8 @@ def compare_with_baselines(
     `gain over blend` has the difference of NDCG at the first depth, and its interval over users. A
     run that is not finished, no retrieval model or without a history is a ValueError.
     """
+    if ranks.world_size > 1:
+        raise ValueError("baselines run in one process; start them without torchrun")
     job = load_run(run, data, ranks, ranks.device.type)
     settings = settings_with_vectors(run, job)
     items, catalogue = _read_catalogue(job, settings)
@@ -221,6 +223,11 @@ def compare_with_baselines(
     counts = read_item_counts(run, job.schema.item_id_limit)
     valid = read_query_rows(job, "valid", items, counts)
     rows = read_query_rows(job, "test", items, counts)
+    if not len(rows.targets):
+        raise ValueError(
+            f"{job.root / 'test'}: no row with a weight has a positive first label and an item of "
+            "items/*.parquet, so that nothing is to be found; give it such rows"
+        )
     baselines = catalogue.baselines
     compared: dict[str, tuple[str, ...]] = {name: (name,) for name in (*baselines, "model")}
     compared |= {"blend": baselines, "blend with model": catalogue.served_parts}

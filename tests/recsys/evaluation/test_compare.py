@@ -65,6 +65,21 @@ def test_a_comparison_holds_the_metrics_of_each_run_and_the_paired_differences(
     assert "difference" not in report["runs"][0]["all"]
 
 
+def test_rows_without_label_or_weight_and_their_users_are_not_counted(
+    runs: tuple[Path, Path],
+) -> None:
+    for run in runs:
+        scores = read_scores(run / "scores_test.parquet")
+        labels = np.where(scores.groups[:, None] < 3, np.nan, scores.labels)
+        weights = (scores.groups < 10).astype(np.float32)
+        write_scores(replace(scores, labels=labels, weights=weights), run / "scores_test.parquet")
+    report = compare_runs(runs, "test")
+    counted = evaluation_report(read_scores(runs[0] / "scores_test.parquet"))
+    assert report["users"] == counted["num_users"] == 7
+    assert report["rows"]["all"] == counted["num_samples"] < ROWS
+    assert report["rows"]["cold"] == counted["cold"]["num_samples"] > 0
+
+
 def test_labels_are_compared_by_name_in_any_order(runs: tuple[Path, Path]) -> None:
     for run, turned in zip(runs, (False, True), strict=True):
         scores = read_scores(run / "scores_test.parquet")

@@ -13,11 +13,11 @@ from recsys.checkpoint.compatibility import check_equal
 from recsys.data.batch_builder import BatchBuilder
 from recsys.data.interactions import Interactions, loader
 from recsys.data.parquet.rows import ParquetRows
-from recsys.data.parquet.values import ROW_POSITION
+from recsys.data.parquet.values import RAW_GROUP, ROW_POSITION
 from recsys.data.row_source import Stage
 from recsys.data.schema import load_schema
 from recsys.storage.location import Location
-from tests.datasets import write_dataset
+from tests.datasets import write_dataset, write_parquet
 from tests.recsys.data.parquet.four_rows import open_rows, read_all, schema_of, table_of
 
 
@@ -221,3 +221,17 @@ def test_a_file_replaced_while_it_is_in_use_is_refused_by_name(root: Location) -
     with pytest.raises(ValueError, match=r"train/part-0\.parquet"):
         next(rows.read(0, 60))
     assert np.isfinite(next(rows.read(30, 60))["price"].to_numpy()).all()  # the other file
+
+
+def test_rows_without_a_group_differ_between_folders_of_training_rows(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path)
+    schema = dataset / "schema.yaml"
+    kind = "num_embeddings: 10, vocabulary: {kind: hash}"
+    schema.write_text(schema.read_text().replace("num_embeddings: 10", kind, 1))
+    groups = []
+    for folder in ("train/day=1", "train/day=2"):
+        table = table_of(user=pa.array([None, 4, None, None], pa.int64()))
+        write_parquet(dataset / folder / "part-0.parquet", table)
+        rows = ParquetRows.of_split(Location.of(dataset), folder, schema_of(dataset))
+        groups += read_all(rows)[RAW_GROUP]
+    assert groups[1] == groups[5] and len(set(groups)) == 1 + 6

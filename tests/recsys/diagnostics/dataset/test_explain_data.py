@@ -125,6 +125,19 @@ def test_unknown_items_are_different_ones(tmp_path: Path) -> None:
     assert (repeated, shares["in_train"]) == ((0, 0), 2 / 5)
 
 
+def test_rows_without_a_group_are_of_no_known_group(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data")
+    schema = data / "schema.yaml"
+    kind = "num_embeddings: 10, vocabulary: {kind: hash}"
+    schema.write_text(schema.read_text().replace("num_embeddings: 10", kind, 1))
+    for split in ("train", "test"):  # at the same places of both
+        users = [None if row % 5 == 0 else 3 for row in range(60 if split == "train" else 20)]
+        change(data, split, user=pa.array(users, pa.int64()))
+
+    test = summarize_dataset(str(data)).splits["test"]
+    assert test.shares["of_known_groups"] == 16 / 20 and test.distinct[GROUPS] == 5
+
+
 def test_content_of_the_items(data: Path) -> None:
     items = summarize_dataset(str(data)).items
     rows = pq.read_table(data / "items" / "part-0.parquet").to_pandas()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from scipy.sparse import csr_matrix, identity
 from recsys.cli import main
 from recsys.config import Config, RetrievalSettings
 from recsys.data.schema import load_schema
-from recsys.distributed.ranks import joined_ranks
+from recsys.distributed.ranks import Ranks, joined_ranks
 from recsys.evaluation.bootstrap import effective_users, interval_stretch
 from recsys.evaluation.predict import load_run
 from recsys.evaluation.retrieval import row_gains
@@ -349,6 +350,12 @@ def test_rows_of_weight_0_are_no_events_of_baselines(tmp_path: Path) -> None:
     assert list(zip(users.tolist(), items.tolist(), strict=True)) == expected
 
 
+def test_several_ranks_are_refused() -> None:
+    ranks = Ranks(0, 2, 0, 2, torch.device("cpu"))
+    with pytest.raises(ValueError, match="start them without torchrun"):
+        baselines.compare_with_baselines(Path("run"), None, ranks)
+
+
 def test_the_command_compares_a_run_with_baselines(
     towers: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -377,6 +384,17 @@ def test_the_command_compares_a_run_with_baselines(
     assert table[-3].startswith("blend with model") and any(
         "recall@10 unseen" in line for line in table
     )
+
+
+def test_a_test_split_that_asks_for_no_item_is_refused(
+    towers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = shutil.copytree(towers / "data", tmp_path / "data")
+    for file in (data / "test").glob("*.parquet"):
+        table = pq.read_table(file).drop_columns("liked")
+        pq.write_table(table.append_column("liked", [np.zeros(len(table), np.float32)]), file)
+    assert main(["baselines", "--run", str(towers / "run"), "--data", str(data)]) == 1
+    assert "data/test: no row with a weight has a positive first label" in capsys.readouterr().err
 
 
 def test_a_ranking_model_is_refused(trained: Any, capsys: pytest.CaptureFixture[str]) -> None:
