@@ -17,7 +17,7 @@ from recsys.data.events.clean_events import event_columns
 from recsys.data.events.file_columns import LARGEST
 from recsys.data.events.settings import IMPRESSION, EventsConfig, EventTable, ItemTable, Source
 from recsys.data.events.sql import literal
-from recsys.data.events.times import duration, moment
+from recsys.data.events.times import duration, form_problem, moment
 from recsys.data.schema_columns import (
     RAW_GROUP,
     ROW_POSITION,
@@ -179,6 +179,8 @@ def _source_problems(name: str, source: Source) -> Iterator[str]:
         yield f"{name}.several: between and separator are texts; write some"
     if source.time_zone != "UTC" and source.time_zone not in available_timezones():
         yield f"{name}.time_zone '{source.time_zone}' is unknown; write such as Europe/Berlin"
+    if source.time_format is not None and (problem := form_problem(source.time_format)):
+        yield f"{name}.time_format '{source.time_format}': {problem}"
     for column, content in source.content.items() if isinstance(source, ItemTable) else ():
         if content.path_column is None and content.folder is not None:
             yield f"items.content.{column}: folder without path_column; set both"

@@ -19,7 +19,7 @@ UNKNOWN = r"^$|^\d{4}-(00-\d{2}|\d{2}-00)"
 HAS_ZONE = r"(Z|z|:[0-9.]+[+-]\d\d(:?\d\d)?)$"
 HOUR, DAY = DURATIONS["h"] * MICROS["s"], DURATIONS["d"] * MICROS["s"]
 EPOCH = date(1970, 1, 1)
-EXAMPLE = datetime(2026, 11, 1, 12)  # of a form of times
+EXAMPLE = datetime(2026, 11, 21, 12, tzinfo=UTC)  # of a form of times
 Period = tuple[str, int, int]  # name, beginning, and end, in microseconds
 
 
@@ -185,11 +185,32 @@ def _parsed(values: pa.Array, zone: str) -> pa.Array:
     return pc.coalesce(*parts)
 
 
+def form_problem(form: str) -> str | None:
+    """Return why times of a form cannot be read; None if they can."""
+    if "%Z" in form.replace("%%", ""):
+        return "names of zones (%Z) are not read; set time_zone, or write offsets (%z)"
+    example = pa.array([EXAMPLE.strftime(form)])
+    (moment,) = pc.strptime(example, form, "s", error_is_null=True).to_pylist()
+    is_dated = moment is not None and (moment.year, moment.month) == (EXAMPLE.year, EXAMPLE.month)
+    return None if is_dated else "it has no year and month that can be read; write such as %Y-%m-%d"
+
+
 def _parsed_by(values: pa.Array, zone: str, form: str) -> pa.Array:
     """Return strings of a form of strptime as microseconds."""
-    times = pc.strptime(values, form, "us", error_is_null=True)
-    row = first_row(pc.and_(pc.is_null(times), pc.is_valid(values)))
+    times = pc.strptime(values, form, "s", error_is_null=True)
+    is_wrong = pc.is_null(times)
+    if times.type.tz is None:  # else written in UTC
+        # A day 31 of February is read as one of March.
+        is_other = pc.not_equal(_digits(values), _digits(pc.strftime(times, form)))
+        is_wrong = pc.or_kleene(is_wrong, is_other)
+    row = first_row(pc.and_(is_wrong, pc.is_valid(values)))
     if row is not None:
         raise RowError(row, f"'{values[row].as_py()}' is no time of the form '{form}'")
     own_zone = "UTC" if "%z" in form.replace("%%", "") else zone  # strptime adds an offset itself
     return _instants(times.cast(pa.timestamp("us")), own_zone)
+
+
+def _digits(texts: pa.Array) -> pa.Array:
+    """Return the numbers in texts, without leading zeros."""
+    numbers = pc.replace_substring_regex(texts, r"[^0-9]+", " ")
+    return pc.utf8_trim(pc.replace_substring_regex(numbers, r"(^| )0+([0-9])", r"\1\2"), " ")

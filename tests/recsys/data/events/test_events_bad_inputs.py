@@ -138,6 +138,11 @@ BAD = [
     Bad(
         "no time zone", change("events", "log", "time_zone", value="Mars/X"), ("time_zone", "Mars")
     ),
+    Bad(
+        "no date in a form of times",
+        change("events", "log", "time_format", value="%H:%M"),
+        ("time_format '%H:%M'", "year"),
+    ),
     Bad("duration", change("histories", "viewed", "delay", value="1 hour"), ("1 hour", "7d")),
     Bad("no path", change("events", "log", "path", value=[]), ("path",)),
     Bad(

@@ -13,7 +13,7 @@ from recsys.data.events import file_columns
 from recsys.data.events.prepare import prepare_events
 from recsys.data.events.reader import selected_rows
 from recsys.data.events.settings import EventTable, Several
-from recsys.data.events.times import to_micros
+from recsys.data.events.times import form_problem, to_micros
 from recsys.storage.location import Location
 
 FILE = Location.of("log.tsv")
@@ -108,6 +108,24 @@ def test_times_of_another_form_are_read_in_their_zone_and_others_named() -> None
     assert to_micros(zoned, "s", "Europe/Berlin", offset).to_pylist() == [1_573_322_700_000_000]
     with pytest.raises(ValueError, match=r"row 1: '2019-11-09' .*%I"):
         to_micros(pa.array(["11/9/2019 9:05:58 PM", "2019-11-09"]), "s", "UTC", form)
+    with pytest.raises(ValueError, match=r"row 1: '2/30/2019 9:05:58 PM'"):  # not March 2
+        to_micros(pa.array(["1/30/2019 9:05:58 PM", "2/30/2019 9:05:58 PM"]), "s", "UTC", form)
+
+
+@pytest.mark.parametrize(
+    ("form", "problem"),
+    [
+        ("%Y-%m-%d %H:%M:%S", None),
+        ("%d/%b/%y:%H:%M:%S %z", None),
+        ("%Y%j", None),
+        ("100%% %D %T", None),
+        ("%Y-%m-%d %Z", "set time_zone"),
+        ("%H:%M", "no year"),
+        ("%G-W%V-%u", "no year"),  # read as 1900
+    ],
+)
+def test_a_form_of_times_has_a_date_and_no_name_of_a_zone(form: str, problem: str | None) -> None:
+    assert (problem or "None") in str(form_problem(form))
 
 
 @pytest.mark.parametrize(
