@@ -1,5 +1,7 @@
 """Settings of the content branch, `content` in a recipe."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from typing import Any, Literal
 

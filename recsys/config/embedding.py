@@ -1,5 +1,7 @@
 """Settings of the ID tables, `embedding` in a recipe."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from typing import Literal
 

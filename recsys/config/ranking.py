@@ -3,6 +3,8 @@
 The attribute `Settings` of a model's class is the dataclass of its settings.
 """
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass

@@ -1,5 +1,7 @@
 """Settings of a whole run: its losses and optimizer, and how it trains, checkpoints and reports."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from typing import Any, Literal
 

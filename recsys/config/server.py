@@ -1,5 +1,7 @@
 """Settings of `recsys serve`, which every worker process gets."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Settings of the ranking models and of their layers, which need no import of torch."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from typing import Literal
 
