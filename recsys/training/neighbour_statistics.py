@@ -9,7 +9,7 @@ Shapes: N events, I items, K neighbours of an item, D width of a factor, F folds
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -103,29 +103,34 @@ def gather_events(job: Job, settings: NeighbourSettings, folders: Sequence[str])
 
     Of the values of an event the first one counts, by folder and row, for any number of ranks.
     """
-    ranks, events = job.ranks, _no_events()
-    for folder in folders:
-        with ranks.raise_on_all_ranks():
-            local = read_events(job, settings, folder)
-        columns = [torch.from_numpy(column).to(ranks.device) for column in local]
-        gathered = [gather_rows_to_first(column, ranks.group).cpu().numpy() for column in columns]
-        events = Events.joined([events, Events(*gathered)])
-    return events
+    return _joined_in_blocks(_gathered(job, settings, folder) for folder in folders)
+
+
+def _gathered(job: Job, settings: NeighbourSettings, folder: str) -> Events:
+    """Return the events of the rows in a folder on rank 0, none on the others. A collective."""
+    ranks = job.ranks
+    with ranks.raise_on_all_ranks():
+        local = read_events(job, settings, folder)
+    columns = [torch.from_numpy(column).to(ranks.device) for column in local]
+    return Events(*(gather_rows_to_first(column, ranks.group).cpu().numpy() for column in columns))
 
 
 def read_events(job: Job, settings: NeighbourSettings, folder: str) -> Events:
     """Return the distinct events of this rank's share of the rows in a folder."""
-    parts, schema = [_no_events()], job.schema
+    schema = job.schema
     rows = open_rows(job.config.source, job.root, folder, schema, job.config.on_bad_row)
-    for table in rows.read(*rows.share(job.ranks.rank, job.ranks.world_size)):
-        parts.append(events_of_rows(table, schema, settings))
-        if sum(len(part.users) for part in parts) > EVENTS_PER_BLOCK:
-            parts = [Events.joined(parts)]
-    return Events.joined(parts)
+    tables = rows.read(*rows.share(job.ranks.rank, job.ranks.world_size))
+    return _joined_in_blocks(events_of_rows(table, schema, settings) for table in tables)
 
 
-def _no_events() -> Events:
-    return Events(*(np.zeros(0, kind) for kind in (np.int64, np.int64, np.float64)))
+def _joined_in_blocks(parts: Iterable[Events]) -> Events:
+    """Return the distinct events of parts, in memory that repeated events do not fill."""
+    block = [Events(*(np.zeros(0, kind) for kind in (np.int64, np.int64, np.float64)))]
+    for part in parts:
+        block.append(part)
+        if sum(len(events.users) for events in block) > EVENTS_PER_BLOCK:
+            block = [Events.joined(block)]
+    return Events.joined(block)
 
 
 def events_of_rows(table: pa.Table, schema: Schema, settings: NeighbourSettings) -> Events:

@@ -176,9 +176,9 @@ def parts(lengths: np.ndarray, size: int, seed: int) -> Iterator[list[np.ndarray
     random = np.random.default_rng(seed)
     for _ in range(MOST_EPOCHS):
         batches = batches_by_length(lengths, size, random)
-        middle = -(-len(batches) // VALIDATIONS)
-        for first in range(0, len(batches), middle):
-            yield batches[first : first + middle]
+        part_size = -(-len(batches) // VALIDATIONS)
+        for first in range(0, len(batches), part_size):
+            yield batches[first : first + part_size]
 
 
 def train(model: EM3, columns: dict[str, Columns], valid: Rows, job: PeerJob) -> None:

@@ -192,7 +192,8 @@ def form_problem(form: str) -> str | None:
     example = pa.array([EXAMPLE.strftime(form)])
     (moment,) = pc.strptime(example, form, "s", error_is_null=True).to_pylist()
     is_dated = moment is not None and (moment.year, moment.month) == (EXAMPLE.year, EXAMPLE.month)
-    return None if is_dated else "it has no year and month that can be read; write such as %Y-%m-%d"
+    problem = "its times cannot be read, or have no year and month; write such as %Y-%m-%d %H:%M:%S"
+    return None if is_dated else problem
 
 
 def _parsed_by(values: pa.Array, zone: str, form: str) -> pa.Array:

@@ -58,7 +58,7 @@ def report_run(
     job = load_run(run, data, ranks, device)
     with ranks.raise_on_all_ranks():
         table = item_table(job)
-        settings = _of_metrics(run)
+        settings = _checked_settings(run)
     is_partition = (run / PARTITION).is_file()
     split, scores = _of_partition(run) if is_partition else (SPLIT, _scores(job, run))
     recorded = run.parents[1] if is_partition else run
@@ -76,7 +76,7 @@ def report_run(
             logger.info("report written to %s", out)
 
 
-def _of_metrics(run: Path) -> Section:
+def _checked_settings(run: Path) -> Section:
     file = run / "metrics.json"
     metrics = read_json(file)
     check_metrics(run)
