@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
+from recsys.checkpoint.partitions import ContinualFolder, RunState, TrainedPartition
 from recsys.cli import main
 from recsys.data.items.item_table import ItemTable
 from recsys.data.schema import load_schema
@@ -29,7 +30,12 @@ from recsys.diagnostics.run_report.projector import (
     item_names,
     item_pictures,
 )
-from recsys.diagnostics.run_report.quality import metrics_by_count, read_curves, selection_curve
+from recsys.diagnostics.run_report.quality import (
+    metrics_by_count,
+    prequential,
+    read_curves,
+    selection_curve,
+)
 from recsys.evaluation.metrics import ScoredRows
 from recsys.evaluation.scores import SplitScores
 from recsys.storage.location import Location
@@ -329,3 +335,14 @@ def test_pictures_lie_on_white_squares(tmp_path: Path) -> None:
     assert (pictures[0] < 1).any(dim=0).nonzero()[:, 1].unique().tolist() == [*range(18, 30)]
     assert (pictures[1:] == 1).all()
     assert item_pictures(None, np.arange(2)) is None
+
+
+def test_partitions_of_positive_rows_alone_have_no_figure(tmp_path: Path) -> None:
+    undefined = dict.fromkeys(("auc", "gauc", "ne"))
+    line = {"partition": "date=2026-11-01", "rows": 3, **undefined}
+    line |= dict.fromkeys(("warm", "cold", "unseen"), undefined)
+    (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(line)}\n")
+    folder = ContinualFolder(tmp_path)
+    folder.write(RunState((TrainedPartition("date=2026-11-01", 3, ""),)))
+    section = prequential(tmp_path, has_probabilities=False)
+    assert not section.drawings and section.tables[0].rows == [["date=2026-11-01", "–", "–", "3"]]
