@@ -71,7 +71,7 @@ def report_run(
                 if is_partition
                 else _results(scores, has_probabilities),
                 learning_curves(recorded, job.config.best_model_by, best_step(run)),
-                *([] if scores is None else [item_popularity(scores.counted(0), split)]),
+                *_popularity(scores, split, has_probabilities),
                 _item_vectors(projector, num_items),
                 settings,
             ]
@@ -94,6 +94,12 @@ def _checked_settings(run: Path) -> Section:
 def _results(scores: SplitScores | None, has_probabilities: bool) -> Section:
     assert scores is not None, "only partitions may have none"
     return summary({SPLIT: scores_report(scores, {})}, has_probabilities)
+
+
+def _popularity(scores: SplitScores | None, split: str, has_probabilities: bool) -> list[Section]:
+    if scores is None:
+        return []
+    return [item_popularity(scores.counted(0), split, has_probabilities)]
 
 
 def _of_partition(run: Path) -> tuple[str, SplitScores | None]:

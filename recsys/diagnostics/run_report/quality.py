@@ -212,12 +212,14 @@ def metrics_by_count(rows: ScoredRows, counts: np.ndarray) -> dict[str, dict[str
     }
 
 
-def item_popularity(scores: SplitScores, split: str) -> Section:
+def item_popularity(scores: SplitScores, split: str, has_probabilities: bool) -> Section:
     """Return the section with figure and table, of rows that count for label 0."""
     labels, logits, loss = scores.labels[:, 0], scores.logits[:, 0], scores.loss_of(0)
     rows = ScoredRows(labels, logits, scores.groups, scores.weights, loss)
     buckets = metrics_by_count(rows, scores.counts)
     names = NAMES if loss == "bce" else NAMES_OF_NUMBERS
+    if not has_probabilities:
+        names = {name: words for name, words in names.items() if name != "logloss"}
     table = metrics_table("training impressions", names, buckets)
     if loss != "bce":
         return Section("Quality by item popularity", [UNTRAINED], [], [table])

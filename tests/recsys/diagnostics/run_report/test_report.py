@@ -235,7 +235,7 @@ def test_what_cannot_be_drawn_is_said_in_words(tmp_path: Path) -> None:
     assert empty.drawings == [] and "tracker" in empty.words[0]
 
     rows = replace(rows_of_users(8), labels=np.ones((48, 1)))
-    section = quality.item_popularity(rows, "test")
+    section = quality.item_popularity(rows, "test", has_probabilities=True)
     assert section.drawings == [] and any("one label" in text for text in section.words)
 
 
@@ -254,6 +254,8 @@ def test_every_label_has_a_table_and_a_softmax_loss_no_probabilities() -> None:
     assert list(table.head) == ["items", "AUC", "GAUC", "rows"]
     assert table.rows[0] == ("all", "0.5000", "0.5000", "3")
     assert not any("og loss" in text or "robabilit" in text for text in section.verdicts)
+    (table,) = quality.item_popularity(rows_of_users(8), "test", has_probabilities=False).tables
+    assert list(table.head) == ["training impressions", "AUC", "GAUC", "rows"]
 
 
 SCHEMA = """
