@@ -200,7 +200,7 @@ def _print_best_trials(study: Search) -> None:
     rows = [["trial", selection_words(study.config.best_model_by), *names]]
     for trial in study.ranking()[:NUM_TRIALS_SHOWN]:
         values = [str(trial.params[name]) for name in names]
-        rows.append([str(trial.number), f"{trial.values[0]:.4f}", *values])
+        rows.append([str(trial.number), f"{abs(trial.values[0]):.4f}", *values])
     print_table(align_columns(rows))
     if len(rows) > 1:
         command = f"recsys train --config {study.out / BEST} --data {study.data[0]}"

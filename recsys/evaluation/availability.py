@@ -108,8 +108,8 @@ def _numbers(chunks: Iterable[Chunk], name: str) -> tuple[np.ndarray, bool]:
         try:
             if is_time:  # parts of a microsecond, as pandas writes times, are cut
                 column = column.cast(pa.timestamp("us"), safe=False).cast(pa.int64())
-            # Microseconds up to the year 2255 are exact in float64.
-            parts.append(column.cast(pa.float64()).to_numpy(zero_copy_only=False))
+            # Microseconds up to the year 2255 are exact in float64, nanoseconds to 256 of them.
+            parts.append(column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False))
         except pa.ArrowException as error:
             problem = f"has no times or numbers ({error})"
             raise ValueError(f"{file}: column '{name}': {problem}") from error

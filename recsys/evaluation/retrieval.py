@@ -35,6 +35,7 @@ from recsys.ranking.settings import GenerativeSettings
 QUERIES_PER_BLOCK = 256
 # Share of the product of lengths below which dot products are equal: rounding of float64 sums.
 TIE = 1e-12
+NOT_FOUND = 2**40  # items before a target that no search finds: more than any list has
 
 
 def catalogue_of(job: Job) -> np.ndarray | range:  # int64 [items]
@@ -95,11 +96,10 @@ def search_places(
 ) -> tuple[Tensor, Tensor]:  # int64 [R], int64 [R]
     """Count the other items of all ranks with a higher and an equal dot product. A collective.
 
-    Items that are `excluded` are not counted; `items` are then in ascending order. Behind a target
-    that is not among the items of any rank, such as the row of unknown ids, are all of them.
+    Items that are `excluded` are not counted; `items` are then in ascending order. A target that is
+    not among the items of any rank, such as the row of unknown ids, has `NOT_FOUND` before it.
     """
     vectors, places = vectors.double(), torch.zeros(3, len(queries), dtype=torch.int64)
-    size = torch.tensor(len(items))
     for start in range(0, len(queries), QUERIES_PER_BLOCK):
         block = slice(start, start + QUERIES_PER_BLOCK)
         query, target = queries[block].double(), targets[block].double()
@@ -113,9 +113,8 @@ def search_places(
         places[2, block] = torch.isin(target_items[block], items).long()
     if group is not None:
         dist.all_reduce(places, group=group)
-        dist.all_reduce(size, group=group)
     above, tied, is_here = places
-    return above.where(is_here > 0, size), tied.where(is_here > 0, 0)
+    return above.where(is_here > 0, NOT_FOUND), tied.where(is_here > 0, 0)
 
 
 def decoded_places(
@@ -126,7 +125,8 @@ def decoded_places(
 ) -> tuple[Tensor, Tensor, int]:  # int64 [R], int64 [R], items in the trie
     """Count the items before each target and equal to it in what a beam search finds. A collective.
 
-    Behind a target that is not found are all items. Each rank searches for its share of the rows.
+    A target that is not found has `NOT_FOUND` before it. Each rank searches for its share of the
+    rows.
     """
     ranking, settings, ranks = job.em3.ranking, job.config.ranking, job.ranks
     assert isinstance(ranking, Generative) and isinstance(settings, GenerativeSettings)
@@ -148,7 +148,7 @@ def decoded_places(
         scores, is_target = results[0], (results[1] >= 0) & (items[results[1]] == targets)
         highest = scores.masked_fill(~is_target, -torch.inf).amax(dim=1, keepdim=True)
         missed = ~is_target.any(dim=1)
-        places[0, block] = (scores > highest).sum(dim=1).masked_fill(missed, len(items))
+        places[0, block] = (scores > highest).sum(dim=1).masked_fill(missed, NOT_FOUND)
         places[1, block] = ((scores == highest).sum(dim=1) - 1).masked_fill(missed, 0)
     dist.all_reduce(places, group=ranks.group)
     return places[0], places[1], len(items)

@@ -37,6 +37,12 @@ class QueryTower(nn.Module):
         outputs: int,
     ) -> None:
         super().__init__()
+        if content is not None and content.history.top_k:
+            raise ValueError(
+                f"content.history.top_k is {content.history.top_k}, which chooses the items of a "
+                f"history by the ranked item: no user tower of {settings.name} may know that item; "
+                "set top_k to 0"
+            )
         self.pooled, self.dense = _query_columns(settings, dimensions)
         self.has_history, self.num_labels = dimensions.has_history, dimensions.num_labels
         self.reads_content = content is not None
@@ -89,7 +95,7 @@ class TwoTower(QueryTower):
         content: ContentSettings | None,
     ) -> None:
         if settings.target_positions == "all":
-            _check_all_positions(dimensions, content)
+            _check_all_positions(dimensions)
             dimensions = replace(dimensions, num_parallel=0, parallel_names=())
         super().__init__(settings, dimensions, content, dimensions.num_labels * settings.tower_dim)
         self.temperature, units, dim = settings.temperature, settings.mlp_units, settings.tower_dim
@@ -155,14 +161,12 @@ class Similarity(nn.Module):
         return torch.cat([item, *(F.normalize(vectors, dim=1) for vectors in spaces)], dim=1)
 
 
-def _check_all_positions(dimensions: InputDimensions, content: ContentSettings | None) -> None:
-    problem = "a search (content.history.top_k)"
+def _check_all_positions(dimensions: InputDimensions) -> None:
     if dimensions.further_histories:
-        problem = "further sequences, which are of the row's moment"
-    if dimensions.further_histories or (content is not None and content.history.top_k):
         raise ValueError(
-            f"ranking.target_positions is all, but the model has {problem}, so that a history has "
-            "no reading at each of its items; set it to last"
+            "ranking.target_positions is all, but the model has further sequences, which are of "
+            "the row's moment, so that a history has no reading at each of its items; set it to "
+            "last"
         )
 
 

@@ -34,6 +34,7 @@ from recsys.config import Config, load_config, save_config, to_plain
 from recsys.data.items.item_table import FeatureFile
 from recsys.data.parquet.file import footer_digest, open_parquet
 from recsys.data.schema import load_schema
+from recsys.data.transforms.chain import FILE as FITS
 from recsys.distributed.job import environment_of_no_rank
 from recsys.evaluation.model_selection import selection_score
 from recsys.search.space import Parameter, check_space, grid_of, words_of
@@ -134,7 +135,7 @@ class Search:
         """Run trials until as many as asked have ended; return the complete ones, the best first.
 
         SearchStopped after SIGTERM or SIGINT: the same command goes on. A ValueError if the first
-        trials all failed.
+        trials all failed, or all trials.
         """
         numbers = signal.SIGTERM, signal.SIGINT
         handlers = [signal.signal(number, lambda *_: self.stop.set()) for number in numbers]
@@ -149,7 +150,9 @@ class Search:
         if self.stop.is_set():
             raise SearchStopped
         with self._locked():  # a search killed between a trial's end and this may lack it
-            self._keep_best()
+            best = self._keep_best()
+        if best is None:
+            raise ValueError(f"{self.out}: no trial is complete; see {self.out}/trials/*/log.txt")
         return self.ranking()
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
@@ -207,11 +210,11 @@ class Search:
         with self._locked():
             self._study(0).tell(trial.number, value, state)
             ended, best = self.trials(*ENDED), self._keep_best()
-        result = state.name.lower() if value is None else f"{value:.4f}"
+        result = state.name.lower() if value is None else f"{abs(value):.4f}"  # of negative errors
         result += f" ({cause})" if cause else ""
         progress = f"{len(ended)} of {self.num_trials} ended"
         if best is not None:
-            progress += f", best {best.values[0]:.4f} of trial {best.number}"
+            progress += f", best {abs(best.values[0]):.4f} of trial {best.number}"
         logger.info("trial %d: %s; %s", trial.number, result, progress)
         all_failed = all(trial.state == TrialState.FAIL for trial in ended)
         if all_failed and len(ended) >= min(FAILURES, self.num_trials):
@@ -332,8 +335,10 @@ def _report(trial: Trial, place: int, score: float) -> None:
 
 
 def dataset_digest(data: Location) -> str:
-    """Return a hash of a dataset: schema, footers of Parquet files, and content of .npy files."""
+    """Return a hash of a dataset: schema, fits, footers of Parquet files, content of .npy files."""
     digest = hashlib.blake2b((data / "schema.yaml").read_bytes(), digest_size=16)
+    if (fits := data / FITS).exists():
+        digest.update(fits.read_bytes())
     for split in ("train", "valid", "items", "vocabulary"):
         for file in (data / split).files(".parquet"):
             with open_parquet(file) as parquet:

@@ -22,6 +22,7 @@ from torch.export import ExportedProgram
 from embeddings.vocabulary.bounded import BoundedVocabulary
 from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.build import Job
+from recsys.checkpoint.files import model_of
 from recsys.checkpoint.reader import stored_tables
 from recsys.checkpoint.run_folder import encoder_identities, keep_vocabularies
 from recsys.checkpoint.run_schema import write_run_schema
@@ -157,6 +158,7 @@ def write_package(
         content_histories=list(job.batch_builder().content_histories),
         entry_shapes=_write_item_encoder(job, folder / item_encoder.FOLDER),
         precision=precision,
+        model=model_of(run),
     )
     program = _write_graph(job, manifest, ranking, folder / GRAPH)
     if compiles:

@@ -69,6 +69,7 @@ class Manifest(BaseManifest):
     compiled: dict[str, str] = field(default_factory=dict)  # what the machine code needs
     precision: PackagePrecision = "run"
     added: dict[str, Any] = field(default_factory=dict)  # number and layout of added items
+    model: str | None = None  # hash of the run's model; None: of a run without one
 
 
 M = TypeVar("M", bound=BaseManifest)

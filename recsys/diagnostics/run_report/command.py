@@ -60,15 +60,18 @@ def report_run(
         table = item_table(job)
         settings = _checked_settings(run)
     is_partition = (run / PARTITION).is_file()
+    has_probabilities = softmax_settings(job.config.ranking) is None
     split, scores = _of_partition(run) if is_partition else (SPLIT, _scores(job, run))
     recorded = run.parents[1] if is_partition else run
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
             num_items = write_projector(projector, job, run, table, category)
             sections = [
-                prequential(run.parents[1]) if is_partition else _results(job, scores),
+                prequential(run.parents[1], has_probabilities)
+                if is_partition
+                else _results(scores, has_probabilities),
                 learning_curves(recorded, job.config.best_model_by, best_step(run)),
-                *([] if scores is None else [item_popularity(scores.counted(0), split)]),
+                *_popularity(scores, split, has_probabilities),
                 _item_vectors(projector, num_items),
                 settings,
             ]
@@ -88,10 +91,15 @@ def _checked_settings(run: Path) -> Section:
         ) from error
 
 
-def _results(job: Job, scores: SplitScores | None) -> Section:
+def _results(scores: SplitScores | None, has_probabilities: bool) -> Section:
     assert scores is not None, "only partitions may have none"
-    report = {SPLIT: scores_report(scores, {})}
-    return summary(report, softmax_settings(job.config.ranking) is None)
+    return summary({SPLIT: scores_report(scores, {})}, has_probabilities)
+
+
+def _popularity(scores: SplitScores | None, split: str, has_probabilities: bool) -> list[Section]:
+    if scores is None:
+        return []
+    return [item_popularity(scores.counted(0), split, has_probabilities)]
 
 
 def _of_partition(run: Path) -> tuple[str, SplitScores | None]:

@@ -146,24 +146,16 @@ SHOWN = {"auc": "AUC", "gauc": "GAUC", "ne": "normalised entropy", "rmse": "RMSE
 COLOURS = dict(zip(PARTS, (BLUE, GREY, ORANGE, "#7a4f9a")))
 
 
-def prequential(run: Path) -> Section:
+def prequential(run: Path, has_probabilities: bool) -> Section:
     """Return the section on the continual run in a folder, a row and a point per partition."""
     lines = ContinualFolder(run).metrics()
     if not lines:
         return Section("Partitions", ["One partition is trained on, and none was scored before."])
-    names = {name: words for name, words in SHOWN.items() if lines[-1].get(name) is not None}
-    shown = [name for name in names if name in ("auc", "gauc", "rmse", "mae")]
-    figure, all_axes = new_figure(len(shown))
-    for axes, name in zip(all_axes, shown):
-        for part in PARTS:
-            values = [_of(line, part).get(name) for line in lines]
-            points = [(place, value) for place, value in enumerate(values) if value is not None]
-            if points:
-                style = _style(len(points))
-                axes.plot(*zip(*points), label=part, color=COLOURS[part], **style)
-        axes.set(title=f"Does {names[name]} hold on new partitions?", xlabel="partition")
-        axes.legend()
-    caption = "Metrics of each partition by the model that was trained on all before it."
+    names = {
+        name: words
+        for name, words in SHOWN.items()
+        if any(line.get(name) is not None for line in lines) and (name != "ne" or has_probabilities)
+    }
     head = ("partition", *names.values(), "GAUC cold", "GAUC unseen", "rows")
     rows = []
     for line in lines:
@@ -175,9 +167,26 @@ def prequential(run: Path) -> Section:
         f"{len(lines)} partitions were scored before they were trained on; the model of this page "
         f"is trained up to {ContinualFolder(run).read().trained[-1].name}."
     ]
-    return Section(
-        "Partitions", words, [drawn("prequential", figure, caption)], tables=[Table(head, rows)]
-    )
+    return Section("Partitions", words, _by_partition(lines, names), tables=[Table(head, rows)])
+
+
+def _by_partition(lines: list[dict[str, Any]], names: dict[str, str]) -> list[Drawing]:
+    """Return the figure of metrics by partition; none without a metric that can be drawn."""
+    shown = [name for name in names if name in METRIC_COLOURS]
+    if not shown:
+        return []
+    figure, all_axes = new_figure(len(shown))
+    for axes, name in zip(all_axes, shown):
+        for part in PARTS:
+            values = [_of(line, part).get(name) for line in lines]
+            points = [(place, value) for place, value in enumerate(values) if value is not None]
+            if points:
+                style = _style(len(points))
+                axes.plot(*zip(*points), label=part, color=COLOURS[part], **style)
+        axes.set(title=f"Does {names[name]} hold on new partitions?", xlabel="partition")
+        axes.legend()
+    caption = "Metrics of each partition by the model that was trained on all before it."
+    return [drawn("prequential", figure, caption)]
 
 
 def _of(line: dict[str, Any], part: str) -> dict[str, Any]:
@@ -203,12 +212,14 @@ def metrics_by_count(rows: ScoredRows, counts: np.ndarray) -> dict[str, dict[str
     }
 
 
-def item_popularity(scores: SplitScores, split: str) -> Section:
+def item_popularity(scores: SplitScores, split: str, has_probabilities: bool) -> Section:
     """Return the section with figure and table, of rows that count for label 0."""
     labels, logits, loss = scores.labels[:, 0], scores.logits[:, 0], scores.loss_of(0)
     rows = ScoredRows(labels, logits, scores.groups, scores.weights, loss)
     buckets = metrics_by_count(rows, scores.counts)
     names = NAMES if loss == "bce" else NAMES_OF_NUMBERS
+    if not has_probabilities:
+        names = {name: words for name, words in names.items() if name != "logloss"}
     table = metrics_table("training impressions", names, buckets)
     if loss != "bce":
         return Section("Quality by item popularity", [UNTRAINED], [], [table])

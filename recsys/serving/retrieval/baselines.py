@@ -271,8 +271,13 @@ def blend_to_serve(run: Path, job: Job) -> tuple[Catalogue, Blend]:
 
 def settings_with_vectors(run: Path, job: Job) -> RetrievalSettings:
     """Return the settings of a model of item vectors; a ValueError refuses other models."""
-    settings = job.config.ranking
-    if isinstance(settings, RetrievalSettings) and settings.loss != "codes" and job.schema.history:
+    settings, schema = job.config.ranking, job.schema
+    if schema.has_bounded_items:
+        raise ValueError(
+            f"{run}: '{schema.target_item}' has a vocabulary of kind bounded, with which histories "
+            "are read by row, not by raw id, so that they have no neighbours; train with kind exact"
+        )
+    if isinstance(settings, RetrievalSettings) and settings.loss != "codes" and schema.history:
         return settings
     raise ValueError(
         f"{run}: a model of item vectors over histories is compared and blended with "

@@ -36,7 +36,7 @@ from recsys.ranking.generative import (
 from recsys.ranking.settings import GenerativeSettings
 from recsys.ranking.two_tower import QueryTower
 from recsys.ranking.vectors import IDVectors
-from recsys.serving.export import load_for_export, top_k, write_package
+from recsys.serving.export import load_for_export, write_package
 from recsys.serving.package import GRAPH, BaseManifest, Manifest, write_manifest
 from recsys.serving.ranking_graph import CandidateBatch
 from recsys.serving.requests import request_columns
@@ -80,11 +80,6 @@ def write_user_tower(run: Path, job: Job, folder: Path) -> Manifest:
         raise ValueError(
             f"{run}: ranking.name is '{job.config.ranking.name}', which has no user tower; give a "
             "run of two_tower or generative, or --vectors content"
-        )
-    if top_k(job):
-        raise ValueError(
-            f"{run}: content.history.top_k is {top_k(job)}, which chooses history items by the "
-            "ranked item, so that queries differ between items; train with top_k 0"
         )
     pooled, dense = pooled_features(job.config.embedding, job.schema), job.schema.of_kind("dense")
     num_pooled = len(pooled) + (0 if further is None else len(further.widths))

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from recsys.data.parquet.file import column_type, open_parquet
+from recsys.data.parquet.file import column_type, open_parquet, read_row_group
 from recsys.serving.package import GRAPH, read_manifest_of
 from recsys.serving.requests import Values, value_list
 from recsys.serving.retrieval.catalogue import unit
@@ -193,7 +193,11 @@ class Retriever:
             raise ValueError(f"count is {count}; ask for at least one item")
         if self._blend is not None and histories is None:
             raise ValueError(f"{self.folder}: a blend is searched with histories; give them, too")
-        excluded = [set(ids) for ids in exclude or [()] * len(queries)]
+        with errors_at("exclude", pa.ArrowException, TypeError, OverflowError):
+            excluded = [
+                set(pa.array(list(ids), self.ids.type).to_pylist())
+                for ids in exclude or [()] * len(queries)
+            ]
         depth = count + max(map(len, excluded), default=0)
         matches = search_index(self._index, queries, depth)
         results = []
@@ -281,7 +285,10 @@ def _requests(name: str, retriever: Retriever) -> Iterator[PlacedRequest]:
             columns = list(dict.fromkeys([*user, *history]))
             for column in columns:
                 column_type(parquet, file, column)
-            batches = parquet.iter_batches(REQUESTS_PER_BLOCK, columns=columns)
+            # Row group by row group: pyarrow reads lists of categories across them not at all.
+            groups = range(parquet.num_row_groups)
+            tables = (read_row_group(parquet, file, group, columns) for group in groups)
+            batches = (batch for table in tables for batch in table.to_batches(REQUESTS_PER_BLOCK))
             for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
                 values, lists = ({name: row[name] for name in names} for names in (user, history))
                 yield f"{file} row {number}", values, lists

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from recsys.checkpoint.files import model_of
 from recsys.checkpoint.partitions import STATE, ContinualFolder, RunState, file_name
 from recsys.checkpoint.run_folder import LOCK
 from recsys.checkpoint.warm_start.source import WarmStart
@@ -28,6 +29,7 @@ from recsys.distributed.ranks import Ranks, sole_job
 from recsys.distributed.watchdog import Watchdog
 from recsys.evaluation.further_metrics import make_metrics
 from recsys.serving.delta import write_delta
+from recsys.serving.package import read_manifest
 from recsys.storage.location import Location
 from recsys.storage.output_file import check_run_folder
 from recsys.training.continual.partition_run import ContinualRun, PartitionRun, format_lines
@@ -63,15 +65,23 @@ def check_packages(settings: ContinualSettings, schema: Schema, run: Path) -> No
 
 
 def export_newest(settings: ContinualSettings, folder: ContinualFolder, state: RunState) -> None:
-    """Write the package of the partition trained on last, unless it is there. On rank 0."""
+    """Write the package of the partition trained on last, unless it is there. On rank 0.
+
+    A package of that name that is of another model is a ValueError.
+    """
     if settings.packages is None or state.last is None:
         return
     names = [file_name(trained.name) for trained in state.trained]
-    packages = Path(settings.packages)
-    package = packages / names[-1]
+    packages, run = Path(settings.packages), folder.run_of(state.last.name)
+    package, delta = packages / names[-1], packages / f"{names[-1]}.delta"
     if not package.exists():
-        _export(folder.run_of(state.last.name), package, settings.package_tables)
-    delta = packages / f"{names[-1]}.delta"
+        delta.unlink(missing_ok=True)  # that of an earlier run
+        _export(run, package, settings.package_tables)
+    elif len({read_manifest(package, verify=False).model, model_of(run)} - {None}) > 1:
+        raise ValueError(
+            f"{package}: is of another model than {run}, as of an earlier run; remove it and its "
+            "delta, or name another folder in continual.packages"
+        )
     if len(names) > 1 and (packages / names[-2]).exists() and not delta.exists():
         logger.info("%s: %s", delta, write_delta(packages / names[-2], package, delta))
     link = packages / f".{NEWEST}.partial"

@@ -18,9 +18,10 @@ from recsys.config.ranking import RetrievalSettings
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.vocabularies import UnknownIds
 from recsys.distributed.ranks import joined_ranks
-from recsys.evaluation.availability import _unit, later_items
+from recsys.evaluation.availability import _numbers, _unit, later_items
 from recsys.evaluation.predict import evaluate, load_run
-from recsys.evaluation.retrieval import retrieval_metrics
+from recsys.evaluation.retrieval import retrieval_metrics, search_places
+from recsys.storage.location import Location
 from recsys.training.train import train
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
@@ -53,6 +54,13 @@ def test_recall_and_ndcg_of_places_written_out() -> None:
         assert metrics[f"recall@{depth}"] == pytest.approx(count / 5)
         assert metrics[f"ndcg@{depth}"] == pytest.approx(sum(gains[:count]) / 5)
     assert metrics_of(torch.zeros(0))["recall@10"] is None
+
+
+def test_no_list_has_an_item_that_the_catalogue_lacks_though_it_is_longer() -> None:
+    items, targets, vectors = torch.tensor([2, 5]), torch.tensor([5, 7]), torch.eye(2)
+    places = search_places(vectors.flip(0), vectors.flip(0), targets, items, vectors)
+    metrics = retrieval_metrics(*places, depths=[3])
+    assert [metrics[f"{name}@3"] for name in ("recall", "ndcg", "mrr")] == [0.5] * 3
 
 
 def train_and_evaluate(rank: int, world_size: int, folder: Path) -> dict[Any, dict[str, Any]]:
@@ -166,6 +174,12 @@ def test_two_ranks_find_what_brute_force_finds(folder: Path, reports: Any, case:
         whole = {name: report[name] for name in metrics_of(places)}
         assert_same_metrics(whole, metrics_of(places))
         assert 0 < report["recall@50"] < 1
+
+
+def test_moments_in_nanoseconds_may_be_integers() -> None:
+    moments = pa.array([1_764_000_000_000_000_000, None])
+    numbers, are_times = _numbers([(Location.of("part.parquet"), moments)], "since")
+    assert numbers[0] == 1.764e18 and np.isnan(numbers[1]) and not are_times
 
 
 def test_moments_that_cannot_be_compared_are_refused(folder: Path, reports: Any) -> None:

@@ -257,6 +257,13 @@ def test_settings_that_a_backbone_cannot_use_are_named(
         build_ranking(settings_of(**settings), DIMENSIONS, None)
 
 
+@pytest.mark.parametrize("name", ["two_tower", "generative"])
+def test_the_history_of_a_user_tower_is_not_chosen_by_the_ranked_item(name: str) -> None:
+    content = replace(CONTENT, history=replace(CONTENT.history, top_k=2))
+    with pytest.raises(ValueError, match=rf"top_k is 2.*{name}.*set top_k to 0"):
+        build_ranking(ranking_settings(name), DIMENSIONS, content)
+
+
 @by_content
 @by_backbone
 def test_logits_of_a_batch_on_a_gpu_are_on_that_gpu(

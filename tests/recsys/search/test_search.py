@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import psutil
 import pytest
 from optuna.trial import TrialState
 
+from recsys.commands.training import _print_best_trials
 from recsys.config import Config, load_config
 from recsys.search.search import BEST, Search, SearchStopped, dataset_digest
 from recsys.search.space import Parameter, read_space
@@ -224,6 +226,22 @@ def test_a_search_whose_first_trials_all_fail_ends(tmp_path: Path, trials: int, 
         search_in(tmp_path, trials, space, jobs=jobs).run()
 
 
+def test_a_search_without_a_complete_trial_fails_each_time(tmp_path: Path) -> None:
+    for message in ("first 1 trials failed", "no trial is complete"):
+        with pytest.raises(ValueError, match=message):
+            search_in(tmp_path, 1, "optimizer.learning_rate: {choices: [0.095]}\n").run()
+
+
+def test_errors_of_trials_are_shown_without_the_sign_by_which_they_are_ordered(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    trial = SimpleNamespace(number=0, values=[-0.25], params={})
+    study: Any = SimpleNamespace(space=[], config=Config(best_model_by="rmse"), out=Path("search"))
+    study.data, study.ranking = ["data"], lambda: [trial]
+    _print_best_trials(study)
+    assert "0      0.2500" in capsys.readouterr().out
+
+
 def test_a_search_with_other_settings_or_data_in_the_folder_is_refused(tmp_path: Path) -> None:
     search_in(tmp_path, 1)
     for changes, message in (
@@ -265,6 +283,15 @@ def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path: Path) -> 
         with pytest.raises(ValueError, match=message):
             Search(config, space, [str(data)], out, 1)
         assert before == sorted(path.name for path in out.iterdir() if path.name != ".lock")
+
+
+def test_other_fits_of_transforms_are_another_dataset(tmp_path: Path) -> None:
+    data, digests = write_dataset(tmp_path / "data"), set()
+    for mean in (None, 0.0, 1.0):
+        if mean is not None:
+            (data / "transforms.yaml").write_text(f"price: {{mean: {mean}}}\n")
+        digests.add(dataset_digest(Location.of(data)))
+    assert len(digests) == 3
 
 
 def test_a_changed_file_of_features_is_another_dataset(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
+from recsys.checkpoint.partitions import ContinualFolder, RunState, TrainedPartition
 from recsys.cli import main
 from recsys.data.items.item_table import ItemTable
 from recsys.data.schema import load_schema
@@ -29,7 +30,12 @@ from recsys.diagnostics.run_report.projector import (
     item_names,
     item_pictures,
 )
-from recsys.diagnostics.run_report.quality import metrics_by_count, read_curves, selection_curve
+from recsys.diagnostics.run_report.quality import (
+    metrics_by_count,
+    prequential,
+    read_curves,
+    selection_curve,
+)
 from recsys.evaluation.metrics import ScoredRows
 from recsys.evaluation.scores import SplitScores
 from recsys.storage.location import Location
@@ -229,7 +235,7 @@ def test_what_cannot_be_drawn_is_said_in_words(tmp_path: Path) -> None:
     assert empty.drawings == [] and "tracker" in empty.words[0]
 
     rows = replace(rows_of_users(8), labels=np.ones((48, 1)))
-    section = quality.item_popularity(rows, "test")
+    section = quality.item_popularity(rows, "test", has_probabilities=True)
     assert section.drawings == [] and any("one label" in text for text in section.words)
 
 
@@ -248,6 +254,8 @@ def test_every_label_has_a_table_and_a_softmax_loss_no_probabilities() -> None:
     assert list(table.head) == ["items", "AUC", "GAUC", "rows"]
     assert table.rows[0] == ("all", "0.5000", "0.5000", "3")
     assert not any("og loss" in text or "robabilit" in text for text in section.verdicts)
+    (table,) = quality.item_popularity(rows_of_users(8), "test", has_probabilities=False).tables
+    assert list(table.head) == ["training impressions", "AUC", "GAUC", "rows"]
 
 
 SCHEMA = """
@@ -329,3 +337,14 @@ def test_pictures_lie_on_white_squares(tmp_path: Path) -> None:
     assert (pictures[0] < 1).any(dim=0).nonzero()[:, 1].unique().tolist() == [*range(18, 30)]
     assert (pictures[1:] == 1).all()
     assert item_pictures(None, np.arange(2)) is None
+
+
+def test_partitions_of_positive_rows_alone_have_no_figure(tmp_path: Path) -> None:
+    undefined = dict.fromkeys(("auc", "gauc", "ne"))
+    line = {"partition": "date=2026-11-01", "rows": 3, **undefined}
+    line |= dict.fromkeys(("warm", "cold", "unseen"), undefined)
+    (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(line)}\n")
+    folder = ContinualFolder(tmp_path)
+    folder.write(RunState((TrainedPartition("date=2026-11-01", 3, ""),)))
+    section = prequential(tmp_path, has_probabilities=False)
+    assert not section.drawings and section.tables[0].rows == [["date=2026-11-01", "–", "–", "3"]]

@@ -33,6 +33,7 @@ from recsys.serving.retrieval.baselines import (
     choose_blend,
     format_interval,
     interval,
+    settings_with_vectors,
 )
 from recsys.serving.retrieval.item_vectors import raw_ids
 from recsys.serving.retrieval.nearest_items import (
@@ -400,3 +401,10 @@ def test_a_test_split_that_asks_for_no_item_is_refused(
 def test_a_ranking_model_is_refused(trained: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["baselines", "--run", str(trained.run)]) == 1
     assert "give a run of two_tower" in capsys.readouterr().err
+
+
+def test_items_of_a_bounded_vocabulary_whose_histories_are_rows_are_refused() -> None:
+    schema = SimpleNamespace(has_bounded_items=True, target_item="item")
+    job: Any = SimpleNamespace(schema=schema, config=Config())
+    with pytest.raises(ValueError, match="run: 'item' has a vocabulary of kind bounded"):
+        settings_with_vectors(Path("run"), job)

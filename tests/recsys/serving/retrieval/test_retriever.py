@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from recsys.serving.retrieval.item_vectors import (
     export_vectors,
     search_index,
 )
+from recsys.serving.retrieval.retriever import _requests
 from tests.recsys.serving.retrieval.retrieval_runs import NUM_ITEMS, liked_rows
 from tests.recsys.test_docstring_examples import run_example
 
@@ -142,6 +144,23 @@ def test_content_is_searched_by_the_mean_of_the_history(by_content: Retriever) -
     for no_list in (ids[7], 7):  # of a text, each letter would be an item
         with pytest.raises(ValueError, match="'history' is no list"):
             by_content.retrieve({}, {"history": no_list})
+
+
+def test_lists_of_categories_are_read_from_several_row_groups(tmp_path: Path) -> None:
+    items = pa.array(["a", "b", "a"]).dictionary_encode()
+    table = pa.table({"seen": pa.ListArray.from_arrays(pa.array([0, 2, 2, 3], pa.int32()), items)})
+    pq.write_table(table, tmp_path / "rows.parquet", row_group_size=2)
+    reader: Any = SimpleNamespace(columns=lambda names: ([], names))
+    histories = [history for *_, history in _requests(str(tmp_path), reader)]
+    assert histories == [{"seen": seen} for seen in (["a", "b"], [], ["a"])]
+
+
+def test_ids_of_another_type_are_not_excluded_in_silence(retriever: Retriever) -> None:
+    queries = np.zeros((1, retriever.manifest.dim), np.float32)
+    best = retriever.search(queries, 1)[0].items
+    assert retriever.search(queries, 1, [np.array(best)])[0].items != best
+    with pytest.raises(ValueError, match="exclude"):
+        retriever.search(queries, 1, [[7]])
 
 
 def test_requests_of_files_are_answered_in_their_order(

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from recsys.checkpoint.partitions import ContinualFolder
+from recsys.checkpoint.partitions import ContinualFolder, RunState, TrainedPartition
 from recsys.cli import main
+from recsys.config import ContinualSettings
 from recsys.serving.delta import apply_delta
+from recsys.serving.package import Manifest, write_manifest
 from recsys.training.continual import walk as walk_module
 from tests.ranks import HANG_SECONDS
 from tests.recsys.command_runs import TINY, program
@@ -142,3 +144,25 @@ def test_items_with_a_bounded_vocabulary_have_no_package(tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"continual\.packages.*'item'.*bounded"):
         walk(tmp_path, tmp_path / "run", *with_packages(tmp_path / "packages"))
     assert not (tmp_path / "run" / "continual.json").exists()
+
+
+def test_a_package_of_another_model_is_not_taken_for_that_of_the_walk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(walk_module, "model_of", lambda _: "own")
+    monkeypatch.setattr(walk_module, "_export", lambda *_: None)
+    settings, folder = ContinualSettings(packages=str(tmp_path)), ContinualFolder(tmp_path / "run")
+    state = RunState((TrainedPartition(NAMES[0], 1, ""),))
+    stale = tmp_path / f"{NAMES[0]}.delta"
+    stale.touch()
+    walk_module.export_newest(settings, folder, state)
+    assert not stale.exists()
+    (tmp_path / "newest").unlink()
+
+    columns = ["liked"], [], [], [], "item", None, {}, {}
+    (tmp_path / NAMES[0]).mkdir()
+    manifest = Manifest("run", "din", *columns, searches=False, bounded=[], model="other")
+    write_manifest(tmp_path / NAMES[0], manifest)
+    with pytest.raises(ValueError, match=f"{NAMES[0]}: is of another model than .*/run"):
+        walk_module.export_newest(settings, folder, state)
+    assert not (tmp_path / "newest").is_symlink()
