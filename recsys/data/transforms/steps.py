@@ -21,6 +21,7 @@ DATE_TEXT = r"^\d{4}-\d\d-\d\d$"
 # Largest number of values with exact quantiles; of more, a sample of this size, without
 # replacement and the same in every run, is used.
 SAMPLED = 1 << 22
+ROUNDING = 1e-13  # of a mean of equal numbers, as a share of it
 Unit = Literal["s", "ms", "us"]
 
 
@@ -40,7 +41,9 @@ class Moments:
         self.num_values = total
 
     def result(self) -> dict[str, Any]:
-        return {"mean": self.mean, "std": math.sqrt(self.squares / self.num_values)}
+        deviation = math.sqrt(self.squares / self.num_values)
+        is_rounding = deviation <= ROUNDING * abs(self.mean)  # equal values, such as log1p(3)
+        return {"mean": self.mean, "std": 0.0 if is_rounding else deviation}
 
 
 class Quantiles:
@@ -87,6 +90,8 @@ def fill(values: pa.Array, value: int | float | str) -> pa.Array:
     if isinstance(value, str) == is_number(values.type):  # times are filled by text, too
         raise ValueError(f"value {value!r} is none of type {values.type}")
     try:
+        if pa.types.is_boolean(values.type) and value not in (0, 1):
+            raise pa.ArrowInvalid("a cast makes it true")
         filler = filler.cast(values.type)
         return values.fill_null(filler) if values.null_count else values
     except pa.ArrowInvalid as error:
