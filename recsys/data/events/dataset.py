@@ -323,7 +323,7 @@ class DatasetWriter:
         cases = " ".join(f"WHEN {test} THEN '{name}'" for name, test in conditions.items())
 
         def share(condition: str) -> str:
-            value = f"CASE WHEN {condition} THEN 1.0 ELSE 0.0 END"
+            value = f"CASE WHEN {condition} THEN 1 ELSE 0 END"  # Spark rounds means of decimals
             return f"CAST(avg(CASE WHEN 1 = 1{self.is_logged} THEN {value} END) AS DOUBLE)"
 
         table = self.engine.table(
