@@ -23,6 +23,8 @@ DATE_TEXT = r"^\d{4}-\d\d-\d\d$"
 SAMPLED = 1 << 22
 ROUNDING = 1e-13  # of a mean of equal numbers, as a share of it
 Unit = Literal["s", "ms", "us"]
+UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000}
+END_OF_TIME = 253_402_300_799  # seconds of the last moment of the year 9999
 
 
 class Moments:
@@ -242,7 +244,14 @@ def _moments(values: pa.Array, zone: str, unit: Unit) -> pa.Array:
     if pa.types.is_date(kind):
         return values.cast(pa.timestamp("ms"))
     if pa.types.is_integer(kind) or pa.types.is_null(kind):
-        values = values.cast(pa.int64()).cast(pa.timestamp(unit))
+        values = values.cast(pa.int64())
+        for end in filter(None, pc.min_max(values).as_py().values()):
+            if abs(end) > END_OF_TIME * UNITS[unit]:
+                raise ValueError(
+                    f"takes times; {end} lies beyond the year 9999 where unit is {unit}; set unit "
+                    "to s, ms or us"
+                )
+        values = values.cast(pa.timestamp(unit))
     elif _is_text(kind):
         return _local_times(values.cast(pa.string()), zone)
     elif not pa.types.is_timestamp(kind):

@@ -106,6 +106,7 @@ def test_a_column_reads_the_result_of_another_but_itself_from_the_file() -> None
     [
         (["a"], ["log1p"], "x'.*log1p.*string"),
         (["tea"], ["hour"], "x'.*hour.*tea"),
+        ([None, EVENING * 1000], ["weekday"], "x'.*weekday.*9999 where unit is s"),
         ([1], [{"fill": "a"}], "x'.*fill.*'a'.*int64"),
         ([True], [{"fill": 0.5}], "x'.*fill.*0.5.*bool"),
         (["a"], [{"fill": 1}], "x'.*fill.*1.*string"),
