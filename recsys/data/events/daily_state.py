@@ -103,10 +103,11 @@ class DailyFolder:
         progress = Progress(**stored)
         for name in sorted(settings.keys() | progress.settings.keys()):
             before, after = progress.settings.get(name), settings.get(name)
-            if after != before:
+            if _in_order(after) != _in_order(before):
+                order = " in another order" if after == before else ""
                 raise ValueError(
                     f"{self.path}: `{name}` was {json.dumps(before)} in the calls before, and is "
-                    f"{json.dumps(after)}; set it back, or prepare into another --out"
+                    f"{json.dumps(after)}{order}; set it back, or prepare into another --out"
                 )
         for path in self.state.rglob("*.parquet"):
             is_current = path.name in progress.tables.get(path.parent.name, [path.name])
@@ -192,6 +193,13 @@ def _settings(config: EventsConfig) -> dict[str, Any]:
     for table in (*tables, settings["items"], settings["users"]):
         if table is not None:
             del table["path"]
+    return settings
+
+
+def _in_order(settings: Any) -> Any:
+    """Return settings so that a comparison sees the order of names, as that of labels counts."""
+    if isinstance(settings, dict):
+        return [(name, _in_order(part)) for name, part in settings.items()]
     return settings
 
 

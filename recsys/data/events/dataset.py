@@ -240,9 +240,9 @@ class DatasetWriter:
     def _ids(self, train: str) -> dict[str, str]:
         train = "1 = 1" if self.config.vocabulary.kind == "rows" else train
         until = f"{self.config.arrival} <= (SELECT max(ts) FROM complete WHERE {train})"
-        return self.ids(train, f"clean_events WHERE {until}")
+        return self.ids(train, f"clean_events WHERE {until}", f"past_events WHERE {until}")
 
-    def ids(self, train: str, events: str, past: str = "past_events") -> dict[str, str]:
+    def ids(self, train: str, events: str, past: str) -> dict[str, str]:
         """Return SQL of the ids of each table, in events and in rows by a condition."""
         config, output = self.config, self.config.output
         ids = {
@@ -262,8 +262,8 @@ class DatasetWriter:
         for name, column in self.id_lists.items():
             if column == "action":
                 ids[name] = f"SELECT action AS id FROM {events}"
-            elif config.vocabulary.kind == "rows":
-                ids[column] += f" UNION ALL SELECT {quoted(f'e_{column}')} AS id FROM {past}"
+        for column in {*self.id_lists.values()} - {"action"}:
+            ids[column] += f" UNION ALL SELECT {quoted(f'e_{column}')} AS id FROM {past}"
         return ids
 
     def schema(self, sizes: dict[str, int]) -> str:
@@ -323,7 +323,7 @@ class DatasetWriter:
         cases = " ".join(f"WHEN {test} THEN '{name}'" for name, test in conditions.items())
 
         def share(condition: str) -> str:
-            value = f"CASE WHEN {condition} THEN 1.0 ELSE 0.0 END"
+            value = f"CASE WHEN {condition} THEN 1 ELSE 0 END"  # Spark rounds means of decimals
             return f"CAST(avg(CASE WHEN 1 = 1{self.is_logged} THEN {value} END) AS DOUBLE)"
 
         table = self.engine.table(

@@ -41,6 +41,7 @@ RATINGS: Types = {
 MOVIES: Types = {"movieId": pa.int64(), "title": pa.string(), "genres": pa.string()}
 # Types of all posters together may pass 2 GiB.
 CONTENTS: Types = {"plot": pa.large_string(), "poster": pa.large_binary()}
+EXACT = 2**53  # numbers of text files below it are exact in float64
 END_OF_TIME = 2**32  # seconds: the year 2106; later times have another unit
 
 
@@ -180,6 +181,11 @@ def _read(path: Path, types: Types) -> pa.Table:
     for name in (name for name in types if name not in ("genres", *CONTENTS)):
         is_null = table[name].is_null().to_numpy()
         _refuse(path, table, name, is_null, "no value; fill it or drop the row")
+        if path.suffix == ".csv" and types[name] == pa.int64():
+            is_rounded = abs(table[name].to_numpy()) >= EXACT
+            _refuse(
+                path, table, name, is_rounded, f"a number of {EXACT:,} or more; make it smaller"
+            )
     return table
 
 

@@ -66,10 +66,17 @@ def filled(values: pa.Array, name: str, fills: Mapping[str, int | float | str]) 
         flat = flat.dictionary_decode()
     if pa.types.is_floating(flat.type):
         flat = pc.if_else(pc.is_nan(flat), pa.scalar(None, flat.type), flat)
-    elif pa.types.is_integer(flat.type) and isinstance(fills[name], float):
+    elif _is_between(fills[name], flat.type):
         flat = flat.cast(pa.float64())
     flat = fill(flat, fills[name])
     return _with_values(values, flat) if is_list(values.type) else flat
+
+
+def _is_between(fill: int | float | str, kind: pa.DataType) -> bool:
+    """Return whether a fill is no value of a column's type, but a number as its values are."""
+    if pa.types.is_boolean(kind):
+        return fill not in (0, 1)
+    return pa.types.is_integer(kind) and isinstance(fill, float)
 
 
 def _with_values(lists: pa.Array, values: pa.Array) -> pa.Array:

@@ -21,7 +21,10 @@ DATE_TEXT = r"^\d{4}-\d\d-\d\d$"
 # Largest number of values with exact quantiles; of more, a sample of this size, without
 # replacement and the same in every run, is used.
 SAMPLED = 1 << 22
+ROUNDING = 1e-13  # of a mean of equal numbers, as a share of it
 Unit = Literal["s", "ms", "us"]
+UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000}
+END_OF_TIME = 253_402_300_799  # seconds of the last moment of the year 9999
 
 
 class Moments:
@@ -40,7 +43,9 @@ class Moments:
         self.num_values = total
 
     def result(self) -> dict[str, Any]:
-        return {"mean": self.mean, "std": math.sqrt(self.squares / self.num_values)}
+        deviation = math.sqrt(self.squares / self.num_values)
+        is_rounding = deviation <= ROUNDING * abs(self.mean)  # equal values, such as log1p(3)
+        return {"mean": self.mean, "std": 0.0 if is_rounding else deviation}
 
 
 class Quantiles:
@@ -87,6 +92,8 @@ def fill(values: pa.Array, value: int | float | str) -> pa.Array:
     if isinstance(value, str) == is_number(values.type):  # times are filled by text, too
         raise ValueError(f"value {value!r} is none of type {values.type}")
     try:
+        if pa.types.is_boolean(values.type) and value not in (0, 1):
+            raise pa.ArrowInvalid("a cast makes it true")
         filler = filler.cast(values.type)
         return values.fill_null(filler) if values.null_count else values
     except pa.ArrowInvalid as error:
@@ -237,7 +244,14 @@ def _moments(values: pa.Array, zone: str, unit: Unit) -> pa.Array:
     if pa.types.is_date(kind):
         return values.cast(pa.timestamp("ms"))
     if pa.types.is_integer(kind) or pa.types.is_null(kind):
-        values = values.cast(pa.int64()).cast(pa.timestamp(unit))
+        values = values.cast(pa.int64())
+        for end in filter(None, pc.min_max(values).as_py().values()):
+            if abs(end) > END_OF_TIME * UNITS[unit]:
+                raise ValueError(
+                    f"takes times; {end} lies beyond the year 9999 where unit is {unit}; set unit "
+                    "to s, ms or us"
+                )
+        values = values.cast(pa.timestamp(unit))
     elif _is_text(kind):
         return _local_times(values.cast(pa.string()), zone)
     elif not pa.types.is_timestamp(kind):

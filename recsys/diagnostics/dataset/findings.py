@@ -115,7 +115,12 @@ def _labels_and_numbers(summary: DatasetSummary, split: SplitSummary) -> Iterato
         values = split.numbers[label]
         rate = values["mean"]
         is_binary = summary.schema.columns[label].loss in (None, "bce")
-        if not values["count"] or values["min"] >= values["max"]:
+        if not values["count"]:
+            yield Finding(
+                f"label '{label}' is null in all {split.split} rows",
+                "write rows that have it, or leave the label out",
+            )
+        elif values["min"] >= values["max"]:
             yield Finding(
                 f"label '{label}' is {rate:.4g} in all {split.split} rows",
                 "a model cannot learn from one value; write rows with other labels, too",
@@ -283,7 +288,7 @@ def _splits(summary: DatasetSummary) -> str:
     for label in summary.schema.of_kind("label"):
         is_rate = summary.schema.columns[label].loss in (None, "bce")
         name, style = ("rate", ".2%") if is_rate else ("mean", ".4g")
-        add(f"{name} of label {label}", lambda split: f"{split.numbers[label]['mean']:{style}}")  # noqa: B023
+        add(f"{name} of label {label}", lambda split: _figure(split.numbers[label]["mean"], style))  # noqa: B023
         if summary.schema.columns[label].nullable:
             add(
                 f"rows without label {label}",
@@ -303,7 +308,11 @@ def _splits(summary: DatasetSummary) -> str:
 
 
 def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.1%}"
+    return _figure(share, ".1%")
+
+
+def _figure(value: float | None, style: str) -> str:
+    return "-" if value is None else f"{value:{style}}"
 
 
 def _columns(summary: DatasetSummary) -> str:
@@ -317,7 +326,7 @@ def _columns(summary: DatasetSummary) -> str:
             lists.append((name, split.split, mean, *quantiles, empty))
         elif name in split.numbers:
             figures = [split.numbers[name][key] for key in numbers[0][2:]]
-            cells = ["-" if figure is None else f"{figure:.4g}" for figure in figures]
+            cells = [_figure(figure, ".4g") for figure in figures]
             numbers.append((name, split.split, *cells))
     return "\n\n".join(align_columns(rows) for rows in (lists, numbers) if len(rows) > 1)
 

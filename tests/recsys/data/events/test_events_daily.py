@@ -448,6 +448,19 @@ def test_what_does_not_go_on_from_the_calls_before_is_refused(tmp_path: Path) ->
         prepare_events(config, tmp_path / "other", until=DAYS[1])
 
 
+def test_labels_in_another_order_are_refused_as_the_first_decides_what_is_positive(
+    tmp_path: Path,
+) -> None:
+    config, labels = write_small(tmp_path), {"a": {"action": "buy"}, "b": {"action": "view"}}
+    config.write_text(yaml.safe_dump({**SMALL, "labels": labels}))
+    prepare_events(config, tmp_path / "out", until=DAYS[0])
+    swapped = {name: labels[name] for name in ("b", "a")}
+    rest = yaml.safe_dump({**SMALL, "labels": {}}).replace("labels: {}\n", "")
+    config.write_text(rest + yaml.safe_dump({"labels": swapped}, sort_keys=False))
+    with pytest.raises(ValueError, match=r'`labels` was {"a": .*, and is {"b": .* another order;'):
+        prepare_events(config, tmp_path / "out", until=DAYS[1])
+
+
 def test_days_do_not_go_on_by_hours(tmp_path: Path) -> None:
     out = tmp_path / "out"
     prepare_events(write_small(tmp_path), out, until=DAYS[0])

@@ -102,6 +102,13 @@ def test_a_table_has_the_rows_of_all_ids_of_its_column(tmp_path: Path, change: C
         list(rows.read(0, rows.num_rows))
 
 
+def test_an_id_that_stands_beside_events_alone_has_a_row_of_its_own(tmp_path: Path) -> None:
+    prepare_events(write(tmp_path, only_before), tmp_path / "out")
+    for name in ("brand", "past_brand"):
+        vocabulary = pq.read_table(tmp_path / "out" / "vocabulary" / f"{name}.parquet")
+        assert vocabulary["id"].to_pylist() == [0, 1, 2, 9]
+
+
 def without_brand(log: dict[str, Any], items: dict[str, Any], content: dict[str, Any]) -> None:
     only_before(log, items, content)
     items["brand"] = pa.array([0, 1, 2, 0, 1, 2, None])

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -215,7 +216,9 @@ def check(
             assert differences(read_rows(out / "features" / name), rows) == []
         for split, rows in splits.items():
             assert differences(read_rows(out / split), rows) == []
-            assert report["splits"][str(Path(dataset, split))]["rows"] == len(rows)
+            figures = report["splits"][str(Path(dataset, split))]
+            unseen = [row["item"] not in {one["item"] for one in splits["train"]} for row in rows]
+            assert (figures["rows"], figures["unseen"]) == (len(rows), np.mean(unseen))
         ids = oracle.vocabulary(config, log, items, splits["train"], NOW)
         for name, values in ids.items():
             table = pq.read_table(out / "vocabulary" / f"{name}.parquet")

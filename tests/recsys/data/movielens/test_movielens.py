@@ -153,6 +153,7 @@ def replace_line(path: Path, number: int, line: str) -> None:
         ("ratings.csv", 6, "7,2,4.0", ["Row #6", "Expected 4 columns, got 3"]),
         ("ratings.csv", 4, "7,1,4.0,1600000000000", ["'timestamp'", "row 4", "milliseconds"]),
         ("ratings.csv", 5, "7,1,3.0,2", ["'userId'", "row 5", "user 7", "keep one"]),
+        ("ratings.csv", 4, "9007199254740993,1,4.0,1", ["'userId'", "row 4", "or more"]),
         ("movies.csv", 3, "1,Twin,Drama", ["'movieId'", "row 3", "movie 1", "second time"]),
     ],
 )

@@ -16,7 +16,7 @@ from recsys.data.schema import Schema
 from recsys.data.schema_columns import Column
 from recsys.data.transforms.chain import chains_of
 from recsys.data.transforms.columns import read_columns
-from recsys.data.transforms.steps import STEPS, Quantiles
+from recsys.data.transforms.steps import STEPS, Moments, Quantiles
 
 NOON = datetime(2026, 11, 1, 12, tzinfo=UTC)  # a Sunday
 EVENING = 1_798_758_000  # 2026-12-31 23:00 UTC, already 2027 in Berlin, a Friday
@@ -106,7 +106,9 @@ def test_a_column_reads_the_result_of_another_but_itself_from_the_file() -> None
     [
         (["a"], ["log1p"], "x'.*log1p.*string"),
         (["tea"], ["hour"], "x'.*hour.*tea"),
+        ([None, EVENING * 1000], ["weekday"], "x'.*weekday.*9999 where unit is s"),
         ([1], [{"fill": "a"}], "x'.*fill.*'a'.*int64"),
+        ([True], [{"fill": 0.5}], "x'.*fill.*0.5.*bool"),
         (["a"], [{"fill": 1}], "x'.*fill.*1.*string"),
         ([1], ["standardize"], "x'.*standardize.*recsys prepare transforms"),
     ],
@@ -161,6 +163,20 @@ def test_the_page_has_every_step_and_its_example_is_a_schema() -> None:
         column.pop("vocabulary", None)
     assert list(schema_with(**example).transforms) == list(example)
     assert [name for name in STEPS if not re.search(rf"`{{?{name}\b", page)] == []
+
+
+def test_a_truth_value_is_filled_by_the_number_that_the_column_names() -> None:
+    values = pa.array([True, False, None])
+    assert result(values, column="x", kind="dense", fill=-1) == [1.0, 0.0, -1.0]
+    assert result(values, column="x", kind="dense", fill=1) == [True, False, True]
+
+
+def test_equal_numbers_have_no_deviation_though_their_mean_is_rounded() -> None:
+    fit = Moments()
+    fit.add(np.full(7, np.log1p(0.5)))
+    assert result(pa.array([1.5]), {"standardize": fit.result()})[0] == pytest.approx(
+        1.5 - np.log1p(0.5)
+    )
 
 
 def test_quantiles_of_many_values_are_those_of_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -193,6 +193,24 @@ def test_findings(tmp_path: Path, split: str, columns: dict[str, Any], words: st
     assert words in findings(data)
 
 
+def test_a_label_that_a_split_lacks_has_no_mean_and_is_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_dataset(tmp_path / "data")
+    schema = data / "schema.yaml"
+    label = "stars: {kind: label, loss: mse, nullable: true}"
+    schema.write_text(schema.read_text().replace("columns:", f"columns:\n  {label}", 1))
+    for split in SPLITS:
+        stars = [
+            None if split == "valid" else 3.0 + row % 2 for row in range(len(frame(data, split)))
+        ]
+        change(data, split, stars=pa.array(stars, pa.float32()))
+    explain_data(str(data))
+    lines = capsys.readouterr().out.splitlines()
+    assert ["mean", "of", "label", "stars", "3.5", "-", "3.5"] in map(str.split, lines)
+    assert "label 'stars' is null in all valid rows" in findings(data)
+
+
 def as_history(items: pa.ChunkedArray, table: pa.Table) -> pa.Array:
     """Of each row's own item, as often as the list beside the history is long."""
     return pa.array(
