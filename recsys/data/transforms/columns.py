@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from embeddings.vocabulary.fixed import is_id_type
 from recsys.data.parquet.values import check_type, is_list, list_lengths, one_chunk
 from recsys.data.schema import Schema
-from recsys.data.transforms.chain import Chain
+from recsys.data.transforms.chain import Chain, transformed_sources
 from recsys.data.transforms.steps import fill
 from recsys.storage.location import errors_at
 
@@ -91,5 +91,12 @@ def check_types(
         check_type(schema, name, read_columns(empty, schema, [name], place)[name].type, place)
         for source, kind in kinds.items() if name in schema.transforms else ():
             kind = kind.value_type if is_list(kind) else kind
-            if is_id_type(kind):
+            if is_id_type(kind) or (pa.types.is_boolean(kind) and _is_crossed(name, schema)):
                 schema.require_id_type(source, kind, place, source)
+
+
+def _is_crossed(name: str, schema: Schema) -> bool:
+    """Return whether a column is made by `cross`, whose text of true is not that of 1."""
+    chains = schema.transforms
+    sources = transformed_sources(name, chains)
+    return chains[name].joins or any(_is_crossed(source, schema) for source in sources)
