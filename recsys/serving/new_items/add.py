@@ -24,7 +24,7 @@ from torch import Tensor
 from recsys.checkpoint.run_schema import load_run_schema
 from recsys.data.items.item_table import ItemTable, plain_values
 from recsys.data.parquet.file import column_type, open_parquet
-from recsys.data.parquet.values import usable_column
+from recsys.data.parquet.values import is_list, usable_column
 from recsys.data.schema import Schema
 from recsys.data.schema_columns import FeatureTable, ItemColumn
 from recsys.data.transforms.columns import check_types, read_columns
@@ -304,8 +304,15 @@ def item_rows(schema: Schema, items: Sequence[Item]) -> pa.Table:
             array = pa.array(values)
             if pa.types.is_null(array.type) and kind in TYPES:
                 array = array.cast(TYPES[kind])
-        columns[name] = array
+            columns[name] = array.cast(_with_floats(array.type)) if kind == "feature" else array
     return pa.table(columns)
+
+
+def _with_floats(kind: pa.DataType) -> pa.DataType:
+    """Return the type with floats for integers: many programs write 1.0 as 1 in JSON."""
+    if is_list(kind):
+        return pa.list_(_with_floats(kind.value_type))
+    return pa.float64() if pa.types.is_integer(kind) or pa.types.is_null(kind) else kind
 
 
 def _decoded(value: Any) -> Any:
