@@ -179,7 +179,8 @@ def _read(folder: Location, names: Sequence[str]) -> pa.Table:
     if not parts:
         return pa.schema([(name, pa.null()) for name in names]).empty_table()
     with errors_at(folder, pa.ArrowException):
-        return pa.concat_tables(parts, promote_options="permissive").combine_chunks()
+        rows = pa.concat_tables(parts, promote_options="permissive")
+        return pa.table({name: one_chunk(rows[name]) for name in names})
 
 
 def refresh_features(package: Path, data: str, out: Path) -> Manifest:
