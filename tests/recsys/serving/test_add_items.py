@@ -318,19 +318,23 @@ def test_features_that_are_added_again_do_not_change(package: Path, tmp_path: Pa
     content["schema"]["features"] = [{"by": ["item"], "columns": ["price", "since"]}]
     schema.write_text(yaml.safe_dump(content))
     table = load_run_schema(package).features[0]
-    known = {"item": [5], "price": [1.0], "since": pa.array([0], pa.timestamp("us"))}
+    since = pa.array([0], pa.timestamp("us"))
+    stored = pa.table({"item": [5], "price": [1.0], "since": since})
     path = features_file(package, table)
     path.parent.mkdir()
-    with pa.OSFile(str(path), "wb") as out, pa.ipc.new_file(out, pa.table(known).schema) as writer:
-        writer.write_table(pa.table(known))
+    with (
+        pa.OSFile(str(path), "wb") as out,
+        pa.ipc.new_file(out, stored.schema) as writer,
+    ):
+        writer.write_table(stored)
     (package / "manifest.json").unlink()
     write_manifest(package, manifest)
     item = {"item": 5, "price": 2.0, "since": "1970-01-01 00:00:07"}  # JSON has times as text
     assert ItemIntake(package).add([item]) == AddedCounts(features=1)
     assert ItemIntake(package).add([item]) == AddedCounts(features=0)
-    added = AddedItems.open(package, read_manifest(package).added).features
-    assert added is not None
-    assert added.to_pylist() == [item | {"since": datetime(1970, 1, 1, second=7)}]
+    features = AddedItems.open(package, read_manifest(package).added).features
+    assert features is not None
+    assert features.to_pylist() == [item | {"since": datetime(1970, 1, 1, second=7)}]
     pq.write_table(pa.table({"item": [5, 5], "price": [2.0, 3.0]}), file)
     with pytest.raises(ValueError, match=r"column 'item': an item has several rows"):
         add_items(package, str(file))
