@@ -13,7 +13,7 @@ import pyarrow as pa
 from embeddings.vocabulary.fixed import ExactVocabulary, is_id_type
 from recsys.config.parser import short
 from recsys.data.parquet.file import column_type, open_parquet, read_row_group
-from recsys.data.parquet.values import is_list, usable_column
+from recsys.data.parquet.values import is_list, usable_column, without_views
 from recsys.data.schema import Schema, build_hashes, load_schema, read_schema, vocabulary_file
 from recsys.data.schema_columns import MOST_ROWS
 from recsys.data.transforms.chain import (
@@ -121,7 +121,7 @@ def _raw_ids(
                             f"type {ids.type}, expected integer or string; write it so"
                         )
                     vocabulary.check_type(ids.type)
-                yield ids.drop_null()
+                yield without_views(ids).drop_null()
 
 
 def _chunks(file: Location, name: str, schema: Schema | None) -> Iterator[pa.Array]:

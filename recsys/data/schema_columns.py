@@ -202,15 +202,17 @@ def without_empty(content: Any) -> Any:
 
 @dataclass(frozen=True)
 class IdType:
-    """Type of the raw ids of a table; 7 and "7" are two ids."""
+    """Type of the raw ids of a table, or of what `cross` joins; 7 and "7" are two ids."""
 
-    name: Literal["integer", "string"]
+    name: Literal["integer", "string", "boolean"]
     place: str  # the file read first, for messages
 
 
-def id_type(kind: pa.DataType) -> Literal["integer", "string"]:
-    """Return the kind of raw ids of an Arrow type, which `is_id_type` accepts."""
+def id_type(kind: pa.DataType) -> Literal["integer", "string", "boolean"]:
+    """Return the kind of raw ids of an Arrow type, which `is_id_type` accepts, or of booleans."""
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if pa.types.is_boolean(kind):
+        return "boolean"
     return "integer" if pa.types.is_integer(kind) else "string"
 
 

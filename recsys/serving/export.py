@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -32,7 +33,7 @@ from recsys.content.encoders.base import Encoder
 from recsys.content.encoders.identity import write_identities
 from recsys.data.parquet.file import open_parquet, read_row_group
 from recsys.data.parquet.rows import ParquetRows
-from recsys.data.parquet.values import is_list
+from recsys.data.parquet.values import ROW_POSITION, is_list
 from recsys.distributed.ranks import Ranks
 from recsys.evaluation.predict import load_run
 from recsys.model.tables import pooled_features
@@ -181,6 +182,7 @@ def write_statistics(job: Job, columns: Sequence[str], folder: Path) -> None:
         number = min(max(1, MOST_ROWS // largest), len(rows.chunks))
         groups = np.linspace(0, len(rows.chunks) - 1, number).astype(int).tolist()
         usable = pa.concat_tables(rows.read_chunks(groups))
+        usable = usable.filter(pc.greater_equal(usable[ROW_POSITION], 0))  # no skipped rows
         statistics = dict(_column_statistics(job, usable, columns))
         names = job.schema.file_columns(columns)
         tables = []

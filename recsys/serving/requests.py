@@ -7,6 +7,7 @@ P parallel lists, R rows of a column (1 or N), K table rows.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -263,7 +264,9 @@ class RequestReader:
         # The check reads an empty table, which costs as much as the few values of a request.
         types = (name, *((source, array.type) for source, array in arrays.items()))
         if types not in self._checked:
-            check_types(self.schema, [name], lambda source: arrays[source].type, place)
+            schema = copy(self.schema)  # a request's types are not those of the next
+            schema.id_types = dict(schema.id_types)
+            check_types(schema, [name], lambda source: arrays[source].type, place)
             self._checked.add(types)
         table = read_columns(pa.table(arrays), self.schema, [name], place)
 

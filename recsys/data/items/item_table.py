@@ -20,6 +20,7 @@ from embeddings.vocabulary.fixed import ExactVocabulary, integer_ids, is_id_type
 from recsys.data.items.ragged_array import RowWriter
 from recsys.data.parquet.bad_rows import BadRows, OnBadRow, Report
 from recsys.data.parquet.file import READ_ERRORS, column_type, open_parquet
+from recsys.data.parquet.values import without_views
 from recsys.data.schema import Schema, advice_on_unknown
 from recsys.storage.location import Location, errors_at
 from recsys.storage.manifest import digest_of as digest_of
@@ -190,8 +191,7 @@ def plain_values(values: pa.Array) -> pa.Array:
     """Return values in a type without dictionary or views."""
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
-    plain = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
-    return values.cast(plain.get(values.type, values.type))
+    return without_views(values)
 
 
 BYTES_PER_PIECE = 2**24

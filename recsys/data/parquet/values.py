@@ -28,6 +28,7 @@ from recsys.data.schema_columns import Column, HistoryColumns
 from recsys.data.transforms.steps import is_number
 from recsys.storage.location import errors_at
 
+VIEWS = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
 MAX_LIST_VALUES = np.iinfo(np.int32).max  # of a column of lists, whose offsets are int32
 
 # Column, mask of its bad rows [R], their common reason, and a function from a row to its message.
@@ -193,8 +194,17 @@ def _note_values(
 
 
 def one_chunk(column: pa.ChunkedArray) -> pa.Array:
-    """Return a column as one array, without a copy if it has one chunk."""
-    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    """Return a column as one array, without a copy if it has one chunk and no views."""
+    array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    return without_views(array)
+
+
+def without_views(values: pa.Array) -> pa.Array:
+    """Return values, or lists of them, in a type without views, which Arrow cannot filter."""
+    value = values.type.value_type if is_list(values.type) else values.type
+    if (plain := VIEWS.get(value)) is None:
+        return values
+    return values.cast(pa.large_list(plain) if is_list(values.type) else plain)
 
 
 def _rows_of_raw_ids(array: pa.Array, name: str, schema: Schema, note: ReportColumn) -> pa.Array:

@@ -108,6 +108,10 @@ class Chain:
     steps: tuple[Call, ...]
 
     @property
+    def joins(self) -> bool:
+        return any(STEPS[step.name].joins for step in self.steps)
+
+    @property
     def unfitted(self) -> int | None:
         """Number of the first step that is not fitted; None if all are."""
         return next((i for i, step in enumerate(self.steps) if not step.is_fitted), None)

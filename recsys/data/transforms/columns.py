@@ -1,5 +1,6 @@
 """Compute the columns of a schema from those of a file or request; no other module does."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -9,8 +10,8 @@ import pyarrow.compute as pc
 from embeddings.vocabulary.fixed import is_id_type
 from recsys.data.parquet.values import check_type, is_list, list_lengths, one_chunk
 from recsys.data.schema import Schema
-from recsys.data.transforms.chain import Chain
-from recsys.data.transforms.steps import fill
+from recsys.data.transforms.chain import Chain, transformed_sources
+from recsys.data.transforms.steps import DATE_TEXT, fill
 from recsys.storage.location import errors_at
 
 
@@ -98,5 +99,26 @@ def check_types(
         check_type(schema, name, read_columns(empty, schema, [name], place)[name].type, place)
         for source, kind in kinds.items() if name in schema.transforms else ():
             kind = kind.value_type if is_list(kind) else kind
-            if is_id_type(kind):
+            if pa.types.is_timestamp(kind):
+                _refuse_date(schema.transforms[name], schema.fills.get(source), name, place)
+            if is_id_type(kind) or (pa.types.is_boolean(kind) and _is_crossed(name, schema)):
                 schema.require_id_type(source, kind, place, source)
+
+
+def _refuse_date(chain: Chain, fill: object, name: str, place: str) -> None:
+    """Refuse a date that fills times: it is one of UTC in them, but of the zone in requests."""
+    zone = next((step.settings["zone"] for step in chain.steps if "zone" in step.settings), "UTC")
+    values = [fill, *(step.settings["value"] for step in chain.steps if step.name == "fill")]
+    dates = [value for value in values if re.match(DATE_TEXT, str(value))]
+    if dates and zone != "UTC":
+        raise ValueError(
+            f"{place}: column '{name}': its fill '{dates[0]}' is a date, and the column has times; "
+            f"write a time, such as '{dates[0]}T00:00'"
+        )
+
+
+def _is_crossed(name: str, schema: Schema) -> bool:
+    """Return whether a column is made by `cross`, whose text of true is not that of 1."""
+    chains = schema.transforms
+    sources = transformed_sources(name, chains)
+    return chains[name].joins or any(_is_crossed(source, schema) for source in sources)

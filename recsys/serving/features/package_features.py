@@ -125,7 +125,8 @@ def _of_type(values: pa.Array, kind: pa.DataType, name: str) -> pa.Array:
     if any(map(pa.types.is_null, kinds)):
         return values if pa.types.is_null(kinds[1]) else values.cast(kind)
     texts = [is_id_type(part) and not pa.types.is_integer(part) for part in kinds]
-    if texts[0] != texts[1]:
+    is_time = texts[0] and pa.types.is_temporal(kinds[1])  # JSON has times as text
+    if texts[0] != texts[1] and not is_time:
         raise ValueError(f"column '{name}' has type {values.type}, but {kind} in the package")
     with errors_at(f"column '{name}'", pa.ArrowException):
         return values.cast(kind)
@@ -178,7 +179,8 @@ def _read(folder: Location, names: Sequence[str]) -> pa.Table:
     if not parts:
         return pa.schema([(name, pa.null()) for name in names]).empty_table()
     with errors_at(folder, pa.ArrowException):
-        return pa.concat_tables(parts, promote_options="permissive").combine_chunks()
+        rows = pa.concat_tables(parts, promote_options="permissive")
+        return pa.table({name: one_chunk(rows[name]) for name in names})
 
 
 def refresh_features(package: Path, data: str, out: Path) -> Manifest:

@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -93,7 +92,8 @@ def without_old_values(
         column = values[name].combine_chunks()
         limit = table.max_age_micros.get(name)
         if limit is not None:
-            age = np.int64(unix_time * 1_000_000) - values[table.times[name]].to_numpy()
+            times = values[table.times[name]].cast(pa.float64(), safe=False)  # of nulls alone, too
+            age = int(unix_time * 1_000_000) - times.to_numpy()
             is_old = ~(age <= limit)  # also without a time
             column = pc.if_else(pa.array(is_old), pa.scalar(None, column.type), column)
         columns[name] = column
@@ -143,7 +143,9 @@ class RedisFeatures(FeatureSource):
         self.version = "" if version is None else version.decode(errors="replace")
         try:
             rows = [
-                {name: json.loads(value) for name, value in zip(names, values) if value and text}
+                {name: json.loads(value) for name, value in zip(names, values) if value is not None}
+                if text is not None  # the empty text is an id
+                else {}
                 for text, values in zip(texts, hashes, strict=True)
             ]
         except ValueError as error:
@@ -156,7 +158,9 @@ class RedisFeatures(FeatureSource):
         texts = key_texts([rows[name].combine_chunks() for name in table.by])
         columns = rows.drop_columns(table.by).to_pylist()
         for text, values in zip(texts, columns, strict=True):
-            key = self._key(table, text or "")
+            if text is None:
+                continue
+            key = self._key(table, text)
             for name, value in values.items():
                 if value is None:
                     pipeline.hdel(key, name)

@@ -7,7 +7,7 @@ loaded. Shapes: K items that are new or changed, N items of the files.
 
 import base64
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +24,7 @@ from torch import Tensor
 from recsys.checkpoint.run_schema import load_run_schema
 from recsys.data.items.item_table import ItemTable, plain_values
 from recsys.data.parquet.file import column_type, open_parquet
-from recsys.data.parquet.values import usable_column
+from recsys.data.parquet.values import is_list, usable_column
 from recsys.data.schema import Schema
 from recsys.data.schema_columns import FeatureTable, ItemColumn
 from recsys.data.transforms.columns import check_types, read_columns
@@ -84,7 +84,10 @@ def add_items(package: Path, items: str, encoders: EncoderCache | None = None) -
                 features = previous.with_features(rows, schema.target_item)
         counts, ids = AddedCounts(), previous.ids
         index, vectors = previous.index[:0], torch.zeros(0, 0)
-        if manifest.entry_shapes and (not num_features or _has_content(schema, files)):
+        reads_features = table is not None and _has_one_of(value_columns(table), files)
+        if manifest.entry_shapes and (
+            not reads_features or _has_one_of(_content_columns(schema), files)
+        ):
             encoder = encoders.of_package(package, manifest)
             counts, index, vectors, ids = _new_content(package, schema, encoder, previous, files)
         if len(index) or num_features:
@@ -94,12 +97,12 @@ def add_items(package: Path, items: str, encoders: EncoderCache | None = None) -
     return replace(counts, features=num_features)
 
 
-def _has_content(schema: Schema, files: Location) -> bool:
-    """Whether a file has a column of content, which is then that of all its items."""
-    content = _content_columns(schema)
+def _has_one_of(columns: Iterable[str], files: Location) -> bool:
+    """Whether a file has one of these columns, which are then those of all its items."""
+    names = set(columns)
     for file in files.files(".parquet"):
         with open_parquet(file) as parquet:
-            if content.keys() & set(parquet.schema_arrow.names):
+            if names & set(parquet.schema_arrow.names):
                 return True
     return False
 
@@ -130,7 +133,7 @@ def _changed_features(
     """Return the features of the items of files whose features are new or change."""
     features, unix_time = PackageFeatures(package, schema, previous.features), time.time()
     item = schema.target_item if schema.items is None else schema.items.id
-    parts = []
+    parts, changes = [], []
     for file in files.files(".parquet"):
         with open_parquet(file) as parquet:
             column_type(parquet, file, item)
@@ -144,13 +147,14 @@ def _changed_features(
         except (ValueError, pa.ArrowException) as error:
             raise ValueError(f"{file}: {error}; write ids and features as for training") from error
         _check_values(schema, table, updated, str(file))
-        parts.append(updated.filter(is_changed))
+        parts.append(updated)
+        changes.append(is_changed)
     if not parts:
         raise ValueError(f"{files}: no such Parquet file, nor a folder with *.parquet files")
     rows = pa.concat_tables(parts, promote_options="permissive")  # ids of any width
     if pc.count_distinct(rows[schema.target_item]).as_py() < len(rows):
         raise ValueError(f"{files}: column '{item}': an item has several rows; keep one")
-    return rows
+    return rows.filter(pa.chunked_array(changes))
 
 
 def _check_values(schema: Schema, table: FeatureTable, rows: pa.Table, place: str) -> None:
@@ -300,8 +304,15 @@ def item_rows(schema: Schema, items: Sequence[Item]) -> pa.Table:
             array = pa.array(values)
             if pa.types.is_null(array.type) and kind in TYPES:
                 array = array.cast(TYPES[kind])
-        columns[name] = array
+            columns[name] = array.cast(_with_floats(array.type)) if kind == "feature" else array
     return pa.table(columns)
+
+
+def _with_floats(kind: pa.DataType) -> pa.DataType:
+    """Return the type with floats for integers: many programs write 1.0 as 1 in JSON."""
+    if is_list(kind):
+        return pa.list_(_with_floats(kind.value_type))
+    return pa.float64() if pa.types.is_integer(kind) or pa.types.is_null(kind) else kind
 
 
 def _decoded(value: Any) -> Any:

@@ -64,7 +64,7 @@ class InputColumns:
         column = self.schema.columns.get(name)
         table = name if column is None else self.schema.table_of(name)
         if (id_type := self.schema.id_types.get(table)) is not None:
-            return "BYTES" if id_type.name == "string" else "INT64"
+            return {"string": "BYTES", "integer": "INT64", "boolean": "BOOL"}[id_type.name]
         return "FP32" if column is None or column.kind == "dense" else "INT64"
 
     def arguments(self, tensors: Iterable[NamedTensor]) -> ScoreArguments:

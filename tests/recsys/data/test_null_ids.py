@@ -28,7 +28,7 @@ NULLS: dict[str, list[Any]] = {
 }
 
 
-def write(folder: Path, kinds: dict[str, str], **columns: list[Any]) -> Path:
+def write(folder: Path, kinds: dict[str, str], **columns: Any) -> Path:
     data = write_raw_dataset(folder, **kinds)
     write_parquet(data / "train" / "part-0.parquet", pa.table({**NULLS, **columns}))
     if not kinds:
@@ -65,6 +65,16 @@ def test_null_is_an_id_of_its_own_of_a_hash(tmp_path: Path) -> None:
     assert [len(rows) for rows in users] == [2, 2, 2]
     assert table["friends"].to_pylist()[0][:2] == users[1]
     assert table["words"].to_pylist()[0][1:] == table["words"].to_pylist()[2]
+
+
+@pytest.mark.parametrize("kinds", [{}, dict.fromkeys(("user", "item", "words"), "{kind: hash}")])
+def test_views_of_text_are_read_as_texts(tmp_path: Path, kinds: dict[str, str]) -> None:
+    """Arrow can filter and take no views."""
+    view = pa.string_view()
+    columns: dict[str, Any] = {"user": pa.array(NULLS["user"], view)}
+    columns |= {name: pa.array(NULLS[name], pa.list_(view)) for name in ("friends", "words")}
+    expected, _ = read(write(tmp_path / "texts", kinds))
+    assert read(write(tmp_path / "views", kinds, **columns))[0].equals(expected)
 
 
 def map_nulls(rank: int, world_size: int, folder: str) -> tuple[list[Any], list[Any], int]:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from filelock import FileLock
 
+from recsys.checkpoint.run_schema import load_run_schema
 from recsys.config import ModalitySettings
 from recsys.data.prepare import prepare_vocabularies
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.predict import predict
 from recsys.serving import Scorer
+from recsys.serving.features.package_features import features_file
 from recsys.serving.new_items import added_items
-from recsys.serving.new_items.add import AddedCounts, add_items
+from recsys.serving.new_items.add import AddedCounts, ItemIntake, add_items
 from recsys.serving.new_items.added_items import AddedItems
 from recsys.serving.new_items.item_encoder import ItemEncoder
 from recsys.serving.package import read_manifest, write_manifest
@@ -304,3 +308,33 @@ def test_bad_rows_are_refused_by_file_column_and_row_and_nothing_is_written(
     assert {
         name: content for name, content in files_of(package).items() if ".lock" not in name
     } == before
+
+
+def test_features_that_are_added_again_do_not_change(package: Path, tmp_path: Path) -> None:
+    """They were content once that lacks its columns; a second row of an item is refused."""
+    schema, file = package / "schema.yaml", tmp_path / "new.parquet"
+    manifest = read_manifest(package)
+    content = yaml.safe_load(schema.read_text())
+    content["schema"]["features"] = [{"by": ["item"], "columns": ["price", "since"]}]
+    schema.write_text(yaml.safe_dump(content))
+    table = load_run_schema(package).features[0]
+    since = pa.array([0], pa.timestamp("us"))
+    stored = pa.table({"item": [5], "price": [1.0], "since": since})
+    path = features_file(package, table)
+    path.parent.mkdir()
+    with (
+        pa.OSFile(str(path), "wb") as out,
+        pa.ipc.new_file(out, stored.schema) as writer,
+    ):
+        writer.write_table(stored)
+    (package / "manifest.json").unlink()
+    write_manifest(package, manifest)
+    item = {"item": 5, "price": 2.0, "since": "1970-01-01 00:00:07"}  # JSON has times as text
+    assert ItemIntake(package).add([item]) == AddedCounts(features=1)
+    assert ItemIntake(package).add([item]) == AddedCounts(features=0)
+    features = AddedItems.open(package, read_manifest(package).added).features
+    assert features is not None
+    assert features.to_pylist() == [item | {"since": datetime(1970, 1, 1, second=7)}]
+    pq.write_table(pa.table({"item": [5, 5], "price": [2.0, 3.0]}), file)
+    with pytest.raises(ValueError, match=r"column 'item': an item has several rows"):
+        add_items(package, str(file))

@@ -21,13 +21,18 @@ import yaml
 
 from recsys.config.server import FeatureSettings
 from recsys.data.events.prepare import prepare_events
+from recsys.data.schema_columns import FeatureTable
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.predict import predict
 from recsys.serving import Scorer
 from recsys.serving.delta import apply_delta, write_delta
 from recsys.serving.export import export_run
 from recsys.serving.features.package_features import features_file, refresh_features
-from recsys.serving.features.source import FeatureSourceError, RedisFeatures
+from recsys.serving.features.source import (
+    FeatureSourceError,
+    RedisFeatures,
+    without_old_values,
+)
 from recsys.serving.new_items.add import add_items
 from recsys.training.train import train
 from tests.recsys.data.events.test_events_recipes import tiny_config
@@ -307,6 +312,14 @@ def test_an_old_count_is_scored_as_none(folder: Path, own: Scorer, tmp_path: Pat
     assert scorer.score(FEW, [], ["i1"]) == zero != fresh
 
 
+def test_a_value_without_any_time_is_too_old() -> None:
+    table = FeatureTable(["item"], ["views"], {"views": "1d"})
+    for times in (pa.nulls(2), pa.array([None, 86_400_000_000])):  # a file of nulls alone, too
+        values = pa.table({"views": [5, 6], "views@": times})
+        read = without_old_values(values, table, unix_time=86_401)["views"].to_pylist()
+        assert read == ([None, None] if times.null_count == 2 else [None, 6])
+
+
 def test_new_items_come_with_features(folder: Path, own: Scorer, tmp_path: Path) -> None:
     """Columns that are not given stay as they are; bad values change nothing."""
     package = shutil.copytree(folder / "package", tmp_path / "package")
@@ -472,6 +485,36 @@ def redis(tmp_path: Path) -> Iterator[str]:
     yield f"unix://{path}"
     process.kill()
     process.wait()
+
+
+class Hashes(dict[str, dict[str, str]]):
+    """Stands for a pipeline of Redis: hashes by key."""
+
+    def pipeline(self, transaction: bool) -> Hashes:
+        self.answers: list[Any] = []
+        return self
+
+    def hset(self, key: str, name: str, value: str) -> None:
+        self.setdefault(key, {})[name] = value
+
+    def hmget(self, key: str, names: list[str]) -> None:
+        self.answers.append([dict.get(self, key, {}).get(name) for name in names])
+
+    def get(self, key: str) -> None:  # type: ignore[override]
+        self.answers.append(None)
+
+    def execute(self) -> list[Any]:
+        return self.answers
+
+
+def test_the_empty_text_is_an_id_in_redis_and_null_is_none() -> None:
+    pytest.importorskip("redis")
+    table = FeatureTable(["user"], ["views"])
+    store = RedisFeatures({"user": pa.schema({"user": pa.string(), "views": pa.int64()})})
+    store._redis = Hashes()
+    store.write(table, pa.table({"user": ["", None, "ann"], "views": [3, 4, 5]}))
+    values = store.read(table, [pa.array(["", None, "ann", "bob"])])
+    assert values["views"].to_pylist() == [3, None, 5, None]
 
 
 def test_features_come_from_redis(folder: Path, own: Scorer, redis: str) -> None:

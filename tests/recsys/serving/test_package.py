@@ -7,18 +7,22 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from embeddings.vocabulary.bounded import BoundedVocabulary
+from recsys.build import Job
 from recsys.data.schema import Schema
 from recsys.data.schema_columns import Column, VocabularySettings
 from recsys.distributed.ranks import joined_ranks
 from recsys.serving.delta import apply_delta, bytes_of_rows, write_delta
-from recsys.serving.export import save_bounded
+from recsys.serving.export import save_bounded, write_statistics
 from recsys.serving.new_items.added_items import INDEX_TYPE, AddedItems
 from recsys.serving.package import (
     MANIFEST,
@@ -31,6 +35,7 @@ from recsys.serving.package import (
 from recsys.serving.retrieval.item_vectors import VectorsManifest
 from recsys.serving.scorer import load_bounded
 from recsys.serving.vector_file import VectorFile, VectorFileShape, write_vectors
+from recsys.storage.location import Location
 
 
 def write_package(folder: Path) -> None:
@@ -83,6 +88,21 @@ def test_a_folder_of_another_command_is_refused_with_the_command_that_makes_one(
     write_package(tmp_path / "package")
     with pytest.raises(ValueError, match=r"manifest\.json.*recsys export-vectors"):
         read_manifest_of(VectorsManifest, tmp_path / "package")
+
+
+def test_skipped_rows_are_not_in_the_range_of_numbers(tmp_path: Path) -> None:
+    columns = {"item": Column("id", num_embeddings=3), "age": Column("dense")}
+    schema = Schema("item", "item", columns | {"liked": Column("label")})
+    (tmp_path / "train").mkdir()
+    rows = pa.table({"item": [0, 1, 2], "age": [30.0, float("nan"), 20.0]})
+    pq.write_table(rows, tmp_path / "train" / "part.parquet")
+    source = SimpleNamespace(source=SimpleNamespace(name="parquet"))
+    job = SimpleNamespace(
+        root=Location.of(tmp_path), train_folder="train", schema=schema, config=source
+    )
+    write_statistics(cast(Job, job), ["age"], tmp_path)
+    statistics = json.loads((tmp_path / "statistics.json").read_text())
+    assert statistics == {"age": {"low": 20.0, "high": 30.0, "null": 0.0}}
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import yaml
 
 from embeddings import BoundedVocabulary, ExactVocabulary, HashVocabulary
 from embeddings.vocabulary.fixed import NULL_ID
-from recsys.data.schema import Schema
+from recsys.data.schema import Schema, parse_schema
 from recsys.data.schema_columns import Column, IdType, VocabularySettings
+from recsys.data.transforms.columns import check_types
 from recsys.serving.requests import RequestReader, RequestRows
 
 USER = {"user": 3, "tags": [1, 2], "age": 0.5, "shop": 9, "query": ["a", "b"]}
@@ -82,6 +84,47 @@ def test_a_type_is_checked_also_after_a_request_of_the_right_one() -> None:
     with pytest.raises(ValueError, match="item"):
         read(USER, HISTORY, [7])
     assert read(USER | {"age": 1}, HISTORY, ["eve"]).dense["age"].tolist() == [1.0]
+
+
+CROSSED = """
+target_item: item
+group: item
+columns:
+  item: {kind: id, num_embeddings: 4}
+  club: {kind: id, num_embeddings: 99, column: [member, city], transform: [cross, {hash: 99}]}
+  low:  {kind: id, num_embeddings: 99, column: club, transform: [{fill: 0}]}
+  hour: {kind: id, num_embeddings: 24, column: when, transform: [hour]}
+  liked: {kind: label}
+"""
+
+
+def crossed() -> Schema:
+    return parse_schema(yaml.safe_load(CROSSED), "schema.yaml")
+
+
+def test_types_of_a_request_are_not_asked_of_the_next_one() -> None:
+    read = RequestReader(crossed(), ["hour"], {})
+    for when in (5 * 3600, "1970-01-01T05:00", 5 * 3600):
+        assert read({"when": when}, [], [1]).pooled["hour"].rows.tolist() == [5]
+
+
+@pytest.mark.parametrize(
+    ("member", "name", "other"), [(True, "boolean", 1), (1, "integer", True), ("a", "string", True)]
+)
+@pytest.mark.parametrize("column", ["club", "low"])
+def test_true_is_not_1_where_columns_are_crossed(
+    member: Any, name: str, other: Any, column: str
+) -> None:
+    schema = crossed()
+    kinds = {"member": pa.array([member]).type, "city": pa.string()}
+    check_types(schema, [column], kinds.__getitem__, "train")
+    assert schema.id_types["member"].name == name
+    read = RequestReader(schema, [column], {}, [])
+    text = f"{str(member).lower() if member is True else member}\x1fRom"
+    expected = HashVocabulary(99).rows_of(pa.array([text]))[0].tolist()
+    assert read({"member": member, "city": "Rom"}, [], [1]).pooled[column].rows.tolist() == expected
+    with pytest.raises(ValueError, match=rf"user: column 'member' .* train has {name} ids"):
+        read({"member": other, "city": "Rom"}, [], [1])
 
 
 def test_unknown_ids_are_counted_by_column() -> None:

@@ -15,7 +15,8 @@ from recsys.checkpoint.run_schema import load_run_schema, schema_of_data, write_
 from recsys.config import Config
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.prepare import format_fitted, prepare_transforms
-from recsys.data.schema import Schema, load_schema
+from recsys.data.schema import Schema, load_schema, read_schema
+from recsys.data.transforms.columns import read_columns
 from recsys.distributed.ranks import joined_ranks
 from recsys.storage.location import Location
 from recsys.training.train import train
@@ -133,3 +134,23 @@ def test_what_a_step_has_made_of_a_bad_row_is_named_with_file_and_row(data: Path
     rows = ParquetRows.of_split(root, "train", load_schema(root))
     with pytest.raises(ValueError, match=r"train/part-0.parquet: column 'price', row 2: .*null"):
         rows.read_chunk(0)
+
+
+@pytest.mark.parametrize(
+    "keys", ["transform: [{fill: '2026-03-01'}, {hour: Asia/Tokyo}]", "fill: '2026-03-01', zone"]
+)
+def test_times_are_filled_by_a_time_in_files_as_in_requests(tmp_path: Path, keys: str) -> None:
+    """A date would be one of UTC in times, but of the zone where a request has null."""
+    keys = keys.replace("zone", "transform: [{hour: Asia/Tokyo}]")
+    text = COLUMNS.replace("  liked", f"  when: {{kind: id, num_embeddings: 24, {keys}}}\n  liked")
+    times = pa.array([None, 0, None, 3600], pa.timestamp("s"))
+    data = write(tmp_path, text.replace("2026-03-01", "2026-03-01T00:00"), when=times)
+    prepare_transforms(str(tmp_path))
+    schema = load_schema(data)
+    rows = ParquetRows.of_split(data, "train", schema)
+    assert rows.read_chunk(0)["when"].to_pylist() == [9, 9, 9, 10]
+    null = read_columns(pa.table({"when": pa.nulls(1)}), schema, ["when"], "user")["when"]
+    assert null.to_pylist() == [9]
+    (tmp_path / "schema.yaml").write_text(text)
+    with pytest.raises(ValueError, match="fill '2026-03-01' is a date, and the column has times"):
+        ParquetRows.of_split(data, "train", read_schema(data))

@@ -50,6 +50,13 @@ def test_string_ids_are_bytes_in_the_metadata_whatever_the_example_has(
     assert types == {**strings, "user": "INT64", "age": "FP32", "price": "FP32"}
 
 
+def test_a_boolean_that_is_crossed_is_one_in_the_metadata() -> None:
+    inputs = columns({})
+    inputs.user.append("member")  # a column of the files
+    inputs.schema.id_types["member"] = IdType("boolean", "train")
+    assert {"name": "member", "datatype": "BOOL", "shape": [-1]} in inputs.metadata()
+
+
 def test_a_tensor_in_json_may_have_null() -> None:
     assert tensor_of_values("shop", "BYTES", [2], ["a", None]).values == ["a", None]
     rows = tensor_of_values("n", "INT64", [2, 2], [[1, None], [None, 2]])

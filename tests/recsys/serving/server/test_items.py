@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from recsys.data.items.item_values import feature_tokens
 from recsys.data.schema import load_schema
 from recsys.serving import Scorer
 from recsys.serving.new_items.add import add_items, item_rows
@@ -120,7 +121,9 @@ columns:
   price: {kind: dense}
   brand: {kind: id, num_embeddings: 9}
   liked: {kind: label}
-items: {id: item, columns: {title: {kind: text}, brand: {kind: category}}}
+items:
+  id: item
+  columns: {title: {kind: text}, brand: {kind: category}, shape: {kind: feature}}
 features: [{by: [item], columns: [price, brand]}]
 """
 
@@ -130,7 +133,17 @@ def test_what_posted_items_leave_out_does_not_change(tmp_path: Path) -> None:
     (tmp_path / "schema.yaml").write_text(SCHEMA)
     schema = load_schema(Location.of(tmp_path))
     assert item_rows(schema, [{"item": 1, "brand": 3}]).to_pylist() == [{"item": 1, "brand": 3}]
-    titled = {"item": 1, "title": "shoe"}
+    titled = {"item": 1, "title": "shoe", "shape": None}
     assert item_rows(schema, [titled]).to_pylist() == [titled]
     with pytest.raises(ValueError, match="some have 'price' and others none"):
         item_rows(schema, [{"item": 1, "price": 2.5}, {"item": 2, "brand": 3}])
+
+
+@pytest.mark.parametrize("shape", [1, [], [1, 0], [[1, 0], [2, 3]]])
+def test_whole_numbers_of_a_posted_feature_are_floats(tmp_path: Path, shape: Any) -> None:
+    """JavaScript writes 1.0 as 1."""
+    (tmp_path / "schema.yaml").write_text(SCHEMA)
+    rows = item_rows(load_schema(Location.of(tmp_path)), [{"item": 1, "shape": shape}])
+    lengths, tokens = feature_tokens(rows["shape"].combine_chunks(), "items")
+    assert lengths.tolist() == [len(np.atleast_2d(shape)) if np.size(shape) else 0]
+    assert np.ravel(tokens.to_pylist()).tolist() == np.ravel(shape).tolist()
