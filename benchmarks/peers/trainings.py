@@ -147,10 +147,11 @@ def tuned(peer: Peer, windows: list[Path], trials: int, out: Path) -> dict[str, 
         storage=f"sqlite:///{file}",
         study_name=name,
         direction="maximize",
-        sampler=optuna.samplers.TPESampler(seed=0),
         load_if_exists=True,
     )
     while len(study.get_trials(states=[optuna.trial.TrialState.COMPLETE])) < trials:
+        # A sampler that begins anew with the same seed would repeat the first trials.
+        study.sampler = optuna.samplers.TPESampler(seed=len(study.trials))
         trial = study.ask(dict(peer.space))
         trainings = [PeerTraining(peer, rows, trial.params, 0, out) for rows in windows]
         study.tell(trial, _value(trainings))

@@ -1,5 +1,6 @@
 """Peers get the same rows and are scored alike; the published EM3 is as its paper says."""
 
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -170,3 +171,18 @@ def test_items_of_a_row_are_no_negatives_of_themselves(em3_rows: ModuleType) -> 
     rows = torch.tensor([10.0, 10.0, 10.0])  # the cosine 1 over the temperature
     negatives = torch.tensor([1.0, 1.0, 2.0])  # negatives, whose cosine is 0
     torch.testing.assert_close(loss, (torch.log(rows.exp() + negatives) - rows).mean())
+
+
+def test_a_study_that_goes_on_repeats_no_trial(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def value(trial: list[PeerTraining]) -> float:
+        tried.append(json.dumps(trial[0].settings))
+        return 0.5
+
+    monkeypatch.setattr(trainings, "_value", value)
+    for num_trials in (2, 4):
+        trainings.tuned(PEERS[2], [rows], num_trials, tmp_path)
+    assert len(tried) == len(set(tried)) == 4
