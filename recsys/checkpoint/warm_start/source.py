@@ -199,7 +199,8 @@ def reconciled_schema(source: Source, root: Location, with_vocabularies: bool = 
         column.parallel = [parallel for parallel in ordered if parallel in column.parallel]
     place = str(source.request.run / FILE)
     for table, id_type in trained.id_types.items():
-        if data.vocabulary_of(table) is not None:
+        is_read_as_rows = table in data.columns and data.vocabulary_of(table) is None
+        if not is_read_as_rows:  # also a column that a transform hashes or joins
             data.id_types[table] = IdType(id_type.name, place)
     differences.check(source.model.folder)
     if with_vocabularies:

@@ -5,11 +5,13 @@ The rows of tables are compared through `row_map`, which reads the run's maps of
 
 import re
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from embeddings.vocabulary.bounded import rows_of_sets
@@ -25,6 +27,7 @@ from recsys.checkpoint.warm_start.source import (
 )
 from recsys.config import ranking_settings
 from recsys.data.schema import Schema
+from recsys.data.schema_columns import IdType
 from recsys.distributed.ranks import Ranks, joined_ranks
 from recsys.storage.location import Location
 from tests.recsys.checkpoint.warm_start.warm_runs import (
@@ -94,6 +97,18 @@ def test_columns_labels_and_lists_are_read_in_the_order_of_the_run(
     assert words == "nothing differs"
     assert list(schema.columns) == list(opened.source.schema.columns)
     assert schema.columns["history"].parallel == ["history_liked", "history_age"]
+
+
+def test_types_of_what_transforms_hash_are_those_of_the_run(opened: Opened) -> None:
+    trained = opened.source.schema
+    id_types = trained.id_types | {"maker": IdType("string", "train/part-0.parquet")}
+    schema = copy(trained)
+    schema.id_types = id_types
+    source = replace(opened.source, schema=schema)
+    data = reconciled_schema(source, Location.of(opened.folder / "data"))
+    assert data.id_types["maker"].name == "string"
+    with pytest.raises(ValueError, match=r"'maker' has integer ids .*schema\.yaml has string ids"):
+        data.require_id_type("maker", pa.int64(), "new/part-0.parquet", "maker")
 
 
 BOUNDED = {"kind": "bounded", "admit_after": 2, "half_life": 50.0}
