@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from torch import Tensor
 
 from embeddings import PretrainedFiles, load_pretrained_rows
 from embeddings.pretrained import RowsOfIds
@@ -54,14 +55,37 @@ def start_fresh(job: Job, checked: CheckedRows) -> Progress:
     return Progress()
 
 
-def set_codes(job: Job) -> None:
-    """Give a generative model the codes of `ranking.semantic_ids`, if it is set. A collective."""
+def set_codes(job: Job, plan: WarmStartPlan | None = None) -> None:
+    """Give a generative model the codes of `ranking.semantic_ids`, if it is set. A collective.
+
+    Codes of items that differ from those in the weights of a plan are a ValueError.
+    """
     ranking, settings = job.em3.ranking, job.config.ranking
     if not isinstance(settings, GenerativeSettings) or settings.semantic_ids is None:
         return
     assert isinstance(ranking, Generative)
+    trained = ranking.table.clone()
     with job.ranks.raise_on_all_ranks():
         ranking.set_codes(*codes_of_items(job, Path(settings.semantic_ids)))
+        if plan is None or not plan.takes("ranking.table"):
+            return
+        if (items := plan.maps.get(job.schema.target_item)) is not None:
+            old_rows = torch.from_numpy(items.find(0, items.num_rows))
+            _check_codes(trained, ranking.table, old_rows, settings.semantic_ids)
+
+
+def _check_codes(trained: Tensor, table: Tensor, old_rows: Tensor, folder: str) -> None:
+    """Raise a ValueError for items whose codes are other ones; `old_rows` [I], -1: a new item."""
+    before = trained[old_rows.clamp(min=0)]
+    has_codes = (old_rows >= 0) & (before[:, -1] > 0) & (table[:, -1] > 0)
+    # The last of the codes tells items apart that share all others.
+    differs = has_codes & (before[:, :-2] != table[:, :-2]).any(dim=1)
+    if num_items := int(differs.sum()):
+        raise ValueError(
+            f"{folder}: {num_items:,} of {int(has_codes.sum()):,} items have other codes than the "
+            "weights were trained with; add new items by recsys semantic-ids --codebooks, or train "
+            "anew with --warm-start-skip 'ranking.*'"
+        )
 
 
 def load_pretrained_tables(job: Job, num_old_ids: Mapping[str, int] | None = None) -> None:
@@ -211,7 +235,7 @@ def fit_to_rows(
     if scaling is not None and not _takes_raw_numbers(scaling, plan):
         scaling.fit(numbers)
     fit_neighbours(job, earlier)
-    set_codes(job)
+    set_codes(job, plan)
     for table, (rule, result) in fill_cold_rows(job).items():
         plan.differences.add(f"table '{table}'", f"new_rows: {rule}", result)
 

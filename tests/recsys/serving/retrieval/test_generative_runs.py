@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from recsys.checkpoint.warm_start.source import WarmStart
 from recsys.cli import main
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.evaluate import score, split_interactions
@@ -89,6 +90,19 @@ def test_a_run_has_the_codes_of_its_semantic_ids(folder: Path) -> None:
         assert len(table[places][:, :3].unique(dim=0)) == NUM_ITEMS - 1 == len(places)
         is_other = torch.ones(len(table), dtype=torch.bool).index_fill(0, places, False)
         assert is_other.any() and (table[is_other] == -1).all()
+
+
+def test_a_warm_start_with_other_codes_is_refused(
+    folder: Path, towers: Path, tmp_path: Path
+) -> None:
+    data, start = str(folder / "data"), WarmStart(folder / "run")
+    with joined_ranks("cpu") as ranks:
+        config = generative_config(folder, semantic_ids=str(folder / "ids"))
+        train(config, data, tmp_path / "same", ranks, warm_start=start)
+        export_semantic_ids(towers / "run", tmp_path / "ids", 2, 16, ranks)
+        config = generative_config(folder, semantic_ids=str(tmp_path / "ids"))
+        with pytest.raises(ValueError, match=r"108 of 129 items have other codes"):
+            train(config, data, tmp_path / "other", ranks, warm_start=start)
 
 
 def test_the_evaluation_has_the_places_of_brute_force(folder: Path) -> None:
