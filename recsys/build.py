@@ -160,7 +160,7 @@ def build_job(
     model, plan = _sharded(em3, tables, config, ranks)
     optimizer, dense = build_dense_optimizer(model, dense_groups(settings), settings)
     update = DenseUpdate(optimizer, dense, settings.clip_norm, build_averages(model, settings))
-    vocabularies = _vocabularies(config, schema, ranks, model, tables, bank)
+    vocabularies = _vocabularies(config, schema, ranks, model, tables, bank, update.averages)
     torch.manual_seed(config.seed + 1 + ranks.rank)  # dropout and negatives differ by rank
     return Job(
         config,
@@ -240,6 +240,7 @@ def _vocabularies(
     model: DistributedModelParallel,
     tables: list[TableConfig],
     bank: MemoryBank | None,
+    averages: AveragedWeights | None,
 ) -> BoundedVocabularies:
     """Return the bounded vocabularies, which reset the row of an id that leaves them."""
     bounded = [table for table in tables if table.name in schema.tables_with("bounded")]
@@ -247,9 +248,11 @@ def _vocabularies(
 
     def reset(table: str, rows: Tensor) -> None:
         reset_row(table, rows)
-        if table == schema.target_item and bank is not None:
-            is_cuda = ranks.device.type == "cuda"  # steps write on the default stream
-            with torch.cuda.stream(torch.cuda.default_stream(ranks.device) if is_cuda else None):
+        is_cuda = ranks.device.type == "cuda"  # steps write on the default stream
+        with torch.cuda.stream(torch.cuda.default_stream(ranks.device) if is_cuda else None):
+            if averages is not None:
+                averages.copy_rows(table, rows)
+            if table == schema.target_item and bank is not None:
                 bank.forget(rows)
 
     features = pooled_features(config.embedding, schema)

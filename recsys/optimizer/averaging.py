@@ -59,8 +59,24 @@ class AveragedWeights:
             risen = min(self.decay, (1 + count) / (10 + count))
             get_ema_multi_avg_fn(risen)(self.averages, self.weights, count)
         else:
-            torch._foreach_copy_(self.averages, self.weights)
+            self.copy_weights()
         self._num_updates += 1
+
+    @torch.no_grad()
+    def copy_weights(self) -> None:
+        """Set the averages to the weights, such as those that other averages then replace."""
+        torch._foreach_copy_(self.averages, self.weights)
+
+    @torch.no_grad()
+    def copy_rows(self, table: str, rows: Tensor) -> None:
+        """Set the averages of rows, int64 [N], of a table to its weights; not a collective."""
+        averages = iter(self.averages[len(self.names) :])
+        for key, weights in self.tables.items():
+            for shard, average in zip(weights.local_shards(), averages):
+                if key.split(".")[-2] == table:
+                    places = rows - shard.metadata.shard_offsets[0]
+                    places = places[(places >= 0) & (places < len(average))].to(average.device)
+                    average[places] = shard.tensor[places]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -173,6 +173,8 @@ def take_over(job: Job, plan: WarmStartPlan, fills_bank: bool = True) -> Progres
     """Fill the job with what its plan takes over; read no row, and write nothing. A collective."""
     source = plan.source
     load_pretrained_tables(job)  # rows that the other run has are replaced by its own
+    if job.averages is not None:
+        job.averages.copy_weights()  # so do averages of rows that the other run has not
     plan.apply(job)
     progress = Progress(
         steps_before=source.model.progress.age,
@@ -230,12 +232,16 @@ def fit_to_rows(
         for table, old in exact_maps(plan.source.schema).items()
         if table in maps and len(maps[table]) > len(old) and maps[table].is_extension_of(old)
     }
-    load_pretrained_tables(job, num_old_ids)
     scaling = job.em3.scaling
     if scaling is not None and not _takes_raw_numbers(scaling, plan):
         scaling.fit(numbers)
     fit_neighbours(job, earlier)
     set_codes(job, plan)
+    if job.averages is not None and job.averages.tables:
+        with job.averaged():  # rows that steps then average with their weights
+            load_pretrained_tables(job, num_old_ids)
+            fill_cold_rows(job)
+    load_pretrained_tables(job, num_old_ids)
     for table, (rule, result) in fill_cold_rows(job).items():
         plan.differences.add(f"table '{table}'", f"new_rows: {rule}", result)
 

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from tests.recsys.checkpoint.warm_start.warm_runs import (
     state_of,
     stored_state,
     write_ids,
+    write_run,
 )
 from tests.recsys.em3_runs import ranks_of
 
@@ -75,6 +77,30 @@ def test_new_rows_have_the_mean_of_the_trained_ones_which_stay(
     assert re.search(rf"new_rows: mean +the mean of {int(trained.sum())} trained rows", words)
     stored = json.loads((tmp_path / "new" / "warm_start.json").read_text())
     assert stored["differences"][-1]["what"] == "new_rows: mean"
+
+
+@pytest.mark.parametrize("first_value", [0.0, 0.5])
+def test_averages_of_a_new_row_begin_at_its_first_values(
+    first_value: float, tmp_path: Path
+) -> None:
+    words = [*WITHOUT_CONTENT, "--optimizer.ema_decay", "0.9", "--optimizer.ema_tables", "true"]
+    folder = write_run(tmp_path, *words)
+    data, new_ids = with_new_items(folder, tmp_path / "further")
+    first_rows = rule("zero")
+    if first_value:
+        file, vectors = tmp_path / "vectors.parquet", pa.array([[first_value] * 16])
+        pq.write_table(pa.table({"id": [NEW], "vector": vectors}), file)
+        first_rows = ["--embedding.tables", f"{{item: {{init_from: {{path: {file}}}}}}}"]
+    with begun(folder, tmp_path / "new", *words, *first_rows, data=data, checkpoint="last") as new:
+        state = state_of(new.job)
+    assert state["optimizer.average.num_updates"] > 0
+    (average,) = (
+        value
+        for name, value in state.items()
+        if re.match(r"optimizer\.average.*\.item\.weight", name)
+    )
+    for table in (state["item"], average):
+        assert (table[new_ids.index(NEW)] == first_value).all()
 
 
 def test_a_run_keeps_the_counts_of_the_run_before_by_its_own_rows(

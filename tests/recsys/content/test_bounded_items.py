@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from embeddings.vocabulary.bounded import BoundedVocabulary
+from recsys.checkpoint.state import TrainingState
 from recsys.config import ContrastiveSettings, OptimizerSettings
 from recsys.config.ranking import ranking_settings
 from recsys.data.batch import Batch
@@ -130,6 +131,28 @@ def test_evicted_and_readmitted_items_have_fresh_rows_and_their_own_content(
         moments = next(name for name in trained.state if name.startswith("optimizer.tables"))
         # An item that came back was updated in the steps since alone, so its row has moved little.
         assert (trained.whole(moments)[free_rows] == 0).all()
+
+
+def test_the_average_of_a_row_begins_anew_with_another_item(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimizer = OptimizerSettings(ema_decay=0.9, ema_tables=True)
+    with joined_ranks("cpu") as ranks:
+        job = build(data, ranks, tmp_path, optimizer=optimizer, table_optimizer="rowwise_adagrad")
+        state = TrainingState(job).state_dict()
+        average = state["optimizer.average.embeddings.embeddings.item.weight"]
+        values = average.local_shards()[0].tensor
+        initial, reset, changed_rows = values.clone(), job.vocabularies.reset, []
+        assert reset is not None
+
+        def watched(name: str, rows: Tensor) -> None:
+            changed_rows.extend(rows[(values[rows] != initial[rows]).any(dim=1)].tolist())
+            reset(name, rows)
+            assert torch.equal(values[rows], initial[rows])
+
+        monkeypatch.setattr(job.vocabularies, "reset", watched)
+        train(job)
+        assert changed_rows
 
 
 def train_on_rank(rank: int, world_size: int, data: Path, cache: Path) -> list[Trained]:
