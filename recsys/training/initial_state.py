@@ -176,6 +176,7 @@ def take_over(job: Job, plan: WarmStartPlan, fills_bank: bool = True) -> Progres
     if job.averages is not None:
         job.averages.copy_weights()  # so do averages of rows that the other run has not
     plan.apply(job)
+    fill_cold_rows_of_both(job)
     progress = Progress(
         steps_before=source.model.progress.age,
         table_steps_before=source.optimizer.progress.table_steps
@@ -240,9 +241,8 @@ def fit_to_rows(
     if job.averages is not None and job.averages.tables:
         with job.averaged():  # rows that steps then average with their weights
             load_pretrained_tables(job, num_old_ids)
-            fill_cold_rows(job)
     load_pretrained_tables(job, num_old_ids)
-    for table, (rule, result) in fill_cold_rows(job).items():
+    for table, (rule, result) in fill_cold_rows_of_both(job).items():
         plan.differences.add(f"table '{table}'", f"new_rows: {rule}", result)
 
 
@@ -262,6 +262,14 @@ def fill_cold_rows(job: Job) -> dict[str, tuple[str, str]]:
             result = "zeros" if rule == "zero" else f"the mean of {num_trained:,} trained rows"
         filled[table] = rule, result
     return filled
+
+
+def fill_cold_rows_of_both(job: Job) -> dict[str, tuple[str, str]]:
+    """Fill these rows of averaged tables, if there are any, and of the weights. A collective."""
+    if job.averages is not None and job.averages.tables:
+        with job.averaged():
+            fill_cold_rows(job)
+    return fill_cold_rows(job)
 
 
 def refill_cold_rows(job: Job) -> None:

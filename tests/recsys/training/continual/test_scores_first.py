@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from recsys.build import Job
 from recsys.checkpoint.partitions import ContinualFolder, newest_run
 from recsys.checkpoint.run_schema import load_run_schema
 from recsys.checkpoint.warm_start.source import WarmStart
@@ -19,16 +20,20 @@ from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.evaluate import fill_bank, scores_report
 from recsys.evaluation.predict import load_run, predict
 from recsys.evaluation.scores import read_scores
+from recsys.training.continual import partition_run
+from recsys.training.continual.partition_run import score_partition
 from recsys.training.train import train
-from tests.recsys.checkpoint.warm_start.warm_runs import stored_state
+from tests.recsys.checkpoint.warm_start.warm_runs import state_of, stored_state
 from tests.recsys.training.changed_answers import change_answers, set_column
 from tests.recsys.training.continual.walk_runs import (
+    ITEMS,
     NAMES,
     WITHOUT_CONTENT,
     config_of,
     lines_of,
     rewound,
     walk,
+    write_partition,
     write_walk,
 )
 
@@ -168,6 +173,28 @@ def test_a_refreshed_bank_is_encoded_by_the_averaged_weights_that_score(tmp_path
         kept = bank.lookup(items)[0].clone()
         fill_bank(job)
         torch.testing.assert_close(kept, bank.lookup(items)[0])
+
+
+def test_new_items_in_a_table_that_grows_are_scored_by_the_rule_of_new_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_walk(tmp_path / "data", 1) / "schema.yaml"
+    file.write_text(file.read_text().replace("num_embeddings: 40", "num_embeddings: 15"))
+    tables = []
+
+    def watched(job: Job, *arguments: Any) -> Any:
+        tables.append(state_of(job)["item"])
+        return score_partition(job, *arguments)
+
+    monkeypatch.setattr(partition_run, "score_partition", watched)
+    averages = ["--optimizer.ema_decay", "0.9", "--optimizer.ema_tables", "true"]
+    rule = "--embedding.tables.item.new_rows=zero"
+    walk(tmp_path, tmp_path / "run", *WITHOUT_CONTENT, *averages, rule)
+    write_partition(tmp_path / "data", 1)
+    walk(tmp_path, tmp_path / "run", *WITHOUT_CONTENT, *averages, rule)
+    (table,) = tables
+    assert len(table) > ITEMS[1] > ITEMS[0] == 14
+    assert table[:10].any() and not table[14 : ITEMS[1]].any()
 
 
 def test_a_day_without_averages_goes_on_from_the_averaged_model_of_the_day_before(
