@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from embeddings.vocabulary.bounded import BoundedVocabulary
 from recsys.checkpoint.state import TrainingState
@@ -141,8 +142,10 @@ def test_the_average_of_a_row_begins_anew_with_another_item(
         job = build(data, ranks, tmp_path, optimizer=optimizer, table_optimizer="rowwise_adagrad")
         state = TrainingState(job).state_dict()
         average = state["optimizer.average.embeddings.embeddings.item.weight"]
+        assert isinstance(average, ShardedTensor)
         values = average.local_shards()[0].tensor
-        initial, reset, changed_rows = values.clone(), job.vocabularies.reset, []
+        initial, reset = values.clone(), job.vocabularies.reset
+        changed_rows: list[int] = []
         assert reset is not None
 
         def watched(name: str, rows: Tensor) -> None:

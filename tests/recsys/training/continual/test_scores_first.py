@@ -180,7 +180,7 @@ def test_new_items_in_a_table_that_grows_are_scored_by_the_rule_of_new_rows(
 ) -> None:
     file = write_walk(tmp_path / "data", 1) / "schema.yaml"
     file.write_text(file.read_text().replace("num_embeddings: 40", "num_embeddings: 15"))
-    tables = []
+    tables: list[torch.Tensor] = []
 
     def watched(job: Job, *arguments: Any) -> Any:
         tables.append(state_of(job)["item"])
