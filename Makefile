@@ -79,10 +79,12 @@ build/lowest.txt: pyproject.toml
 	mkdir -p build
 	sed -nE '/^dependencies/,/^\[project.urls/s/.*"([A-Za-z0-9-]+).*>=([0-9.]+).*/\1==\2/p' $< > $@
 
-# The commands of the pages take longest: begun last, they would keep one process waiting.
+# The commands of the pages take longest: begun last, they would keep one process waiting. Ranks
+# that are killed wait for each other, so that the tests run beside them.
 test-long: install-dev
-	$(VENV)/bin/python -m pytest -m "long and not gpu" -n 2 --dist loadfile tests/test_readme.py tests
-	$(VENV)/bin/python -m tests.recsys.checkpoint.kill_ranks --kills 8
+	@$(VENV)/bin/python -m tests.recsys.checkpoint.kill_ranks --kills 8 & kill_ranks=$$!; \
+	$(VENV)/bin/python -m pytest -m "long and not gpu" -n 2 --dist loadfile tests/test_readme.py tests; \
+	failed=$$?; wait $$kill_ranks && exit $$failed
 
 # One process: its ranks take the GPUs. -rs lists what was skipped, and why.
 test-gpu: INSTALL_FLAGS += --flavor cuda

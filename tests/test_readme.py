@@ -3,8 +3,8 @@
 A `recsys` command that stands on several pages runs once. Exchanged are: `make` and the installer,
 which the continuous integration runs for real, by dry runs, the recipe with a pretrained encoder by
 `tiny.yaml` in large batches with a frozen encoder, histories of 200 items by those of 20, two
-epochs and more of the pages' shop by one, torchrun by ranks of `run_recsys` (but on the launcher's
-own page), and benchmarks by sizes of seconds.
+epochs and more of the pages' shop by one, three trials of a search by one, torchrun by ranks of
+`run_recsys` (but on the launcher's own page), and benchmarks by sizes of seconds.
 """
 
 import os
@@ -71,6 +71,7 @@ EXCHANGED = (
     (r"^\.venv/bin/", ""),
     (r"--history-length 200", "--history-length 20"),
     (r"--config movielens_sample", f"--config {FEW_STEPS}"),
+    (r"--trials 3 ", "--trials 1 "),
     (r"(--config titles\.yaml)", r"\1 --epochs 1 --batch-size 2048"),
     (r"^recsys (push|pull) ", r"python -m recsys.cli \1 "),  # a process that reads HF_ENDPOINT
     (r"^(.* train --config (?:shop|media)\.yaml (?!.*--(?:epochs|dry-run)).*)$", r"\1 --epochs 1"),
