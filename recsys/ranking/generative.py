@@ -169,7 +169,8 @@ class Generative(QueryTower):
                 "write semantic ids of as many codes with --balanced true"
             )
         self.table.fill_(-1)
-        self.table[torch.from_numpy(rows)] = torch.from_numpy(table)
+        device = self.table.device
+        self.table[torch.from_numpy(rows).to(device)] = torch.from_numpy(table).to(device)
 
     def forward(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> CodeLogits:
         states = self.user(ids, content, batch).float()  # [B, D]

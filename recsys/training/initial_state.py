@@ -64,14 +64,14 @@ def set_codes(job: Job, plan: WarmStartPlan | None = None) -> None:
     if not isinstance(settings, GenerativeSettings) or settings.semantic_ids is None:
         return
     assert isinstance(ranking, Generative)
-    trained = ranking.table.clone()
+    trained = ranking.table.to("cpu", copy=True)
     with job.ranks.raise_on_all_ranks():
         ranking.set_codes(*codes_of_items(job, Path(settings.semantic_ids)))
         if plan is None or not plan.takes("ranking.table"):
             return
         if (items := plan.maps.get(job.schema.target_item)) is not None:
             old_rows = torch.from_numpy(items.find(0, items.num_rows))
-            _check_codes(trained, ranking.table, old_rows, settings.semantic_ids)
+            _check_codes(trained, ranking.table.cpu(), old_rows, settings.semantic_ids)
 
 
 def _check_codes(trained: Tensor, table: Tensor, old_rows: Tensor, folder: str) -> None:
