@@ -115,7 +115,7 @@ def test_on_a_cpu_machine_torchrec_and_encoders_are_installed_without_dependenci
         ["torch>=2.13"],
         ["--no-warn-conflicts", "fbgemm-gpu-cpu==1.8.*", "torch>=2.13", "tqdm"],
         ["--no-deps", "weights==1", "torchrec==1.8.*"],
-        ["--no-deps", "--editable", "/project"],
+        ["--quiet", "--no-deps", "--editable", "/project"],
     ]
 
 
@@ -126,7 +126,7 @@ def test_on_a_gpu_machine_encoders_and_clients_are_installed_without_dependencie
         ["torch>=2.13", "fbgemm-gpu==1.8.*"],
         ["--no-warn-conflicts", *TORCHREC, "torch>=2.13", "tqdm", "pytest", "site", "server"],
         ["--no-deps", "weights==1", "client"],
-        ["--no-deps", "--editable", "/project"],
+        ["--quiet", "--no-deps", "--editable", "/project"],
     ]
 
 

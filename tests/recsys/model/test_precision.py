@@ -241,7 +241,7 @@ def test_each_part_is_one_graph_for_all_lengths_with_the_numbers_of_the_part(fol
 def test_on_gpus_training_is_two_graphs_for_all_lengths_with_the_numbers_of_the_model(
     folder: Path,
 ) -> None:
-    (captured,) = run_on_ranks(train_both_ways, 1, folder, "fp32", "aot_eager", True)
+    (captured,) = run_on_ranks(train_both_ways, 1, folder, "fp32", "inductor", True)
     compiled = captured["compiled"]
     assert_same_numbers(captured, TOLERANCE)
     assert compiled["breaks"] == {}
@@ -276,14 +276,18 @@ def test_without_a_compiler_a_job_is_refused_before_it_starts(
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("precision", "tolerance", "on_gpu"),
-    [("fp32", TOLERANCE, False), ("bf16", 0.02, False), ("fp32", TOLERANCE, True)],
+    ("precision", "tolerance", "backend", "on_gpu"),
+    [
+        ("fp32", TOLERANCE, "inductor", False),
+        ("bf16", 0.02, "inductor", False),
+        ("fp32", TOLERANCE, "aot_eager", True),
+    ],
     ids=["parts", "parts in bfloat16", "graphs of GPUs"],
 )
 def test_compiled_code_on_two_ranks_gives_the_numbers_of_pytorch(
-    folder: Path, precision: str, tolerance: float, on_gpu: bool
+    folder: Path, precision: str, tolerance: float, backend: str, on_gpu: bool
 ) -> None:
-    for run in run_on_ranks(train_both_ways, 2, folder, precision, "inductor", on_gpu):
+    for run in run_on_ranks(train_both_ways, 2, folder, precision, backend, on_gpu):
         assert_same_numbers(run, tolerance)
 
 
