@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, cast
 from zipfile import ZipFile
 
@@ -280,5 +281,11 @@ def _this_machine() -> dict[str, str]:
 
 
 def _load_compiled(path: Path) -> Graph:
-    run = torch._inductor.aoti_load_package(str(path)).loader.boxed_run
+    # From a folder that is gone at once: torch's own copy stays until the loader is deleted, and
+    # for ever where the process is killed.
+    with TemporaryDirectory(prefix="recsys-graph-") as folder, ZipFile(path) as archive:
+        archive.extractall(folder)
+        (unpacked,) = Path(folder).iterdir()
+        loader = torch._C._aoti.AOTIModelPackageLoader(str(unpacked), "model", False, 1, -1)
+    run = loader.boxed_run
     return lambda *arguments: run([tensor.contiguous() for tensor in _flat(arguments)])[0]

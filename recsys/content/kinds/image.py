@@ -70,7 +70,7 @@ class Image(ModalityKind):
         return preparation
 
     def key(self) -> Any:
-        return self.modality.image_size, self.modality.max_images, self.preparation
+        return self.modality.image_size, self.modality.max_images, self.preparation, "upright"
 
     def chosen(self, count: int) -> list[int]:
         return list(range(min(count, self.modality.max_images)))

@@ -12,7 +12,7 @@ from io import BytesIO
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from recsys.data.parquet.bad_rows import Report
 from recsys.data.parquet.values import is_list, list_lengths
@@ -62,7 +62,7 @@ def decode_image(
 
 
 def open_image(encoded: bytes) -> Image.Image:
-    """Return the decoded image in RGB; raise any error of its decoder."""
+    """Return the decoded image in RGB, upright; raise any error of its decoder."""
     with warnings.catch_warnings():
         # Above MAX_IMAGE_PIXELS Pillow warns, and refuses only twice as many.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -71,10 +71,16 @@ def open_image(encoded: bytes) -> Image.Image:
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of mode {image.mode} have no fixed range")
-    if image.mode == "RGB":
-        image.load()
-        return image
-    return image.convert("RGB")
+    return _upright(image).convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Return the image turned as its EXIF orientation says, which cameras set; bad EXIF is none."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # of any class, for damaged bytes
+        orientation = 1
+    return image if orientation == 1 else ImageOps.exif_transpose(image)
 
 
 def _cause_and_fix(error: Exception, encoded: bytes) -> tuple[str, str]:

@@ -67,7 +67,14 @@ def joined_keys(keys: list[pa.Array]) -> pa.Array:  # K ids each -> [K]
 
 
 def key_texts(keys: list[pa.Array]) -> list[str | None]:  # K ids each -> K
-    """Return the text of each key, by which stores know it."""
+    r"""Return the text by which stores know a key: its id, or several with `:` between them.
+
+    A `:` within one of several ids is `\:`, and a `\` is `\\`, so that no two keys have one text.
+    """
+    if len(keys) > 1:
+        keys = [ids.cast(pa.large_string()) for ids in keys]
+        for text in ("\\", ":"):
+            keys = [pc.replace_substring(ids, text, f"\\{text}") for ids in keys]
     texts = joined_keys(keys).cast(pa.large_string())
     return pc.replace_substring(texts, SEPARATOR, ":").to_pylist()
 
@@ -108,6 +115,16 @@ def feature_source(
         return package_features
     kind: type[FeatureSource] = FeatureSource  # type: ignore[type-abstract]
     return make_part("features.name", settings.name, SOURCES, kind, types, **settings.options)
+
+
+def _with_numbers(rows: pa.Table, types: pa.Schema) -> pa.Table:
+    """Return rows whose dates and times are integers in the units of these types."""
+    for place, name in enumerate(rows.column_names):
+        kind = types.field(name).type if name in types.names else pa.null()
+        if pa.types.is_temporal(kind):
+            integer = pa.int64() if kind.bit_width == 64 else pa.int32()
+            rows = rows.set_column(place, name, rows[name].cast(kind).cast(integer))
+    return rows
 
 
 class RedisFeatures(FeatureSource):
@@ -153,15 +170,18 @@ class RedisFeatures(FeatureSource):
         return table_of_rows(rows, table, self.types)
 
     def write(self, table: FeatureTable, rows: pa.Table) -> None:
-        """Write rows with the ids of a table and some of its columns; null removes a value."""
+        """Write rows with the ids of a table and some of its columns; null removes a value.
+
+        Dates and times are written as the integers of the package's types.
+        """
         pipeline = self._redis.pipeline(transaction=False)
         texts = key_texts([rows[name].combine_chunks() for name in table.by])
-        columns = rows.drop_columns(table.by).to_pylist()
-        for text, values in zip(texts, columns, strict=True):
+        values = _with_numbers(rows.drop_columns(table.by), self.types[table.name])
+        for text, row in zip(texts, values.to_pylist(), strict=True):
             if text is None:
                 continue
             key = self._key(table, text)
-            for name, value in values.items():
+            for name, value in row.items():
                 if value is None:
                     pipeline.hdel(key, name)
                 else:

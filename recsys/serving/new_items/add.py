@@ -300,7 +300,7 @@ def item_rows(schema: Schema, items: Sequence[Item]) -> pa.Table:
         values = [row.get(name) for row in items]
         with errors_at(f"items: column '{name}'", pa.ArrowException, OverflowError, TypeError):
             if kind == "image":
-                values = [_decoded(value) for value in values]
+                values = [_decoded(row.get(name), row.get(item)) for row in items]
             array = pa.array(values)
             if pa.types.is_null(array.type) and kind in TYPES:
                 array = array.cast(TYPES[kind])
@@ -315,7 +315,10 @@ def _with_floats(kind: pa.DataType) -> pa.DataType:
     return pa.float64() if pa.types.is_integer(kind) or pa.types.is_null(kind) else kind
 
 
-def _decoded(value: Any) -> Any:
+def _decoded(value: Any, item: Any) -> Any:
     if isinstance(value, list):
-        return [_decoded(part) for part in value]
-    return None if value is None else base64.b64decode(value, validate=True)
+        return [_decoded(part, item) for part in value]
+    try:
+        return None if value is None else base64.b64decode(value, validate=True)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"item '{item}': {error}; give the bytes of an image in base64") from error

@@ -1,7 +1,6 @@
 """Starts the workers of a server, which share ports and mapped files, and ends them."""
 
 import os
-import signal
 import socket
 import tempfile
 from dataclasses import replace
@@ -64,8 +63,6 @@ def _run(settings: ServerSettings, http: socket.socket) -> None:
         timeout_worker_healthcheck=HEALTH_SECONDS,
     )
     if settings.workers == 1:
-        # uvicorn raises the signal again when it ends, which would kill this process.
-        signal.signal(signal.SIGTERM, lambda *_: None)
         uvicorn.Server(config).run([http])
         return
     read_manifest(Path(settings.package), settings.verify, verified)  # for all workers

@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 from fastapi import FastAPI
 from uvicorn.config import STARTUP_FAILURE
-from uvicorn.server import HANDLED_SIGNALS
+from uvicorn.server import HANDLED_SIGNALS, Server
 from uvicorn.supervisors import Multiprocess
 
 from recsys.config.server import ServerSettings
@@ -109,8 +109,14 @@ class Drain:
     def _end(self, number: int) -> None:
         if self._stop is None:
             self._stop = asyncio.create_task(self._server.stop(self._scoring.settings.grace))
-        assert callable(self._end_http)  # uvicorn's own handler
-        self._end_http(number, None)
+        uvicorn_server = getattr(self._end_http, "__self__", None)
+        assert isinstance(uvicorn_server, Server)
+        if number == signal.SIGTERM:
+            # Its handler raises the signal again at the end: that would kill the worker, and leave
+            # the files of compiled graphs in the folder of temporary files.
+            uvicorn_server.should_exit = True
+        else:
+            uvicorn_server.handle_exit(number, None)
 
     async def finish(self) -> None:
         await (self._stop or self._server.stop(self._scoring.settings.grace))

@@ -1,5 +1,6 @@
 """Graphs take over equal operations; compiled ones score as exported ones where they can run."""
 
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -98,7 +99,12 @@ def test_a_compiled_package_scores_as_predict(
     with joined_ranks("cpu") as ranks:
         export_run(folder / "run", tmp_path / "package", "fp32", ranks, compiles=True)
     rows = list(requests(folder / "data"))
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr(tempfile, "tempdir", None)
     scorer = Scorer.load(tmp_path / "package")
+    assert list(temporary.iterdir()) == []  # also while the graph is in use
 
     scores = np.concatenate([scorer.score(**request) for request in rows])
 

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import date, datetime
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -515,6 +516,21 @@ def test_the_empty_text_is_an_id_in_redis_and_null_is_none() -> None:
     store.write(table, pa.table({"user": ["", None, "ann"], "views": [3, 4, 5]}))
     values = store.read(table, [pa.array(["", None, "ann", "bob"])])
     assert values["views"].to_pylist() == [3, None, 5, None]
+
+
+def test_redis_keeps_keys_of_several_ids_apart_and_returns_dates_and_times() -> None:
+    pytest.importorskip("redis")
+    table = FeatureTable(["user", "shop"], ["day", "moment"])
+    types = {"day": pa.date32(), "moment": pa.timestamp("us")}
+    store = RedisFeatures({table.name: pa.schema(types)})
+    store._redis = Hashes()
+    keys = [["a:b", "a", "a\\", "a:b\\"], ["c", "b:c", "b:c", "c"]]
+    days = [date(2026, 11, day) for day in range(1, 5)]
+    moments = [datetime(2026, 11, 1, hour) for hour in range(4)]
+    rows = {"user": keys[0], "shop": keys[1], "day": days, "moment": moments}
+    store.write(table, pa.table(rows))
+    values = store.read(table, [pa.array(ids) for ids in keys])
+    assert values.to_pydict() == {"day": days, "moment": moments}
 
 
 def test_features_come_from_redis(folder: Path, own: Scorer, redis: str) -> None:

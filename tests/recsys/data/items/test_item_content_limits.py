@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from recsys.content.encoders.pretrained import tiny_tokenizer
 from recsys.data.items import item_table
@@ -68,6 +68,18 @@ def test_an_image_of_16_bits_keeps_its_shades() -> None:
     buffer = BytesIO()
     Image.fromarray(shades).save(buffer, format="PNG")
     assert decode_image(buffer.getvalue(), 4)[0, 0].tolist() == [0, 64, 128, 192]
+
+
+def test_an_image_is_turned_as_its_camera_was_held() -> None:
+    shades = np.repeat(np.array([0, 80, 160, 240], np.uint8)[None], 4, axis=0)  # darkest left
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # to be turned by 90 degrees clockwise
+    for written in (exif.tobytes(), b"Exif\0\0 damaged"):
+        buffer = BytesIO()
+        Image.fromarray(shades).convert("RGB").save(buffer, format="PNG", exif=written)
+        pixels = decode_image(buffer.getvalue(), 4)[0]
+        is_turned = written == exif.tobytes()
+        assert (pixels[:, 0] if is_turned else pixels[0]).tolist() == [0, 80, 160, 240]
 
 
 def test_a_damaged_cache_is_named(dataset: Path) -> None:

@@ -147,3 +147,13 @@ def test_whole_numbers_of_a_posted_feature_are_floats(tmp_path: Path, shape: Any
     lengths, tokens = feature_tokens(rows["shape"].combine_chunks(), "items")
     assert lengths.tolist() == [len(np.atleast_2d(shape)) if np.size(shape) else 0]
     assert np.ravel(tokens.to_pylist()).tolist() == np.ravel(shape).tolist()
+
+
+@pytest.mark.parametrize("image", ["no base64", 3, ["aGk=", "*"]])
+def test_a_posted_image_that_cannot_be_read_is_named_by_its_item(
+    tmp_path: Path, image: Any
+) -> None:
+    (tmp_path / "schema.yaml").write_text(SCHEMA.replace("{kind: text}", "{kind: image}"))
+    posted = [{"item": 1, "title": "aGk="}, {"item": 7, "title": image}]
+    with pytest.raises(ValueError, match=r"column 'title': item '7': .*give .* base64"):
+        item_rows(load_schema(Location.of(tmp_path)), posted)
