@@ -13,7 +13,7 @@ modalities.
 
 import re
 from collections.abc import Iterable
-from itertools import chain
+from itertools import chain, starmap
 
 import numpy as np
 import torch
@@ -21,7 +21,8 @@ from scipy.sparse import csr_matrix, diags, vstack
 
 from recsys.build import Job
 from recsys.content.encoders.base import Encoder, mean_token
-from recsys.data.items.item_table import ItemTable
+from recsys.data.items.item_table import ItemColumnReader, ItemTable
+from recsys.data.items.item_values import texts_of
 from recsys.serving.retrieval.catalogue import unit
 
 SIGNIFICANCE = 10
@@ -77,13 +78,16 @@ def _scaled(pairs: csr_matrix, counts: np.ndarray, significance: int) -> csr_mat
 
 
 def item_texts(table: ItemTable) -> list[str] | None:  # [I], by ascending id
-    """Return all text columns of each item as one text; None if the items have no such column."""
+    """Return all text columns of each item as one text; None if the items have no such column.
+
+    A text column of another type is a ValueError.
+    """
     columns = [name for name, column in table.items.columns.items() if column.kind == "text"]
     if not columns:
         return None
     texts = [""] * table.num_rows
     for name in columns:
-        values = chain.from_iterable(chunk.to_pylist() for _, _, chunk in table.chunks(name))
+        values = chain.from_iterable(starmap(texts_of, ItemColumnReader(table, name).chunks()))
         texts = [f"{text} {value or ''}" for text, value in zip(texts, values, strict=True)]
     return [texts[row] for row in table.rows[np.argsort(table.ids)]]
 

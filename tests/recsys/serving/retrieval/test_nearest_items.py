@@ -1,19 +1,26 @@
 """Similarities of items equal sets of users, and TF-IDF by hand."""
 
 import math
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from scipy.sparse import csr_matrix
 
+from recsys.data.items.item_table import ItemTable
+from recsys.data.schema import load_schema
 from recsys.serving.retrieval import nearest_items
 from recsys.serving.retrieval.nearest_items import (
+    item_texts,
     nearest,
     pair_weights,
     text_vectors,
     transitions,
     user_similarities,
 )
+from recsys.storage.location import Location
 from tests.recsys.serving.retrieval.test_baselines import events, similarity
 
 
@@ -46,6 +53,28 @@ def test_transitions_are_shrunk_and_scaled_by_the_events_of_both_items() -> None
     expected = [[0, 4 / 5 / math.sqrt(9 * 4)], [1 / 4 / math.sqrt(4 * 9), 0]]
     np.testing.assert_allclose(transitions(pairs, np.array([9, 4])).toarray(), expected, rtol=1e-6)
     assert pairs[0, 1] == 2
+
+
+SCHEMA = """
+target_item: item
+group: item
+columns: {item: {kind: id, num_embeddings: 9}, liked: {kind: label}}
+items: {id: item, columns: {title: {kind: text}, tags: {kind: text}}}
+"""
+
+
+def test_texts_of_all_columns_are_joined_by_item_and_lists_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "schema.yaml").write_text(SCHEMA)
+    (tmp_path / "items").mkdir()
+    root = Location.of(tmp_path)
+    columns = {"item": [5, 2], "title": ["red", None], "tags": ["ink", "old"]}
+    pq.write_table(pa.table(columns), tmp_path / "items" / "0.parquet")
+    texts = item_texts(ItemTable(root, load_schema(root)))
+    assert texts is not None and [text.split() for text in texts] == [["old"], ["red", "ink"]]
+    columns["tags"] = [["ink"], ["old"]]  # type: ignore[list-item]
+    pq.write_table(pa.table(columns), tmp_path / "items" / "0.parquet")
+    with pytest.raises(ValueError, match=r"column 'tags' has type list.* expected string"):
+        item_texts(ItemTable(root, load_schema(root)))
 
 
 def test_a_rare_word_counts_more_and_a_repeated_one_by_its_logarithm() -> None:
