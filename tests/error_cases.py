@@ -42,6 +42,7 @@ from recsys.training.continual.partitions import (
     check_whole,
     list_partitions,
     next_partition,
+    require_order_of_time,
     require_rows,
 )
 from recsys.training.trackers import make_trackers
@@ -193,6 +194,7 @@ def partitions(
         root = Location.of(folder / "data")
         state = RunState(tuple(TrainedPartition(name, 1, "") for name in trained))
         partitions = list_partitions(root)
+        require_order_of_time(root / "train", partitions)
         partition = next_partition(root / "train", partitions, state, span or PartitionRange())
         assert partition is not None
         check_whole(root, partition, partitions)
@@ -490,5 +492,10 @@ SECTIONS: dict[str, list[Case]] = {
         partitions("no files", ["day=1/_SUCCESS"], "day=1", "*.parquet"),
         partitions("rows beside partitions", ["a.parquet", "day=1/a.parquet"], "train/a.parquet"),
         partitions("one level more", ["day=1/a.parquet", "day=2/hour=1/a.parquet"], "hour=1"),
+        partitions(
+            "dates below another level",
+            ["land=at/date=2025-11-02/a.parquet", "land=de/date=2025-11-01/a.parquet"],
+            *("land=at/date=2025-11-02", "land=de/date=2025-11-01"),
+        ),
     ],
 }

@@ -83,7 +83,8 @@ def check_data(
             rows = (opened or {}).get(split) or job.rows(split)
             counts[split] = count_items(rows, ranks.rank, ranks.world_size, readers.get(split))
         if job.schema.weight and not sum(ranks.gather(int(counts[split].counts.sum()))):
-            raise _without_weight(job.root / split, job.schema.weight)
+            folder = job.train_folder if split == "train" else split
+            raise _without_weight(job.root / folder, job.schema.weight)
         if is_skip:
             skipped[split] = rows.skipped(ranks, split)
     if "valid" in splits:

@@ -33,7 +33,6 @@ from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks
 from recsys.evaluation import evaluate
 from recsys.evaluation.blend_fit import fit_blend
-from recsys.evaluation.forward_pass import require_finite
 from recsys.evaluation.further_metrics import make_metrics
 from recsys.evaluation.model_selection import require_useful, slack_for
 from recsys.evaluation.scores import SplitScores, read_scores, write_scores
@@ -334,7 +333,7 @@ def score_partition(job: Job, item_counts: ItemCounts, lockstep: Lockstep) -> Sp
     scores = None
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
-            require_finite(scored, interactions.rows)
+            evaluate.require_usable(interactions.rows, job.root / job.train_folder, scored)
             scores = evaluate.split_scores(job.schema, scored, item_counts)
     fit_blend(job, dict(scored))
     if (line := format_unknown(job.train_folder, unknown.totals(ranks.group))) is not None:

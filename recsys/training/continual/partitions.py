@@ -70,7 +70,11 @@ def _key_of_value(value: str) -> tuple[int, int, str]:
 def list_partitions(root: Location) -> list[Partition]:
     """Return all partitions in order; files outside of them, or equal values, are a ValueError."""
     train = root / "train"
-    partitions = [Partition(name) for name in _leaves(train, "")]
+    names = list(_leaves(train, ""))
+    most = max((name.count("/") for name in names), default=0)
+    # A day whose hours have not come yet is none.
+    names = [name for name in names if name.count("/") == most or (train / name).files(".parquet")]
+    partitions = [Partition(name) for name in names]
     partitions.sort(key=lambda partition: partition.key)
     levels = [[level for level, _ in levels_of(partition.name)] for partition in partitions]
     for partition, names in zip(partitions, levels):
@@ -143,6 +147,20 @@ def date_of(name: str) -> datetime | None:
         parts = [by_level.get(level, "1").zfill(2) for level in ("year", "month", "day")]
         return _parsed("-".join(parts))
     return next(filter(None, map(_parsed, by_level.values())), None)
+
+
+def require_order_of_time(where: object, partitions: Sequence[Partition]) -> None:
+    """Refuse partitions whose names have dates in another order, as of country=de/date=2026-11-01.
+
+    `partitions` are in order: the next ones of a country would be scored by later days of others.
+    """
+    dated = [(begin, p.name) for p in partitions if (begin := date_of(p.name)) is not None]
+    for (previous, name), (following, later_name) in pairwise(dated):
+        if previous > following:
+            raise ValueError(
+                f"{where}: {name} comes before {later_name} in the order of folders, but later in "
+                "time; make the date the first level, year before month before day"
+            )
 
 
 def _form(name: str) -> tuple[str, ...]:

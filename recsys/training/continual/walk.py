@@ -40,6 +40,7 @@ from recsys.training.continual.partitions import (
     list_partitions,
     next_partition,
     refused_partitions,
+    require_order_of_time,
     require_rows,
     waiting_for,
 )
@@ -269,6 +270,7 @@ def _candidate(
     refused = refused_partitions(partitions, trained, today)
     in_order = [p for p in partitions if p.name not in refused]
     span.check(in_order)
+    require_order_of_time(train, in_order)
     partition = next_partition(train, in_order, state, span, continual.config.continual.late)
     _check_begun(continual.folder, state, partition)
     if partition is None:

@@ -1,5 +1,6 @@
 """Partitions in order, the next one of a run, and what would break the order of time."""
 
+from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from recsys.training.continual.partitions import (
     list_partitions,
     next_partition,
     refused_partitions,
+    require_order_of_time,
     waiting_for,
 )
 
@@ -40,6 +42,29 @@ def test_partitions_are_ordered_by_their_values_numbers_as_numbers(tmp_path: Pat
     names = [f"train/{partition.name}/part-0.parquet" for partition in reversed(HOURS)]
     root = folder_with(tmp_path, *names, "train/_SUCCESS", "train/.hidden=1/a.parquet")
     assert list_partitions(root) == HOURS
+
+
+def test_a_day_whose_hours_have_not_come_yet_is_no_partition(tmp_path: Path) -> None:
+    root = folder_with(tmp_path, "train/date=1/hour=23/a.parquet", "train/date=2/_SUCCESS")
+    assert list_partitions(root) == [Partition("date=1/hour=23")]
+
+
+@pytest.mark.parametrize(
+    ("names", "is_in_order"),
+    [
+        (["date=2025-11-02/country=de", "date=2025-11-02/country=us"], True),
+        (["country=de/date=2025-11-02", "country=us/date=2025-11-01"], False),
+        (["month=1/year=2026", "month=12/year=2025"], False),
+        (["year=2025/month=9/day=30", "year=2025/month=10/day=1"], True),
+        (["batch=9", "batch=10"], True),
+    ],
+)
+def test_folders_whose_order_is_not_that_of_their_dates_are_refused(
+    names: list[str], is_in_order: bool
+) -> None:
+    """Days of one country were scored by a model that knew later days of another."""
+    with nullcontext() if is_in_order else pytest.raises(ValueError, match=rf"{names[0]} comes"):
+        require_order_of_time("train", [Partition(name) for name in names])
 
 
 @pytest.mark.parametrize(

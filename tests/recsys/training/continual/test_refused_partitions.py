@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from recsys.checkpoint.partitions import ContinualFolder, RunState
 from recsys.cli import main
@@ -79,6 +80,22 @@ def test_a_partition_that_cannot_be_used_leaves_the_run_as_it_was(
     with pytest.raises(ValueError, match=message):
         walk(three, three / "run", *WITHOUT_CONTENT, data=tmp_path / "data")
     assert files_of(three / "run") == before
+
+
+def test_a_partition_whose_weights_are_all_0_is_refused_before_it_is_scored(tmp_path: Path) -> None:
+    """Once scored, neither other weights nor a folder less was accepted."""
+    data = write_walk(tmp_path / "data", 2)
+    schema = yaml.safe_load((data / "schema.yaml").read_text())
+    schema["columns"]["times"] = {"kind": "weight"}
+    (data / "schema.yaml").write_text(yaml.safe_dump(schema, sort_keys=False))
+    for name, weight in zip(NAMES, (1.0, 0.0)):
+        for file in (data / "train" / name).glob("*.parquet"):
+            table = pq.read_table(file, partitioning=None)
+            weights = pa.array([weight] * table.num_rows)
+            pq.write_table(table.append_column("times", weights), file)
+    with pytest.raises(ValueError, match=rf"train/{NAMES[1]}: column 'times' is 0"):
+        walk(tmp_path, tmp_path / "run", *WITHOUT_CONTENT)
+    assert ContinualFolder(tmp_path / "run").read().begun is None
 
 
 def test_a_run_whose_newest_model_is_gone_is_refused_by_its_folder(
