@@ -1,9 +1,10 @@
 """Partitions of the training rows: Hive folders such as `train/date=2026-11-01/hour=05`.
 
-Values are ordered as numbers or text. A name out of order, as of next year, would make every later
-day late: it is refused, as is a choice of the next partition that breaks the order of time.
+Values are ordered as numbers, dates or text. A name out of order, as of next year, would make every
+later day late: it is refused, as is a next partition that breaks the order of time.
 """
 
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -55,7 +56,7 @@ def key_of_bound(bound: str, like: Key) -> Key:
     """Return the place of a bound such as `2026-11-01/05` among partitions."""
     keys = []
     for value, (kind, *_) in zip(_values_of_bound(bound), like):
-        keys.append((1, 0, value) if kind else _key_of_value(value))
+        keys.append((1, 0, _padded(value)) if kind else _key_of_value(value))
     return tuple(keys)
 
 
@@ -64,7 +65,13 @@ def _values_of_bound(bound: str) -> list[str]:
 
 
 def _key_of_value(value: str) -> tuple[int, int, str]:
-    return (0, int(value), "") if value.isascii() and value.isdigit() else (1, 0, value)
+    return (0, int(value), "") if value.isascii() and value.isdigit() else (1, 0, _padded(value))
+
+
+def _padded(value: str) -> str:
+    """Return a date such as 2026-9-1 with months and days of two digits, in the order of time."""
+    is_date = re.fullmatch(r"[0-9]{4}(-[0-9]{1,2}){1,2}", value) is not None
+    return re.sub(r"-(?=[0-9](-|$))", "-0", value) if is_date else value
 
 
 def list_partitions(root: Location) -> list[Partition]:
@@ -175,11 +182,13 @@ def _form_of_value(value: str) -> str:
 def _differ_in_form(one: str, other: str) -> bool:
     """Whether the order of two values is not that of time, as of 2026-11 and 2026-11-01."""
     forms = _form_of_value(one), _form_of_value(other)
+    if other != _padded(other):
+        one, other = _padded(one), _padded(other)
     return forms[0] != forms[1] or (forms[0] == "date" and len(one) != len(other))
 
 
 def _parsed(value: str) -> datetime | None:
-    for date in (value, f"{value}-01"):  # of a day or of a month
+    for date in (_padded(value), f"{_padded(value)}-01"):  # of a day or of a month
         with suppress(ValueError):
             return datetime.fromisoformat(date).replace(tzinfo=None)
     return None

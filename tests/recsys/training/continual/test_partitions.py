@@ -44,6 +44,19 @@ def test_partitions_are_ordered_by_their_values_numbers_as_numbers(tmp_path: Pat
     assert list_partitions(root) == HOURS
 
 
+def test_dates_of_single_digits_are_in_the_order_of_time(tmp_path: Path) -> None:
+    """As text, October came before September, whose days were scored by a model that knew it."""
+    names = [f"day={day}" for day in ("2025-9-9", "2025-9-30", "2025-10-1", "2025-10-10")]
+    root = folder_with(tmp_path, *[f"train/{name}/a.parquet" for name in names])
+    partitions = list_partitions(root)
+    assert [partition.name for partition in partitions] == names
+    assert not refused_partitions(partitions, names[:1], TODAY)
+    span = PartitionRange("2025-9-30", "2025-10-1")
+    span.check(partitions)
+    assert next_partition("train", partitions, RunState(), span) == Partition(names[1])
+    assert [span.ends_before(partition.key) for partition in partitions] == [False] * 3 + [True]
+
+
 def test_a_day_whose_hours_have_not_come_yet_is_no_partition(tmp_path: Path) -> None:
     root = folder_with(tmp_path, "train/date=1/hour=23/a.parquet", "train/date=2/_SUCCESS")
     assert list_partitions(root) == [Partition("date=1/hour=23")]
