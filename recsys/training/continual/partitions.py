@@ -291,12 +291,21 @@ def waiting_for(root: Location, partition: Partition, quiet_seconds: float | Non
         return None
     if quiet_seconds is None:
         return f"{folder}/{SUCCESS} (or set --continual.quiet-seconds)"
-    files = [entry["name"] for entry in _entries(folder).values() if entry["type"] == "file"]
-    changed_at = [folder.filesystem.modified(file).timestamp() for file in files]
-    is_quiet = bool(files) and time.time() - max(changed_at) >= quiet_seconds
+    changed_at = _last_change(folder)
+    is_quiet = changed_at is not None and time.time() - changed_at >= quiet_seconds
     if not is_quiet or unfinished_file(folder) is not None:
         return f"{quiet_seconds:g} seconds without a change of {folder}"
     return None
+
+
+def _last_change(folder: Location) -> float | None:
+    """Return when a file in a folder was changed or added, as seconds; None: it has none."""
+    files = [entry["name"] for entry in _entries(folder).values() if entry["type"] == "file"]
+    if not files:
+        return None
+    # The time of a file may be that of its source, as `cp -p` writes it, not of its arrival.
+    paths = [*files, folder.path] if folder.is_local else files
+    return max(folder.filesystem.modified(path).timestamp() for path in paths)
 
 
 def require_rows(root: Location, partition: Partition) -> None:

@@ -1,5 +1,6 @@
 """Partitions in order, the next one of a run, and what would break the order of time."""
 
+import os
 from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
@@ -228,3 +229,11 @@ def test_a_followed_partition_is_whole_with_its_mark_or_after_a_quiet_time(tmp_p
     assert waiting_for(root, DAYS[0], 0.0) is not None
     folder_with(tmp_path, f"train/{DAYS[0].name}/_SUCCESS")
     assert waiting_for(root, DAYS[0], None) is None
+
+
+def test_a_copy_that_keeps_old_times_of_files_is_not_quiet_at_once(tmp_path: Path) -> None:
+    root, name = folder_with(tmp_path, f"train/{DAYS[0].name}/part-0.parquet"), DAYS[0].name
+    os.utime(tmp_path / "train" / name / "part-0.parquet", (0, 0))
+    assert waiting_for(root, DAYS[0], 3600.0) is not None  # part-1 may be on its way
+    os.utime(tmp_path / "train" / name, (0, 0))
+    assert waiting_for(root, DAYS[0], 3600.0) is None
