@@ -6,7 +6,7 @@ later day late: it is refused, as is a next partition that breaks the order of t
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -103,7 +103,7 @@ def _leaves(train: Location, path: str) -> Iterator[str]:
     folder = train / path if path else train
     entries = _entries(folder) if folder.filesystem.isdir(folder.path) else {}
     names = [name for name in sorted(entries) if not name.startswith((".", "_"))]
-    folders = {name for name in names if entries[name]["type"] == "directory"}
+    folders = {name for name in names if _is_folder(folder / name, entries[name])}
     levels = [name for name in names if name in folders and is_partition(name)]
     files = [name for name in names if name not in folders and name.endswith(".parquet")]
     if files and (levels or not path):
@@ -115,6 +115,12 @@ def _leaves(train: Location, path: str) -> Iterator[str]:
         yield path
     for name in levels:
         yield from _leaves(train, f"{path}/{name}" if path else name)
+
+
+def _is_folder(place: Location, entry: Mapping[str, Any]) -> bool:
+    """Whether an entry is a folder or a link to one, even to one that is not there now."""
+    is_other = entry["type"] not in ("directory", "file")
+    return entry["type"] == "directory" or (is_other and not place.filesystem.isfile(place.path))
 
 
 def unfinished_file(folder: Location) -> str | None:
@@ -300,7 +306,7 @@ def waiting_for(root: Location, partition: Partition, quiet_seconds: float | Non
 
 def _last_change(folder: Location) -> float | None:
     """Return when a file in a folder was changed or added, as seconds; None: it has none."""
-    files = [entry["name"] for entry in _entries(folder).values() if entry["type"] == "file"]
+    files = [entry["name"] for entry in _entries(folder).values() if entry["type"] != "directory"]
     if not files:
         return None
     # The time of a file may be that of its source, as `cp -p` writes it, not of its arrival.

@@ -58,6 +58,17 @@ def test_dates_of_single_digits_are_in_the_order_of_time(tmp_path: Path) -> None
     assert [span.ends_before(partition.key) for partition in partitions] == [False] * 3 + [True]
 
 
+def test_links_to_folders_and_files_are_read_like_these(tmp_path: Path) -> None:
+    """A linked day was passed over, and one of linked files never quiet."""
+    root = folder_with(tmp_path, "stored/date=2/a.parquet", "train/date=1/_SUCCESS")
+    (tmp_path / "train" / "date=2").symlink_to(tmp_path / "stored" / "date=2")
+    (tmp_path / "train" / "date=1" / "a.parquet").symlink_to("../../stored/date=2/a.parquet")
+    (tmp_path / "train" / "date=1" / "_SUCCESS").unlink()
+    (tmp_path / "train" / "date=3").symlink_to(tmp_path / "stored" / "date=3")  # not there now
+    assert [partition.name for partition in list_partitions(root)] == ["date=1", "date=2", "date=3"]
+    assert waiting_for(root, Partition("date=1"), 0.0) is None
+
+
 def test_a_day_whose_hours_have_not_come_yet_is_no_partition(tmp_path: Path) -> None:
     root = folder_with(tmp_path, "train/date=1/hour=23/a.parquet", "train/date=2/_SUCCESS")
     assert list_partitions(root) == [Partition("date=1/hour=23")]
