@@ -29,7 +29,7 @@ from recsys.data.item_frequency import COLD_BELOW
 from recsys.data.prepare import check_transformed, fit_transforms
 from recsys.data.schema import vocabulary_file
 from recsys.storage.files import link_or_copy
-from recsys.storage.location import Location
+from recsys.storage.location import Location, errors_at
 
 logger = logging.getLogger(__name__)
 
@@ -234,7 +234,8 @@ class DatasetWriter:
         if earlier is not None and (file := vocabulary_file(Location.of(earlier), name)).exists():
             rows = pq.read_metadata(file.path).num_rows + len(new) + 2
             vocabulary = ExactVocabulary.load(file.path, rows)
-        vocabulary.extend([new])
+        with errors_at(f"column '{name}'"):  # of the calls before, and of this one
+            vocabulary.extend([new])
         return vocabulary
 
     def _ids(self, train: str) -> dict[str, str]:

@@ -9,6 +9,8 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from fsspec.implementations.memory import MemoryFileSystem
@@ -137,6 +139,16 @@ def test_new_files_of_an_object_store_that_keeps_listings_are_read(
     store.put(f"{tmp_path}/log/0.parquet", f"{url}/log/1.parquet")
     report = prepare_days(config, out, DAYS[1], after_new_files=True)
     assert report is not None and report["left_out"]["duplicate"] == 2
+
+
+def test_ids_of_another_type_than_in_the_calls_before_name_their_column(tmp_path: Path) -> None:
+    items = {"path": "items.parquet", "id": "item", "columns": {"brand": "id"}}
+    config, out = write_small(tmp_path, items=items), tmp_path / "out"
+    pq.write_table(pa.table({"item": [1, 2], "brand": ["a", "b"]}), tmp_path / "items.parquet")
+    prepare_days(config, out, DAYS[0])
+    pq.write_table(pa.table({"item": [1, 2], "brand": [7, 8]}), tmp_path / "items.parquet")
+    with pytest.raises(ValueError, match=r"column 'brand': the map holds strings, .* int64"):
+        prepare_days(config, out, DAYS[1])
 
 
 def test_a_folder_without_files_is_waited_for(tmp_path: Path) -> None:
