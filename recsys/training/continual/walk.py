@@ -84,6 +84,8 @@ def export_newest(settings: ContinualSettings, folder: ContinualFolder, state: R
             "delta, or name another folder in continual.packages"
         )
     if len(names) > 1 and (packages / names[-2]).exists() and not delta.exists():
+        for partial in packages.glob(f".{delta.name}.*.partial"):  # of a job that was killed
+            partial.unlink()
         logger.info("%s: %s", delta, write_delta(packages / names[-2], package, delta))
     link = packages / f".{NEWEST}.partial"
     link.unlink(missing_ok=True)

@@ -139,6 +139,19 @@ def test_a_package_and_its_deltas_are_the_newest_package(
     assert delta.files and files_of(tmp_path / "later") == files_of(out / NAMES[2])
 
 
+def test_what_a_killed_job_left_of_a_delta_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(walk_module, "_export", lambda run, package, tables: package.mkdir())
+    monkeypatch.setattr(walk_module, "write_delta", lambda *_: None)
+    (tmp_path / NAMES[0]).mkdir()
+    (tmp_path / f".{NAMES[1]}.delta.0.partial").touch()
+    state = RunState(tuple(TrainedPartition(name, 1, "") for name in NAMES[:2]))
+    settings = ContinualSettings(packages=str(tmp_path))
+    walk_module.export_newest(settings, ContinualFolder(tmp_path / "run"), state)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [*NAMES[:2], "newest"]
+
+
 def test_items_with_a_bounded_vocabulary_have_no_package(tmp_path: Path) -> None:
     write_walk(tmp_path / "data", 1, bounded_items=True)
     with pytest.raises(ValueError, match=r"continual\.packages.*'item'.*bounded"):
