@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -173,7 +175,8 @@ class Reporter:
         if progress.steps % self.every and not is_last:
             return
         rate = progress.samples / progress.seconds
-        text = " ".join(f"{name} {float(value):.4f}" for name, value in losses.items())
+        values = self._means(losses)
+        text = " ".join(f"{name} {value:.4f}" for name, value in values.items())
         self.bar.set_postfix_str(f"{text} {rate:,.0f} samples/s")
         if self.bar.disable:
             seconds_left = (self.num_batches - progress.batches) * progress.seconds / progress.steps
@@ -183,7 +186,6 @@ class Reporter:
             )
         if is_last:
             self.bar.close()  # its last state stays on the screen
-        values = {name: float(value) for name, value in losses.items()}
         values["samples_per_second"] = rate
         if self.job.pipeline.has_stepped:
             values["gradient_norm"] = float(self.job.pipeline.update.gradient_norm())
@@ -192,6 +194,12 @@ class Reporter:
             values["bank_coverage"] = bank.coverage()
             values["bank_age"] = bank.mean_age(progress.age)
         self.write({f"train/{name}": value for name, value in values.items()}, progress.steps)
+
+    def _means(self, losses: dict[str, Tensor]) -> dict[str, float]:
+        """Return the means of the losses over the ranks: those of the step. A collective."""
+        totals = torch.tensor([float(value) for value in losses.values()], dtype=torch.float64)
+        dist.all_reduce(totals, group=self.job.ranks.group)
+        return dict(zip(losses, (totals / self.job.ranks.world_size).tolist(), strict=True))
 
     def write(self, values: dict[str, float], step: int) -> None:
         """Pass metrics to every tracker; a tracker that fails does not end training."""

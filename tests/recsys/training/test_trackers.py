@@ -2,19 +2,24 @@
 
 import sys
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from recsys.config import load_config
+from recsys.build import Job
+from recsys.checkpoint.progress import Progress
+from recsys.config import Config, load_config
 from recsys.distributed.log import configure_logging
 from recsys.distributed.ranks import joined_ranks
-from recsys.training.trackers import make_trackers
+from recsys.training.trackers import Reporter, make_trackers
 from recsys.training.train import train
 from tests.datasets import write_dataset
+from tests.ranks import run_on_ranks
 from tests.recsys.command_runs import TINY
+from tests.recsys.em3_runs import ranks_of
 
 SETTINGS = {"optimizer.learning_rate": 0.001, "tracker": ["mlflow"]}
 
@@ -120,6 +125,24 @@ def test_a_run_feeds_tensorboard_mlflow_and_a_tracker_of_ones_own(
     assert run.data.params["batch_size"] == "16"
     lines = (tmp_path / "run" / "lines.txt").read_text().splitlines()
     assert lines[0] == "batch_size 16" and {"1 train/loss", "3 test/auc"} <= set(lines)
+
+
+def report_a_step(rank: int, world_size: int, run: Path) -> None:
+    job: dict[str, Any] = {"ranks": ranks_of(rank, world_size), "config": Config()}
+    job |= {"pipeline": SimpleNamespace(has_stepped=False), "em3": SimpleNamespace(content=None)}
+    reporter = Reporter(cast(Job, SimpleNamespace(**job)), run, Progress())
+    progress = Progress(steps=1, batches=1, samples=4, seconds=2.0)
+    reporter.begin(1, progress)
+    reporter.step(progress, {"loss": torch.tensor([1.0, 4.0][rank])})
+    reporter.close()
+
+
+def test_the_loss_of_a_step_is_the_mean_over_the_ranks(tmp_path: Path) -> None:
+    run_on_ranks(report_a_step, 2, tmp_path)
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.value for event in events.Scalars("train/loss")] == [2.5]
 
 
 def test_a_tracker_that_fails_ends_no_training(
