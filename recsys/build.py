@@ -98,17 +98,16 @@ class Job:
         if self.em3.content is not None:
             self.em3.content.step = step
 
-    def plan_epochs(self, batches_until: Sequence[int]) -> None:
-        """Set the number of dense updates in all epochs, at which learning-rate decay ends.
-
-        `batches_until`: batches of an epoch until each of its validations, each ending a group.
-        """
-        group, ends = self.config.accumulate_steps, [0, *batches_until]
-        updates = sum(-(-(end - begin) // group) for begin, end in pairwise(ends))
-        updates *= self.config.epochs
+    def end_decay(self, num_updates: int) -> None:
+        """Set the number of dense updates in all epochs, at which learning-rate decay ends."""
         for share in self.schedule.lr_lambdas:
             assert isinstance(share, LearningRateShare)
-            share.end_at(updates)
+            share.end_at(num_updates)
+
+    def updates_between(self, batches: Sequence[int]) -> int:
+        """Count the dense updates from the first to the last of `batches`, each ending a group."""
+        group = self.config.accumulate_steps
+        return sum(-(-(end - begin) // group) for begin, end in pairwise(batches))
 
     def rows(self, split: str) -> RowSource:
         config, folder = self.config, self.train_folder if split == "train" else split

@@ -182,7 +182,8 @@ def training_interactions(job: Job, is_shuffled: bool = True) -> Interactions:
             rows, build, config.batch_size, ranks.rank, ranks.world_size, seed
         )
         parts = config.validations_per_epoch
-        job.plan_epochs([interactions.batches_until(part + 1, parts) for part in range(parts)])
+        ends = [interactions.batches_until(part, parts) for part in range(parts + 1)]
+        job.end_decay(config.epochs * job.updates_between(ends))
     return interactions
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import ClassVar
 
@@ -76,6 +77,8 @@ class Trainer:
         if self.is_finished:
             return
         job, progress = self.job, self.progress
+        if progress.steps:
+            self._end_decay_with_last_epoch()
         self.callbacks.run(lambda part: part.begin(job, progress))
         try:
             with relaxed_gc():
@@ -86,6 +89,22 @@ class Trainer:
             raise
         self.checkpoints.save(progress, wait=True)
         self.callbacks.run(lambda part: part.end(job, progress))
+
+    def _end_decay_with_last_epoch(self) -> None:
+        """Plan the learning rates of a run that goes on, by the updates made and those to come.
+
+        Other ranks or batch sizes, whose updates are more or fewer, may have begun it.
+        """
+        job, progress, interactions = self.job, self.progress, self.interactions
+        parts = job.config.validations_per_epoch
+        ends = [interactions.batches_until(part, parts) for part in range(parts + 1)]
+        interactions.begin(progress.epoch, progress.stages, progress.batches)
+        left = range(progress.validations + 1, parts + 1)
+        rest = [progress.batches, *(interactions.batches_until(part, parts) for part in left)]
+        num_updates = progress.dense_steps + job.updates_between(list(accumulate(rest, max)))
+        epochs_after = job.config.epochs - progress.epoch - 1
+        job.end_decay(num_updates + epochs_after * job.updates_between(ends))
+        job.set_step(progress.age, progress.dense_steps)
 
     def train_epoch(self) -> None:
         """Train for the rest of an epoch, or until patience ends. A collective.

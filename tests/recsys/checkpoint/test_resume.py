@@ -74,6 +74,28 @@ def test_an_epoch_is_read_to_its_end_with_another_number_of_validations(
     assert validations == sorted(set(validations)) and validations[-1] == 8
 
 
+@pytest.mark.parametrize(("before", "after"), [(8, 16), (16, 8)])
+def test_decay_ends_with_the_last_epoch_also_where_another_batch_size_goes_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: int, after: int
+) -> None:
+    schedule = ["--optimizer.schedule", "linear", "--optimizer.warmup_steps", "0"]
+    words = [["--batch_size", str(size), "--epochs", "2", *schedule] for size in (before, after)]
+    with monkeypatch.context() as patch:
+        first = StepsSeen(patch, 3)
+        with pytest.raises(TrainingStopped):
+            run_training(folder, tmp_path / "run", *words[0])
+    rates: list[float] = []  # after each step
+    monkeypatch.setattr(
+        "recsys.training.trainer.Reporter.step",
+        lambda reporter, *_: rates.append(reporter.job.dense_optimizer.param_groups[0]["lr"]),
+    )
+    run_training(folder, tmp_path / "run", *words[1])
+    whole_rate = config_of(folder).optimizer.encoder_learning_rate
+    planned = len(first.steps) + len(rates)
+    expected = [whole_rate * left / planned for left in reversed(range(len(rates)))]
+    assert rates == pytest.approx(expected)
+
+
 def test_a_map_that_learns_ids_goes_on_with_the_rows_it_has_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
