@@ -22,7 +22,7 @@ from recsys.data.schema import Schema
 from recsys.model.losses import predictions
 from recsys.serving.exported_graph import Graph, graph_file, load_graph
 from recsys.serving.features.package_features import FOLDER, PackageFeatures
-from recsys.serving.features.source import feature_source
+from recsys.serving.features.source import FeatureSettingsError, feature_source
 from recsys.serving.new_items.added_items import FEATURES, AddedItems, grow_vocabulary
 from recsys.serving.package import Manifest, differing_versions, read_manifest
 from recsys.serving.ranking_graph import RankingInputs
@@ -115,6 +115,8 @@ class Scorer:
                 )
             scorer = cls(folder, manifest, previous, features)
             scorer._warm_up()
+        except FeatureSettingsError:
+            raise
         except Exception as error:  # damaged graphs raise errors of any class
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST]
             raise ValueError(

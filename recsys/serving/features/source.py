@@ -27,6 +27,10 @@ class FeatureSourceError(Exception):
     """A store does not answer; the request may be sent again."""
 
 
+class FeatureSettingsError(ValueError):
+    """A source cannot be made by its settings, whatever the package."""
+
+
 class FeatureSource(ABC):
     """Looks up features by ids. A subclass reads them from a store of your own.
 
@@ -110,11 +114,14 @@ def without_old_values(
 def feature_source(
     settings: FeatureSettings, package_features: FeatureSource, types: Types
 ) -> FeatureSource:
-    """Return the source that the settings name; a ValueError says why it cannot be used."""
+    """Return the source that the settings name; an error says why it cannot be made."""
     if settings.name == FeatureSettings.name:
         return package_features
     kind: type[FeatureSource] = FeatureSource  # type: ignore[type-abstract]
-    return make_part("features.name", settings.name, SOURCES, kind, types, **settings.options)
+    try:
+        return make_part("features.name", settings.name, SOURCES, kind, types, **settings.options)
+    except ValueError as error:
+        raise FeatureSettingsError(str(error)) from error
 
 
 def _with_numbers(rows: pa.Table, types: pa.Schema) -> pa.Table:

@@ -4,6 +4,7 @@ import base64
 import http.client
 import json
 from collections import Counter
+from decimal import Decimal
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,13 +27,16 @@ def send_items(server: str, items: str, token: str | None) -> str:
         with open_parquet(file) as parquet:
             first = 0
             for batch in parquet.iter_batches(ITEMS_PER_REQUEST):
-                body = json.dumps({"items": batch.to_pylist()}, default=_text)
+                body = json.dumps({"items": batch.to_pylist()}, default=_plain)
                 total.update(_send(server, body, token, f"{file}, rows from {first}"))
                 first += batch.num_rows
     return ", ".join(f"{count:,} {name}" for name, count in total.items())
 
 
-def _text(value: Any) -> str:
+def _plain(value: Any) -> str | float:
+    """Return a value that JSON has: bytes in base64, decimal numbers as floats, others as text."""
+    if isinstance(value, Decimal):
+        return float(value)
     return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
 
 

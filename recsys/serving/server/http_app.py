@@ -182,7 +182,8 @@ class Routes:
         """Return the candidates, the best one first."""
         package = self._scoring.package
         message = parse_message(RankRequest, await self._body(request))
-        return _json(_head(request, package) | await self._ranking(message, package))
+        ranking = await self._ranking(message, package)
+        return _json(_head(request, package) | ranking)  # the version of what was looked up
 
     async def rank_batch(self, request: Request) -> Response:
         """Return the ranking of each request of several users, or why it is refused."""

@@ -37,7 +37,7 @@ TRAINING_SHARE = Gauge(
     "recsys_training_share",
     "Share of such values in the training rows",
     ["column", "kind"],
-    multiprocess_mode="max",
+    multiprocess_mode="livemax",
 )
 WAITING = Gauge(
     "recsys_waiting_requests", "Requests that wait or are scored", multiprocess_mode="livesum"

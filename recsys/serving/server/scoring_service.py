@@ -206,6 +206,9 @@ class ScoringService:
             with _short_switches():
                 package = LoadedPackage.load(self.settings, self.package.scorer)
         except (ValueError, OSError) as error:
+            newest = self._identify_manifest()
+            if newest not in (None, identity):  # later additions removed files of this one
+                return self._reload(newest)
             metrics.RELOAD_FAILURES.inc()
             self._failures += 1
             self._retry_at = time.monotonic() + min(2.0**self._failures, LONGEST_PAUSE)

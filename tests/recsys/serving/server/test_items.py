@@ -1,10 +1,12 @@
 """A server with encoders takes new items: they are served when it answers."""
 
 import base64
+import json
 import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pytest
 from recsys.data.items.item_values import feature_tokens
 from recsys.data.schema import load_schema
 from recsys.serving import Scorer
+from recsys.serving.new_items import send
 from recsys.serving.new_items.add import add_items, item_rows
 from recsys.serving.new_items.send import send_items
 from recsys.storage.location import Location
@@ -137,6 +140,16 @@ def test_what_posted_items_leave_out_does_not_change(tmp_path: Path) -> None:
     assert item_rows(schema, [titled]).to_pylist() == [titled]
     with pytest.raises(ValueError, match="some have 'price' and others none"):
         item_rows(schema, [{"item": 1, "price": 2.5}, {"item": 2, "brand": 3}])
+
+
+def test_decimal_numbers_of_a_file_are_sent_as_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bodies = []
+    monkeypatch.setattr(send, "_send", lambda _, body, *__: bodies.append(body) or {})
+    pq.write_table(pa.table({"item": [1], "price": [Decimal("9.25")]}), tmp_path / "new.parquet")
+    send_items("http://shop", str(tmp_path / "new.parquet"), None)
+    assert json.loads(bodies[0]) == {"items": [{"item": 1, "price": 9.25}]}
 
 
 @pytest.mark.parametrize("shape", [1, [], [1, 0], [[1, 0], [2, 3]]])
