@@ -53,6 +53,8 @@ class ContentStore:
         """Build the array of one modality, or open it from the cache; see `on_bad_row`."""
         kind = self.kinds[name]
         column, settings = ItemColumnReader(self.items, kind.modality.column), kind.key()
+        if self.may_be_empty:  # nulls alone do not tell the width of a feature
+            settings = (settings, kind.entry_shape)
         if column.skips_bad_rows:
             settings = (settings, "skip", str(self.items.folder))  # the report names it
         key = digest_of(column.fingerprint(), kind.modality.kind, settings)

@@ -16,6 +16,7 @@ from recsys.data.items.item_values import feature_tokens, usable_features
 from recsys.diagnostics.dataset.findings import explain_data
 from tests.datasets import write_dataset
 from tests.recsys.data.items.item_content import (
+    CLIP,
     MODALITIES,
     items_of,
     rewrite,
@@ -55,6 +56,17 @@ def test_images_are_decoded_and_null_images_are_masked(dataset: Path) -> None:
         if row["poster"] is not None:
             expected = decode_image(row["poster"], 8, "")
             assert np.array_equal(poster.values[item], expected)
+
+
+def test_two_features_that_added_items_lack_have_their_own_widths(dataset: Path) -> None:
+    nulls = pa.nulls(8, pa.list_(pa.float32()))
+    rewrite(dataset, lambda table: table.set_column(3, "clip", nulls))
+    modalities = {"narrow": CLIP, "wide": CLIP}
+    store = ContentStore(table_of(dataset), modalities, dataset.parent / "cache", may_be_empty=True)
+    for name, width in (("narrow", 2), ("wide", 3)):
+        store.kinds[name].entry_shape = (width,)
+        store.build(name)
+        assert store.arrays[name].values.shape[1:] == (width,)
 
 
 def test_a_feature_may_have_several_tokens(dataset: Path) -> None:
