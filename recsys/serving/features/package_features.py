@@ -153,7 +153,7 @@ def write_features(root: Location, schema: Schema, package: Path) -> None:
 
 def _check_types(schema: Schema, table: FeatureTable, rows: pa.Table, place: str) -> None:
     """Require types that the model's columns can be made of, else each request would fail."""
-    kinds = {name: rows.schema.field(name).type for name in value_columns(table)}
+    kinds = {name: rows.schema.field(name).type for name in rows.column_names}
     known = {name for name, kind in kinds.items() if not pa.types.is_null(kind)}
     for name in known & {*table.times.values()}:
         if not is_number(kinds[name]):
@@ -217,5 +217,10 @@ def _write_missing_features(package: Path, schema: Schema, rows: pa.Table, path:
     table = next(part for part in schema.features if part.by == [schema.target_item])
     stored = _opened(features_file(package, table), table)
     is_missing = stored.find([one_chunk(rows[schema.target_item])]) < 0
+    missing = rows.filter(pa.array(is_missing))
+    columns = {name: one_chunk(missing[name]) for name in missing.column_names}
+    with errors_at("features of added items"):
+        for name in value_columns(table):  # types of the newer dataset
+            columns[name] = _of_type(columns[name], stored.schema.field(name).type, name)
     path.unlink()  # a link to the file of the other package
-    pq.write_table(rows.filter(pa.array(is_missing)), path)
+    pq.write_table(pa.table(columns), path)

@@ -392,6 +392,35 @@ def test_features_of_types_that_requests_cannot_read_are_refused(
     refresh_features(folder / "package", str(tmp_path), tmp_path / "out")
 
 
+def test_features_by_ids_of_another_type_are_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "shop" / "data" / "features", tmp_path / "features")
+    [file] = (tmp_path / "features" / "item").glob("*.parquet")
+    table = pq.read_table(file, partitioning=None)
+    pq.write_table(table.set_column(0, "item", pa.array(range(len(table)))), file)
+    with pytest.raises(ValueError, match=r"features/item: column 'item'.* these ids are int64"):
+        refresh_features(folder / "package", str(tmp_path), tmp_path / "out")
+
+
+def test_features_of_added_items_take_the_types_of_a_later_day(
+    folder: Path, own: Scorer, tmp_path: Path
+) -> None:
+    package = shutil.copytree(folder / "package", tmp_path / "package")
+    pq.write_table(pa.table({"item": ["new"], "tags": [["p", "q"]]}), tmp_path / "new.parquet")
+    add_items(package, str(tmp_path / "new.parquet"))
+    shutil.copytree(folder / "shop" / "data" / "features", tmp_path / "features")
+    [file] = (tmp_path / "features" / "item").glob("*.parquet")
+    table = pq.read_table(file, partitioning=None)
+    tags = table["tags"].cast(pa.large_list(pa.large_string()))
+    place = table.column_names.index("tags")
+    pq.write_table(table.set_column(place, "tags", tags), file)
+    refresh_features(package, str(tmp_path), tmp_path / "newer")
+    scores = [
+        Scorer.load(path, previous=own).score(FEW, [], ["new", "i1"])
+        for path in (package, tmp_path / "newer")
+    ]
+    np.testing.assert_array_equal(*scores)
+
+
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[ServedPackage]:
     """A server of the package that takes small batches."""
