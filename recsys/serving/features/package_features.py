@@ -190,6 +190,7 @@ def refresh_features(package: Path, data: str, out: Path) -> Manifest:
     """
     if out.exists():
         raise ValueError(f"{out}: exists already; remove it or name another folder")
+    package = package.resolve()  # of a link, which may be exchanged meanwhile
     manifest, schema = read_manifest(package, verify=False), load_run_schema(package)
     if not schema.features:
         raise ValueError(f"{package}: looks up no features; export the run with a newer dataset")

@@ -261,6 +261,24 @@ def test_processes_that_add_at_once_lose_nothing(
     assert sorted(AddedItems.open(package, read_manifest(package).added).ids.to_pylist()) == NEW
 
 
+def test_items_go_into_one_package_whatever_a_link_names_later(
+    package: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifest of the older package took the place of the newer one's."""
+    newer, link = Path(shutil.copytree(package, package.parent / "newer")), package.parent / "link"
+    link.symlink_to(package)
+    encode = ItemEncoder.encode
+
+    def exchange_and_encode(*arguments: Any) -> torch.Tensor:
+        link.unlink()
+        link.symlink_to(newer)
+        return encode(*arguments)
+
+    monkeypatch.setattr(ItemEncoder, "encode", exchange_and_encode)
+    add_items(link, str(run / "new"))
+    assert read_manifest(package).added and not read_manifest(newer).added
+
+
 @pytest.mark.parametrize("part", ["added/1/content.vectors", "items/weights.safetensors"])
 def test_a_damaged_file_of_items_is_refused_by_name(
     run: Path, package: Path, without_encoders: None, part: str

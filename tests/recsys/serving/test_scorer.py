@@ -17,6 +17,7 @@ from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.evaluate import score, split_interactions
 from recsys.evaluation.predict import load_run, predict
 from recsys.serving import Scorer, export
+from recsys.serving import scorer as scorer_module
 from recsys.serving.export import export_run
 from recsys.serving.package import GRAPH, MANIFEST, read_manifest, write_manifest
 from recsys.serving.retrieval import Retriever
@@ -125,6 +126,26 @@ def test_a_package_takes_over_the_equal_graph_of_the_one_before(
     scores = following.score(**request)
     np.testing.assert_array_equal(scores, Scorer.load(package).score(**request))
     assert not np.array_equal(scores, scorer.score(**request))
+
+
+def test_a_scorer_has_the_files_of_one_package_whatever_a_link_names_later(
+    package_run: Run, scorer: Scorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later, link = Path(shutil.copytree(package_run[1], tmp_path / "later")), tmp_path / "newest"
+    table = later / "tables" / "item.vectors"
+    table.write_bytes((2 * np.fromfile(table, np.float32)).tobytes())
+    link.symlink_to(package_run[1])
+
+    def read_and_exchange(*arguments: Any) -> Any:
+        manifest = read_manifest(*arguments)
+        link.unlink()
+        link.symlink_to(later)
+        return manifest
+
+    monkeypatch.setattr(scorer_module, "read_manifest", read_and_exchange)
+    request = next(requests(package_run[0] / "data"))
+    loaded = Scorer.load(link, previous=scorer)
+    np.testing.assert_array_equal(loaded.score(**request), scorer.score(**request))
 
 
 def test_other_versions_than_those_of_the_export_are_named(
