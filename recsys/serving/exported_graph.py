@@ -21,6 +21,7 @@ from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Lock
 from typing import Any, Literal, cast
 from zipfile import ZipFile
 
@@ -287,5 +288,11 @@ def _load_compiled(path: Path) -> Graph:
         archive.extractall(folder)
         (unpacked,) = Path(folder).iterdir()
         loader = torch._C._aoti.AOTIModelPackageLoader(str(unpacked), "model", False, 1, -1)
-    run = loader.boxed_run
-    return lambda *arguments: run([tensor.contiguous() for tensor in _flat(arguments)])[0]
+    lock = Lock()
+
+    def call(*arguments: Tensor | list[Tensor]) -> Tensor:
+        inputs = [tensor.contiguous() for tensor in _flat(arguments)]
+        with lock:  # a second call would wait inside with Python's own lock, which the first needs
+            return loader.boxed_run(inputs)[0]
+
+    return call

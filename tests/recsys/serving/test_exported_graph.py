@@ -1,9 +1,12 @@
 """Graphs take over equal operations; compiled ones score as exported ones where they can run."""
 
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -25,6 +28,7 @@ from recsys.serving.exported_graph import (
     compile_graph,
     graph_file,
     is_compiled,
+    load_graph,
 )
 from recsys.serving.package import GRAPH
 from recsys.serving.ranking_graph import SharedHistory
@@ -154,6 +158,29 @@ def test_compiled_encoders_take_histories_of_any_length(
         tokens, targets = torch.randn(length, 8), torch.randn(2, 8)
         with torch.no_grad():
             torch.testing.assert_close(compiled(tokens, targets), model(tokens, targets))
+
+
+def test_threads_call_compiled_code_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call inside another one waited for it with the lock of Python, which both need."""
+    inside = []
+
+    def run(inputs: list[Tensor]) -> list[Tensor]:
+        inside.append(1)
+        time.sleep(0.01)
+        count = len(inside)
+        inside.pop()
+        return [inputs[0] + count]
+
+    package = SimpleNamespace(boxed_run=run)
+    monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", lambda *_: package)
+    with ZipFile(tmp_path / COMPILED, "w") as archive:
+        archive.writestr("compiled/version", "")
+    graph = load_graph(tmp_path / COMPILED)
+    with ThreadPoolExecutor(4) as threads:
+        counts = list(threads.map(graph, [torch.zeros(1)] * 8))
+    assert counts == [torch.ones(1)] * 8
 
 
 @pytest.mark.parametrize("name", ["machine", "instructions", "torch"])
