@@ -112,3 +112,12 @@ def newest_run(run: Path) -> Path:
     if last is None:
         raise ValueError(f"{run}: has trained on no partition yet; let `recsys continual` go on")
     return folder.run_of(last.name)
+
+
+def learned_folders(run: Path, folder: str) -> list[str]:
+    """Return the folders of a dataset whose rows a run has learned from, `folder` last.
+
+    The run of a partition has learned from those that its continual run trained on before, too.
+    """
+    names = [f"train/{part.name}" for part in ContinualFolder(run.parent.parent).read().trained]
+    return names[: names.index(folder) + 1] if folder in names else [folder]

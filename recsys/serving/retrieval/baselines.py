@@ -10,8 +10,9 @@ Shapes: R rows with a query, I items of the catalogue, S history items of all ro
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,14 @@ import torch
 from scipy.sparse import csr_matrix, identity, issparse
 
 from recsys.build import Job
+from recsys.checkpoint.partitions import learned_folders
 from recsys.checkpoint.run_folder import read_item_counts
 from recsys.config.ranking import RetrievalSettings
 from recsys.content.encoders.base import Encoder
 from recsys.data.item_frequency import frequency_masks, rows_that_count
 from recsys.data.parquet.columns import RowColumns
 from recsys.data.parquet.values import RAW_GROUP
-from recsys.data.row_source import open_rows
+from recsys.data.row_source import RowSource, open_rows
 from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.ranks import Ranks
 from recsys.evaluation.bootstrap import effective_users, interval_stretch
@@ -216,7 +218,7 @@ def compare_with_baselines(
         raise ValueError("baselines run in one process; start them without torchrun")
     job = load_run(run, data, ranks, ranks.device.type)
     settings = settings_with_vectors(run, job)
-    items, catalogue = _read_catalogue(job, settings)
+    items, catalogue = _read_catalogue(run, job, settings)
     # Only the comparison reads them: an export does not run the encoders for all items.
     if (encoders := _encoders(job, items)) is not None:
         catalogue.vectors["encoders"] = encoders
@@ -264,7 +266,7 @@ def blend_to_serve(run: Path, job: Job) -> tuple[Catalogue, Blend]:
     A run without histories or without rows of validation is a ValueError.
     """
     settings = settings_with_vectors(run, job)
-    items, catalogue = _read_catalogue(job, settings)
+    items, catalogue = _read_catalogue(run, job, settings)
     valid = read_query_rows(job, "valid", items, read_item_counts(run, job.schema.item_id_limit))
     return catalogue, choose_blend(catalogue, valid, catalogue.served_parts, settings)
 
@@ -347,11 +349,13 @@ def _places_of_rows(
     return above, tied
 
 
-def _read_catalogue(job: Job, settings: RetrievalSettings) -> tuple[np.ndarray, Catalogue]:
+def _read_catalogue(
+    run: Path, job: Job, settings: RetrievalSettings
+) -> tuple[np.ndarray, Catalogue]:
     """Return the ids of all items, ascending, and what the parts know of them."""
     ids, vectors = catalogue_vectors(job, Lockstep(job.ranks))
     items = ids.numpy()
-    users, event_items, pairs = _read_events(job, items)
+    users, event_items, pairs = _read_events(run, job, items)
     parts: dict[str, np.ndarray | csr_matrix] = {"model": vectors.float().numpy()}
     if job.store is not None:
         parts["content"] = unit(item_vectors(job, "content").vectors)
@@ -377,17 +381,19 @@ def _encoders(job: Job, items: np.ndarray) -> np.ndarray | None:  # [I, V]
     return nearest_items.encoder_means(job, items) / np.float32(len(branch.encoders) ** 0.5)
 
 
-def _read_events(job: Job, items: np.ndarray) -> tuple[np.ndarray, np.ndarray, csr_matrix]:
+def _read_events(
+    run: Path, job: Job, items: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, csr_matrix]:
     """Return users and places of the items of the training rows with a positive first label.
 
-    Rows of weight 0 are left out. The last result has the weights of pairs of items of their
-    histories and theirs [I, I].
+    They are of all partitions that the run has learned from and that are still there. Rows of
+    weight 0 are left out. The last result has the weights of pairs of items of their histories and
+    theirs [I, I].
     """
     schema, columns = job.schema, []
     label, pairs = schema.of_kind("label")[0], csr_matrix((len(items),) * 2)
     assert schema.history is not None
-    rows = open_rows(job.config.source, job.root, job.train_folder, schema, job.config.on_bad_row)
-    for table in rows.read(*rows.share(0, 1)):
+    for table in chain.from_iterable(rows.read(*rows.share(0, 1)) for rows in _sources(run, job)):
         events = RowColumns.of(table)
         targets = place_of(items, events.values(schema.target_item))
         is_taken = rows_that_count(table, schema) & (events.values(label) > 0) & (targets >= 0)
@@ -399,3 +405,10 @@ def _read_events(job: Job, items: np.ndarray) -> tuple[np.ndarray, np.ndarray, c
         columns.append((group.astype(np.int64), targets))
     users, event_items = (np.concatenate(column) for column in zip(*columns))
     return users, event_items, pairs
+
+
+def _sources(run: Path, job: Job) -> Iterator[RowSource]:
+    for folder in learned_folders(run, job.train_folder):
+        if folder == job.train_folder or (job.root / folder).exists():
+            config = job.config
+            yield open_rows(config.source, job.root, folder, job.schema, config.on_bad_row)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from scipy.sparse import csr_matrix, identity
 
+from recsys.checkpoint.partitions import ContinualFolder, RunState, TrainedPartition
 from recsys.cli import main
 from recsys.config import Config, RetrievalSettings
 from recsys.data.schema import load_schema
@@ -342,13 +343,30 @@ def test_rows_of_weight_0_are_no_events_of_baselines(tmp_path: Path) -> None:
     root = Location.of(str(data))
     dataset = {"schema": load_schema(root), "root": root, "train_folder": "train"}
     job: Any = SimpleNamespace(**dataset, config=Config())
-    users, items, _ = _read_events(job, np.arange(40))
+    users, items, _ = _read_events(Path("run"), job, np.arange(40))
     expected = [
         (row["user"], row["item"])
         for row in table_of(data, "train").to_pylist()
         if row["times"] > 0 and row["liked"] > 0
     ]
     assert list(zip(users.tolist(), items.tolist(), strict=True)) == expected
+
+
+def test_events_are_of_all_partitions_that_a_run_has_learned_from(tmp_path: Path) -> None:
+    data, _ = write_weighted(tmp_path)
+    rows, names = table_of(data, "train"), ["date=1", "date=2", "date=3"]
+    shutil.rmtree(data / "train")
+    for place, name in enumerate(names):  # the run of the second was made before the third
+        (data / "train" / name).mkdir(parents=True)
+        pq.write_table(rows.slice(20 * place, 20), data / "train" / name / "part.parquet")
+    trained = tuple(TrainedPartition(name, 20, "") for name in names)
+    ContinualFolder(tmp_path).write(RunState(trained))
+    root = Location.of(str(data))
+    dataset = {"schema": load_schema(root), "root": root, "train_folder": "train/date=2"}
+    job: Any = SimpleNamespace(**dataset, config=Config())
+    _, items, _ = _read_events(tmp_path / "partitions" / "date=2", job, np.arange(40))
+    counted = [row for row in rows.slice(0, 40).to_pylist() if row["times"] > 0 < row["liked"]]
+    assert items.tolist() == [row["item"] for row in counted]
 
 
 def test_several_ranks_are_refused() -> None:
