@@ -140,10 +140,12 @@ class Retriever:
         places = pc.index_in(ids, self.ids)
         is_new = places.is_null().to_numpy(zero_copy_only=False)
         existing_codes = self._index.trie.table[places.drop_null().to_numpy(), :-2]
-        if existing_codes.shape[1] != codes.shape[1] or (existing_codes != codes[~is_new]).any():
+        is_same_shape = len(existing_codes) > 0 and existing_codes.shape[1] == codes.shape[1]
+        if not is_same_shape or (existing_codes != codes[~is_new]).any():
             raise ValueError(
-                f"{folder}: its codes are not those of {self.folder}; write them with --codebooks "
-                "of the semantic ids that the model was trained on"
+                f"{folder}: its codes are not those of {self.folder}, or of none of its items; "
+                "write those of all items with --codebooks of the semantic ids that the model was "
+                "trained on"
             )
         self._index.add(codes[is_new])
         self.ids = pa.concat_arrays([self.ids, ids.filter(pa.array(is_new))])

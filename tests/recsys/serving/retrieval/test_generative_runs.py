@@ -207,6 +207,15 @@ def test_items_added_later_are_found_at_once(
     assert "item 3" in json.loads(capsys.readouterr().out.splitlines()[-1])["items"]
 
 
+def test_codes_of_new_items_alone_are_refused_as_they_may_be_of_other_codebooks(
+    retriever: Retriever, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new_items = pa.array(["new item"]), np.array([[20, 3]])
+    monkeypatch.setattr("recsys.serving.retrieval.retriever.read_codes", lambda *_: new_items)
+    with pytest.raises(ValueError, match="or of none of its items"):
+        retriever.add_items("codes")
+
+
 def test_what_only_other_models_have_is_refused(
     folder: Path, towers: Path, retriever: Retriever
 ) -> None:
