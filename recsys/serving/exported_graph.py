@@ -16,8 +16,8 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,7 +31,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental import _config as symbolic_shapes
 
-from recsys.model.precision import cpu_computes_bfloat16
+from recsys.model.precision import InBfloat16, cpu_computes_bfloat16
 from recsys.serving.package import GRAPH, Manifest, PackagePrecision
 from recsys.serving.ranking_graph import RankingGraph, RankingInputs
 
@@ -139,13 +139,30 @@ def export_graph(
             program.graph_module.recompile()
             _require_any_length(program, traced)
             torch.export.save(program, path)
-            compare_graphs(ExportedGraph.load(path), graph, shapes)
+            with _same_operations(graph):
+                compare_graphs(ExportedGraph.load(path), graph, shapes)
     except Exception as error:  # torch.export raises errors of many types
         raise ValueError(
             f"ranking.name '{name}' cannot be exported: {type(error).__name__}: {error}; replace "
             "the operation that torch.export names, or whose shape depends on values"
         ) from error
     return program
+
+
+@contextmanager
+def _same_operations(graph: RankingGraph) -> Iterator[None]:
+    """Let a graph with parts in bfloat16 compute by the operations that an export has of it.
+
+    Kernels of attention and dot products round units of bfloat16 at other places.
+    """
+    is_exporting = torch.compiler.is_exporting
+    is_rounded = any(isinstance(part, InBfloat16) for part in graph.modules())
+    try:
+        if is_rounded:
+            torch.compiler.is_exporting = lambda: True
+        yield
+    finally:
+        torch.compiler.is_exporting = is_exporting
 
 
 def any_length() -> AbstractContextManager[None]:

@@ -172,6 +172,15 @@ def test_a_region_of_bfloat16_without_operations_can_be_loaded(tmp_path: Path) -
     exported(graph, "sim", tmp_path)
 
 
+@pytest.mark.parametrize("name", ["dlrm", "transformer"])
+@torch.no_grad()
+def test_models_of_kernels_that_trained_in_bfloat16_are_exported(name: str, tmp_path: Path) -> None:
+    graph, rows = graph_of(name, None), request(4, 7)
+    use_bfloat16([graph.ranking], torch.device("cpu"))
+    scores = exported(graph, name, tmp_path)(*rows.arguments())
+    torch.testing.assert_close(scores, graph(*rows.arguments()), rtol=2e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("trained_in", ["fp32", "bf16"])
 @torch.no_grad()
 def test_a_graph_in_bfloat16_scores_nearly_as_in_float32(trained_in: str, tmp_path: Path) -> None:
