@@ -15,7 +15,7 @@ from torch import Tensor
 from recsys.build import Job
 from recsys.config.ranking import RetrievalSettings
 from recsys.data.items.item_table import ItemTable
-from recsys.data.parquet.file import column_type, open_parquet
+from recsys.data.parquet.file import column_type, open_parquet, read_row_group
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.row_source import RowSource
 from recsys.storage.location import Location
@@ -97,7 +97,8 @@ def _row_chunks(rows: ParquetRows, name: str) -> Iterator[Chunk]:
     for file in dict.fromkeys(group.file for group in rows.row_groups):
         with open_parquet(file) as parquet:
             column_type(parquet, file, name)
-            yield file, parquet.read(columns=[name])[name]
+            for group in range(parquet.num_row_groups):
+                yield file, read_row_group(parquet, file, group, [name])[name]
 
 
 def _numbers(chunks: Iterable[Chunk], name: str) -> tuple[np.ndarray, bool]:

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from recsys.config.ranking import RetrievalSettings
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.vocabularies import UnknownIds
 from recsys.distributed.ranks import joined_ranks
-from recsys.evaluation.availability import _numbers, _unit, later_items
+from recsys.evaluation.availability import _numbers, _row_chunks, _unit, later_items
 from recsys.evaluation.predict import evaluate, load_run
 from recsys.evaluation.retrieval import retrieval_metrics, search_places
 from recsys.storage.location import Location
@@ -180,6 +181,17 @@ def test_moments_in_nanoseconds_may_be_integers() -> None:
     moments = pa.array([1_764_000_000_000_000_000, None])
     numbers, are_times = _numbers([(Location.of("part.parquet"), moments)], "since")
     assert numbers[0] == 1.764e18 and np.isnan(numbers[1]) and not are_times
+
+
+def test_a_damaged_file_of_moments_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "part.parquet"
+    pq.write_table(pa.table({"time": [1, 2]}), file, use_dictionary=False)
+    content = bytearray(file.read_bytes())
+    content[4:16] = b"\xff" * 12  # the header of the first page
+    file.write_bytes(content)
+    rows: Any = SimpleNamespace(row_groups=[SimpleNamespace(file=Location.of(str(file)))])
+    with pytest.raises(ValueError, match=f"{file}: row group 0 cannot be read"):
+        list(_row_chunks(rows, "time"))
 
 
 def test_moments_that_cannot_be_compared_are_refused(folder: Path, reports: Any) -> None:
