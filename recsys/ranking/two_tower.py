@@ -180,6 +180,11 @@ def _query_columns(
                 f"ranking.query_features: '{name}' is no pooled or dense column of the model; "
                 f"these are {columns}"
             )
+        if name in dimensions.item_columns:
+            raise ValueError(
+                f"ranking.query_features: '{name}' is looked up by the ranked item, which no user "
+                "tower may know: recall would be far too high; leave it out"
+            )
     query_columns = {dimensions.group, *settings.query_features, *dimensions.further_histories}
     pooled = [place for place, name in enumerate(dimensions.pooled_names) if name in query_columns]
     dense = [place for place, name in enumerate(dimensions.dense_names) if name in query_columns]

@@ -34,6 +34,7 @@ class InputDimensions:
     has_history: bool = True
     num_items: int = 0  # rows of the target item's table; 0 if items change (bounded)
     process_group: dist.ProcessGroup | None = None  # ranks that train together; None: one rank
+    item_columns: tuple[str, ...] = ()  # of the pooled and dense ones: looked up by the ranked item
 
     @staticmethod
     def of(
@@ -45,6 +46,7 @@ class InputDimensions:
     ) -> InputDimensions:
         """Return the dimensions of a dataset; `further` has widths of extra sequences by name."""
         pooled_dims = [table_dims[schema.table_of(name)] for name in pooled_features]
+        columns = [*pooled_features, *schema.of_kind("dense")]
         return InputDimensions(
             pooled_dims=[*pooled_dims, *further.values()],
             id_dim=table_dims[schema.target_item],
@@ -57,6 +59,11 @@ class InputDimensions:
             further_histories=tuple(further),
             group=schema.group,
             has_history=schema.history is not None,
+            item_columns=tuple(
+                name
+                for name in columns
+                if any(map(schema.is_of_items, schema.file_columns([name])))
+            ),
             num_items=0 if schema.has_bounded_items else schema.num_items,
             process_group=process_group,
         )

@@ -16,6 +16,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from recsys.config import ContentSettings, RankingSettings, ranking_settings
 from recsys.config.ranking import keys_of
 from recsys.content.vectors import ContentVectors
+from recsys.data.schema import parse_schema
 from recsys.kernels.choice import _KernelChoice
 from recsys.model.build import build_ranking
 from recsys.ranking import RANKING_MODELS
@@ -285,3 +286,17 @@ def test_logits_of_a_batch_on_a_gpu_are_on_that_gpu(
 def test_a_tensor_on_another_device_is_found() -> None:
     with fake_gpu(), pytest.raises(RuntimeError, match="cuda:0 and cpu"):
         on_fake_gpu(torch.ones(3)) + torch.arange(3)
+
+
+def test_columns_of_the_ranked_item_are_no_query_features() -> None:
+    ids = {name: {"kind": "id", "num_embeddings": 9} for name in ("user", "item", "brand")}
+    log_price = {"kind": "dense", "column": "price", "transform": ["log1p"]}
+    columns = {**ids, "log_price": log_price, "hour": {"kind": "dense"}, "liked": {"kind": "label"}}
+    features = [{"by": ["item"], "columns": ["brand", "price"]}]
+    content = {"target_item": "item", "group": "user", "columns": columns, "features": features}
+    schema = parse_schema(content, "schema.yaml")
+    dimensions = InputDimensions.of(schema, ["user", "brand"], dict.fromkeys(ids, 4), None, {})
+    assert dimensions.item_columns == ("brand", "log_price")
+    build_ranking(ranking_settings("two_tower", query_features=["hour"]), dimensions, None)
+    with pytest.raises(ValueError, match="query_features: 'log_price' is looked up by the ranked"):
+        build_ranking(ranking_settings("two_tower", query_features=["log_price"]), dimensions, None)
