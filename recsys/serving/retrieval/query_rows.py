@@ -66,7 +66,7 @@ class QueryRows:
         ages = np.repeat(self.lengths.cumsum(), self.lengths) - 1 - np.arange(len(self.histories))
         weights = np.where(self.histories >= 0, decay ** ages.astype(np.float64), 0)
         totals = np.bincount(rows, weights, len(self.lengths))
-        shares = (weights / np.maximum(totals[rows], 1e-30)).astype(np.float32)
+        shares = (weights / np.maximum(totals[rows], np.finfo(float).tiny)).astype(np.float32)
         places = rows, self.histories.clip(min=0)
         return csr_matrix((shares, places), shape=(len(self.lengths), num_items))
 

@@ -65,7 +65,7 @@ class ServedBlend:
         """Return the weights of a history, oldest first, which add up to 1."""
         ages = np.arange(len(places) - 1, -1, -1, dtype=np.float64)
         weights = np.where(places >= 0, self.decay**ages, 0)
-        shares: np.ndarray = (weights / max(weights.sum(), 1e-30)).astype(np.float32)
+        shares: np.ndarray = (weights / max(weights.sum(), np.finfo(float).tiny)).astype(np.float32)
         return shares
 
     def query(

@@ -317,6 +317,13 @@ def test_a_served_blend_finds_what_all_scores_rank_first() -> None:
             np.testing.assert_allclose(scores[:count], expected[row, order], rtol=1e-5)
 
 
+def test_weights_of_an_item_before_many_unknown_ones_add_up_to_1() -> None:
+    history = [3] + [-1] * 90
+    served_blend, _ = ServedBlend.of(catalogue(), Blend(0.3, {"item_cf": 1.0}))
+    assert rows([history], [1]).history_weights(5, 0.3).toarray().tolist() == [[0, 0, 0, 1, 0]]
+    assert served_blend.shares(np.array(history)).tolist() == [1] + [0] * 90
+
+
 def test_transitions_are_those_of_loops_over_the_training_rows(towers: Path) -> None:
     with joined_ranks("cpu") as ranks:
         job = load_run(towers / "run", None, ranks, "cpu")
