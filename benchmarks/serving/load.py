@@ -150,7 +150,7 @@ def _write_another(package: Path, copy: Path) -> None:
     if manifest.compiled:
         (copy / COMPILED).unlink()
         program = torch.export.load(copy / GRAPH)
-        compile_graph(program, copy / COMPILED, True, manifest.precision)
+        compile_graph(program, copy / COMPILED, True)
     table = copy / "tables" / f"{manifest.target_item}.vectors"
     if manifest.tables[manifest.target_item]["stored_as"] == "fp32":
         table.write_bytes((np.fromfile(table, np.float32) * np.float32(SCALE)).tobytes())

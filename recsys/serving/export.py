@@ -163,7 +163,7 @@ def write_package(
     )
     program = _write_graph(job, manifest, ranking, folder / GRAPH)
     if compiles:
-        manifest.compiled = compile_graph(program, folder / COMPILED, compiles, precision)
+        manifest.compiled = compile_graph(program, folder / COMPILED, compiles)
     (folder / REQUEST).write_text(_example_request(job, manifest) + "\n")
     write_manifest(folder, manifest)
     return manifest

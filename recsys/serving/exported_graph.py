@@ -29,10 +29,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.fx import GraphModule
 from torch.fx.experimental import _config as symbolic_shapes
 
 from recsys.model.precision import InBfloat16, cpu_computes_bfloat16
-from recsys.serving.package import GRAPH, Manifest, PackagePrecision
+from recsys.serving.package import GRAPH, Manifest
 from recsys.serving.ranking_graph import RankingGraph, RankingInputs
 
 logger = logging.getLogger(__name__)
@@ -49,8 +50,7 @@ Graph = Callable[..., Tensor]
 CHECKED_SIZES = ((2, 3, 4), (1, 1, 0), (3, 0, 2), (1, 0, 1), (4, 70, 70))
 TRACED_SIZE = (5, 7, 3)
 TOLERANCE = 1e-5
-# Compiled code may round units of bfloat16 less often.
-COMPILED_TOLERANCES = {"run": TOLERANCE, "bf16": 2e-2}
+BFLOAT16_TOLERANCE = 2e-2  # compiled code may round units of bfloat16 less often
 HISTORY_INPUTS = ("history", "parallel", "history_items", "history_content")
 
 
@@ -238,9 +238,7 @@ def is_compiled(option: Compile) -> bool:
     return False
 
 
-def compile_graph(
-    program: ExportedProgram, path: Path, option: Compile, precision: PackagePrecision
-) -> dict[str, str]:
+def compile_graph(program: ExportedProgram, path: Path, option: Compile) -> dict[str, str]:
     """Compile an exported graph, compare both, and return what the code needs, for a manifest.
 
     Where that fails: with `auto` a warning and an empty result, else a ValueError.
@@ -253,7 +251,8 @@ def compile_graph(
         shapes = RankingInputs(*program.example_inputs[0])
         with torch.inference_mode():
             exported = program.module(check_guards=False)
-            compare_graphs(_load_compiled(path), exported, shapes, COMPILED_TOLERANCES[precision])
+            tolerance = BFLOAT16_TOLERANCE if _has_bfloat16(program) else TOLERANCE
+            compare_graphs(_load_compiled(path), exported, shapes, tolerance)
     except Exception as error:  # AOTInductor raises errors of many types
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         problem = f"AOTInductor cannot compile this model ({reason}); set --compile false"
@@ -263,6 +262,12 @@ def compile_graph(
         path.unlink(missing_ok=True)
         return {}
     return _this_machine()
+
+
+def _has_bfloat16(program: ExportedProgram) -> bool:
+    parts = (part for part in program.graph_module.modules() if isinstance(part, GraphModule))
+    values = (node.meta.get("val") for part in parts for node in part.graph.nodes)
+    return any(isinstance(value, Tensor) and value.dtype == torch.bfloat16 for value in values)
 
 
 def graph_file(folder: Path, manifest: Manifest) -> str:

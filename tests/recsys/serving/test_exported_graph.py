@@ -227,7 +227,7 @@ def test_a_graph_that_cannot_be_compiled_runs_as_it_is_unless_it_must(
 
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", fail)
     program: Any = None
-    assert compile_graph(program, tmp_path / COMPILED, "auto", "run") == {}
+    assert compile_graph(program, tmp_path / COMPILED, "auto") == {}
     assert "named sort" in caplog.text and not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="named sort"):
-        compile_graph(program, tmp_path / COMPILED, True, "run")
+        compile_graph(program, tmp_path / COMPILED, True)

@@ -17,7 +17,7 @@ from recsys.model.precision import InBfloat16, use_bfloat16
 from recsys.ranking.layers.evidence import NUM_VOTES
 from recsys.ranking.layers.target_attention import TargetAttention
 from recsys.ranking.vectors import IDVectors
-from recsys.serving.exported_graph import ExportedGraph, export_graph
+from recsys.serving.exported_graph import ExportedGraph, _has_bfloat16, export_graph
 from recsys.serving.package import GRAPH
 from recsys.serving.ranking_graph import RankingGraph, RankingInputs
 from tests.recsys.ranking.ranking_inputs import (
@@ -179,6 +179,15 @@ def test_models_of_kernels_that_trained_in_bfloat16_are_exported(name: str, tmp_
     use_bfloat16([graph.ranking], torch.device("cpu"))
     scores = exported(graph, name, tmp_path)(*rows.arguments())
     torch.testing.assert_close(scores, graph(*rows.arguments()), rtol=2e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("is_rounded", [False, True])
+def test_compiled_graphs_are_compared_by_their_precision(is_rounded: bool, tmp_path: Path) -> None:
+    graph = graph_of("din_dcn", None)
+    if is_rounded:
+        use_bfloat16([graph.ranking], torch.device("cpu"))
+    program = export_graph(graph, request(2, 2), "din_dcn", tmp_path / GRAPH)
+    assert _has_bfloat16(program) == is_rounded
 
 
 @pytest.mark.parametrize("trained_in", ["fp32", "bf16"])
