@@ -92,7 +92,7 @@ def test_decay_ends_with_the_last_epoch_also_where_another_batch_size_goes_on(
     run_training(folder, tmp_path / "run", *words[1])
     whole_rate = config_of(folder).optimizer.encoder_learning_rate
     planned = len(first.steps) + len(rates)
-    expected = [whole_rate * left / planned for left in reversed(range(len(rates)))]
+    expected = [whole_rate * steps / planned for steps in reversed(range(len(rates)))]
     assert rates == pytest.approx(expected)
 
 
