@@ -74,11 +74,11 @@ def test_an_image_is_turned_as_its_camera_was_held() -> None:
     shades = np.repeat(np.array([0, 80, 160, 240], np.uint8)[None], 4, axis=0)  # darkest left
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6  # to be turned by 90 degrees clockwise
-    for written in (exif.tobytes(), b"Exif\0\0 damaged"):
+    for header in (exif.tobytes(), b"Exif\0\0 damaged"):
         buffer = BytesIO()
-        Image.fromarray(shades).convert("RGB").save(buffer, format="PNG", exif=written)
+        Image.fromarray(shades).convert("RGB").save(buffer, format="PNG", exif=header)
         pixels = decode_image(buffer.getvalue(), 4)[0]
-        is_turned = written == exif.tobytes()
+        is_turned = header == exif.tobytes()
         assert (pixels[:, 0] if is_turned else pixels[0]).tolist() == [0, 80, 160, 240]
 
 
