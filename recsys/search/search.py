@@ -32,7 +32,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from recsys.checkpoint.compatibility import flattened
 from recsys.config import Config, load_config, save_config, to_plain
 from recsys.data.items.item_table import FeatureFile
-from recsys.data.parquet.file import footer_digest, open_parquet
+from recsys.data.parquet.file import open_parquet, rows_digest
 from recsys.data.schema import load_schema
 from recsys.data.transforms.chain import FILE as FITS
 from recsys.distributed.job import environment_of_no_rank
@@ -335,15 +335,17 @@ def _report(trial: Trial, place: int, score: float) -> None:
 
 
 def dataset_digest(data: Location) -> str:
-    """Return a hash of a dataset: schema, fits, footers of Parquet files, content of .npy files."""
+    """Return a hash of a dataset: schema, fits, `rows_digest` of Parquet files, .npy files."""
     digest = hashlib.blake2b((data / "schema.yaml").read_bytes(), digest_size=16)
     if (fits := data / FITS).exists():
         digest.update(fits.read_bytes())
+    schema = load_schema(data, with_vocabularies=False)
+    labels = schema.file_columns([*schema.of_kind("label"), *schema.of_kind("weight")])
     for split in ("train", "valid", "items", "vocabulary"):
         for file in (data / split).files(".parquet"):
             with open_parquet(file) as parquet:
-                digest.update(f"{split} {footer_digest(file, parquet)}".encode())
-    items = load_schema(data, with_vocabularies=False).items
+                digest.update(f"{split} {rows_digest(file, parquet, labels)}".encode())
+    items = schema.items
     for column in items.columns.values() if items is not None else ():
         if column.file is not None:
             digest.update(FeatureFile(data / column.file).fingerprint().encode())

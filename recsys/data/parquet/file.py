@@ -3,7 +3,7 @@
 Pages are checked if the writer stored checksums (pyarrow: `write_page_checksum=True`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import pyarrow as pa
@@ -49,11 +49,23 @@ def read_row_group(
         ) from error
 
 
-def footer_digest(file: Location, parquet: pq.ParquetFile) -> str:
-    """Return a hash of a file's footer, which changes with nearly any change of the content."""
+def rows_digest(file: Location, parquet: pq.ParquetFile, names: Collection[str] = ()) -> str:
+    """Return a hash of a file's footer and of the stored values of these columns.
+
+    The footer changes with nearly any change of the content, but not where a column of few values,
+    such as a label, has others in some rows.
+    """
+    metadata, system = parquet.metadata, file.filesystem
     end_of_file = 8  # length of the footer and the magic number
-    start = -(parquet.metadata.serialized_size + end_of_file)
-    return digest_of(bytes(file.filesystem.cat_file(file.path, start=start)))
+    footer = system.cat_file(file.path, start=-(metadata.serialized_size + end_of_file))
+    paths = [metadata.schema.column(leaf).path for leaf in range(metadata.num_columns)]
+    leaves = [leaf for leaf, path in enumerate(paths) if path.split(".")[0] in names]
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    columns = [group.column(leaf) for group in groups for leaf in leaves]
+    starts = [column.dictionary_page_offset or column.data_page_offset for column in columns]
+    ends = [start + column.total_compressed_size for start, column in zip(starts, columns)]
+    pages = system.cat_ranges([file.path] * len(starts), starts, ends, on_error="raise")
+    return digest_of(*map(bytes, (footer, *pages)))
 
 
 def column_type(parquet: pq.ParquetFile, file: Location, name: str) -> pa.DataType:

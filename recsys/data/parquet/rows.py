@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recsys.data.parquet.bad_rows import OnBadRow
-from recsys.data.parquet.file import READ_ERRORS, column_type, footer_digest, open_parquet
+from recsys.data.parquet.file import READ_ERRORS, column_type, open_parquet, rows_digest
 from recsys.data.row_source import Chunk, RowSource, columns_to_read
 from recsys.data.schema import Schema
 from recsys.data.transforms.columns import check_types
@@ -21,7 +21,7 @@ from recsys.storage.location import Location
 
 @dataclass(frozen=True, kw_only=True)
 class RowGroup(Chunk):
-    """A row group of a file: size of its uncompressed pages, digest of the file's footer."""
+    """A row group of a file: size of its uncompressed pages, digest of the file."""
 
     file: Location
     index: int
@@ -38,7 +38,11 @@ class ParquetRows(RowSource):
         on_bad_row: OnBadRow = "error",
     ) -> None:
         names = columns_to_read(schema, with_labels)
-        self.row_groups = [group for file in files for group in _row_groups(file, schema, names)]
+        labels = [*schema.of_kind("label"), *schema.of_kind("weight")] if with_labels else []
+        self._labels = labels = schema.file_columns(labels)
+        self.row_groups = [
+            group for file in files for group in _row_groups(file, schema, names, labels)
+        ]
         super().__init__(schema, self.row_groups, with_labels, on_bad_row)
 
     @staticmethod
@@ -61,7 +65,7 @@ class ParquetRows(RowSource):
     def read_chunks(self, numbers: Sequence[int]) -> Iterator[pa.Table]:
         for file, groups in groupby(numbers, lambda number: self.row_groups[number].file):
             with open_parquet(file) as parquet:
-                digest = footer_digest(file, parquet)
+                digest = rows_digest(file, parquet, self._labels)
                 for number in groups:
                     if self.chunks[number].digest != digest:
                         raise ValueError(
@@ -88,9 +92,11 @@ class ParquetRows(RowSource):
 split_rows = ParquetRows.of_split  # the source `parquet`
 
 
-def _row_groups(file: Location, schema: Schema, names: list[str]) -> Iterator[RowGroup]:
+def _row_groups(
+    file: Location, schema: Schema, names: list[str], labels: list[str]
+) -> Iterator[RowGroup]:
     with open_parquet(file) as parquet:
-        metadata, digest = parquet.metadata, footer_digest(file, parquet)
+        metadata, digest = parquet.metadata, rows_digest(file, parquet, labels)
         check_types(schema, names, lambda name: column_type(parquet, file, name), str(file))
     if metadata.num_rows == 0:
         raise ValueError(f"{file}: the file has no rows; remove it or write it again")

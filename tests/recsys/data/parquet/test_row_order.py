@@ -12,6 +12,7 @@ import torch
 from recsys.checkpoint.compatibility import check_equal
 from recsys.data.batch_builder import BatchBuilder
 from recsys.data.interactions import Interactions, loader
+from recsys.data.parquet.file import open_parquet, rows_digest
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.parquet.values import RAW_GROUP, ROW_POSITION
 from recsys.data.row_source import Stage
@@ -212,6 +213,23 @@ def test_other_values_of_equal_size_have_another_fingerprint(root: Location) -> 
     assert before.fingerprint() == again != after.fingerprint()
     with pytest.raises(ValueError, match="training data"):
         check_equal("the training data", again, after.fingerprint(), "step-1")
+
+
+def test_exchanged_labels_have_another_fingerprint_whatever_the_footer(root: Location) -> None:
+    file = (root / "train").files(".parquet")[0]
+    with file.filesystem.open(file.path) as opened:
+        table = pq.read_table(opened)
+    (name,) = load_schema(root).of_kind("label")
+    ones = [0.0, 1.0] * (len(table) // 2) + [0.0] * (len(table) % 2)
+    digests, fingerprints = [], []
+    for labels in (ones, [*ones[:2], *ones[3:], ones[2]]):
+        place = table.column_names.index(name)
+        with file.filesystem.open(file.path, "wb") as opened:
+            pq.write_table(table.set_column(place, name, pa.array(labels)), opened)
+        with open_parquet(file) as parquet:
+            digests.append(rows_digest(file, parquet))
+        fingerprints.append(rows_of(root).fingerprint())
+    assert digests[0] == digests[1] and fingerprints[0] != fingerprints[1]
 
 
 def test_a_file_replaced_while_it_is_in_use_is_refused_by_name(root: Location) -> None:
