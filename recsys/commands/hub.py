@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 DISTRIBUTION = "recsys-em3"
 CARD = "README.md"
 HUB_FILES = (CARD, ".gitattributes", ".cache")  # in a repository, but not in a run or package
-LOCAL_FILES = (".job.json",)  # lock of the machine that trained
+LOCAL_FILES = (".job.json", ".lock")  # of the machine that trained or added items
 COMPILED = "compiled.pt2"
 ITEMS = ("warm", "cold", "unseen")
 
@@ -24,13 +24,15 @@ ITEMS = ("warm", "cold", "unseen")
 def push(folder: Path, repository: str, /, private: bool = True, revision: str = "main") -> None:
     """Send a finished run or a package to a repository of the Hugging Face Hub, as one commit.
 
+    Files that the repository had before, such as older checkpoints, are removed from the branch.
+
     Args:
         folder: finished run, or package that `recsys export` wrote
         repository: OWNER/NAME; it is made if it does not exist
         private: make a new repository private; raw ids of users are among the files
         revision: branch
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     folder = folder if _is_package(folder) else require_finished(folder)
     _require_whole(folder)
@@ -44,8 +46,13 @@ def push(folder: Path, repository: str, /, private: bool = True, revision: str =
     message = f"recsys push, version {version(DISTRIBUTION)}"
     with _explained(repository):
         HfApi().create_repo(repository, private=private, exist_ok=True)
+        earlier = HfApi().list_repo_files(repository, revision=revision)
+        outdated = [
+            CommitOperationDelete(name)
+            for name in sorted({*earlier} - {*names, CARD, ".gitattributes"})
+        ]
         commit = HfApi().create_commit(
-            repository, [card, *files], commit_message=message, revision=revision
+            repository, [card, *files, *outdated], commit_message=message, revision=revision
         )
     logger.info("%s: %s files sent to %s", folder, len(files), commit.commit_url)
 

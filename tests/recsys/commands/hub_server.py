@@ -75,6 +75,8 @@ class Handler(BaseHTTPRequestHandler):
             if entry["key"] == "file":
                 content = base64.b64decode(entry["value"]["content"])
                 self.server.repositories[match[1]][entry["value"]["path"]] = content
+            elif entry["key"] == "deletedFile":
+                del self.server.repositories[match[1]][entry["value"]["path"]]
         url = f"{self.server.url}/{match[1]}/commit/{COMMIT}"
         self.answer_json({"success": True, "commitOid": COMMIT, "commitUrl": url})
         return None

@@ -1,5 +1,6 @@
 """A run and a package that are pushed and pulled are equal, and their card has the metrics."""
 
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,19 @@ def test_a_run_comes_back_as_it_was_without_the_lock_of_its_machine(hub: Hub, ru
     assert ".job.json" not in again
     assert again | {".job.json": b"{}"} == contents(run)
     assert hub.private == {"me/shop"}
+
+
+def test_a_later_push_leaves_no_file_of_an_earlier_one(hub: Hub, run: Path) -> None:
+    """Checkpoints of two runs would be one: the newest by its number may be of the older run."""
+    (run / "checkpoints" / "step-9").mkdir()
+    (run / "checkpoints" / "step-9" / ".metadata").write_bytes(b"older")
+    push(run, "me/shop")
+    hub.repositories["me/shop"][".gitattributes"] = b"of the Hub"
+    shutil.rmtree(run / "checkpoints" / "step-9")
+    push(run, "me/shop")
+    assert ".gitattributes" in hub.repositories["me/shop"]
+    pull("me/shop", run.parent / "again")
+    assert contents(run.parent / "again") | {".job.json": b"{}"} == contents(run)
 
 
 def test_the_card_has_the_metrics_the_model_and_the_commands(hub: Hub, run: Path) -> None:
