@@ -75,7 +75,10 @@ def _padded(value: str) -> str:
 
 
 def list_partitions(root: Location) -> list[Partition]:
-    """Return all partitions in order; files outside of them, or equal values, are a ValueError."""
+    """Return all partitions in order.
+
+    Files outside of them, equal values, and dates that begin with a day are ValueErrors.
+    """
     train = root / "train"
     names = list(_leaves(train, ""))
     most = max((name.count("/") for name in names), default=0)
@@ -85,6 +88,11 @@ def list_partitions(root: Location) -> list[Partition]:
     partitions.sort(key=lambda partition: partition.key)
     levels = [[level for level, _ in levels_of(partition.name)] for partition in partitions]
     for partition, names in zip(partitions, levels):
+        if re.search(r"=[0-9]{1,2}[-_.][0-9]{1,2}[-_.][0-9]{4}(/|$)", partition.name):
+            raise ValueError(
+                f"{train / partition.name}: the order of such dates is not that of time; name the "
+                "folders by year, month and day, such as date=2026-11-01"
+            )
         if names != levels[0]:
             raise ValueError(
                 f"{train}: {partitions[0].name} and {partition.name} are of different levels; give "

@@ -97,6 +97,7 @@ def test_folders_whose_order_is_not_that_of_their_dates_are_refused(
     [
         (["date=1/a.parquet", "date=1/hour=2/a.parquet"], r"date=1/a\.parquet: lies outside"),
         (["hour=5/a.parquet", "hour=05/a.parquet"], "one value"),
+        (["date=01-12-2026/a.parquet", "date=02-11-2026/a.parquet"], r"01-12-2026: the order"),
     ],
 )
 def test_folders_without_one_order_are_refused(
