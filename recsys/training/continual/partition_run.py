@@ -40,7 +40,7 @@ from recsys.storage.files import write_whole
 from recsys.storage.location import Location
 from recsys.training import initial_state
 from recsys.training.continual import changes
-from recsys.training.continual.partitions import Partition, is_late
+from recsys.training.continual.partitions import Partition, is_late, require_files_in_order
 from recsys.training.trackers import Reporter
 from recsys.training.train import training_figures, training_interactions
 from recsys.training.trainer import Trainer
@@ -161,7 +161,10 @@ class PartitionRun:
 
     def _open(self, job: Job, source: Source | None, ids: changes.NewIds | None) -> Trainer:
         """Return the trainer of a new or restored run. A collective."""
-        interactions = training_interactions(job, job.config.continual.order == "shuffled")
+        is_shuffled = job.config.continual.order == "shuffled"
+        interactions = training_interactions(job, is_shuffled)
+        if not is_shuffled:
+            require_files_in_order(chunk.place for chunk in interactions.rows.chunks)
         current = self._as_read(interactions)
         with self.ranks.raise_on_all_ranks():
             self._refuse_other_rows(current, ids is None)

@@ -6,7 +6,7 @@ later day late: it is refused, as is a next partition that breaks the order of t
 
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -182,6 +182,22 @@ def require_order_of_time(where: object, partitions: Sequence[Partition]) -> Non
                 f"{where}: {name} comes before {later_name} in the order of folders, but later in "
                 "time; make the date the first level, year before month before day"
             )
+
+
+def require_files_in_order(files: Iterable[str]) -> None:
+    """Refuse files whose numbers have another order than their names, as of part-10 and part-2."""
+    names = list(dict.fromkeys(files))
+    for name, by_number in zip(names, sorted(names, key=_with_numbers)):
+        if name != by_number:
+            raise ValueError(
+                f"{name}: is read before {by_number}, and continual.order is time; write the "
+                "numbers of files with leading zeros, or set continual.order shuffled"
+            )
+
+
+def _with_numbers(name: str) -> list[str | int]:
+    parts = re.split("([0-9]+)", name)
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)]
 
 
 def _form(name: str) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from recsys.training.continual.partitions import (
     list_partitions,
     next_partition,
     refused_partitions,
+    require_files_in_order,
     require_order_of_time,
     waiting_for,
 )
@@ -106,6 +107,12 @@ def test_folders_without_one_order_are_refused(
     root = folder_with(tmp_path, *[f"train/{name}" for name in names])
     with pytest.raises(ValueError, match=message):
         list_partitions(root)
+
+
+def test_files_that_are_read_in_another_order_than_their_numbers_are_refused() -> None:
+    require_files_in_order(["date=1/a-02", "date=1/a-02", "date=1/a-10", "date=1/b"])
+    with pytest.raises(ValueError, match=r"a-10: is read before date=1/a-2.*leading zeros"):
+        require_files_in_order(["date=1/a-1", "date=1/a-10", "date=1/a-2"])
 
 
 @pytest.mark.parametrize(
