@@ -130,3 +130,10 @@ class Workers(Multiprocess):
         for shared in self.sockets:
             shared.close()
         super().terminate_all()
+
+    def keep_subprocess_alive(self) -> None:
+        """Replace workers that ended or do not answer; the end of one is seen at once."""
+        for process in self.processes:
+            # Open here, it would keep a dead worker's answer awaited, for HEALTH_SECONDS.
+            process.child_conn.close()
+        super().keep_subprocess_alive()

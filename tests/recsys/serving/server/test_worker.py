@@ -6,19 +6,23 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator
+from multiprocessing import Pipe
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import uvicorn
 
 from recsys.config.server import FeatureSettings, ServerSettings
 from recsys.serving import Scorer
 from recsys.serving.package import MANIFEST
 from recsys.serving.server.http_app import Routes
 from recsys.serving.server.scoring_service import LoadedPackage, ScoringService
+from recsys.serving.server.worker import Workers
 
 SHARE = """
 import sys
@@ -80,3 +84,17 @@ def test_a_source_of_features_that_cannot_be_made_is_no_damaged_package(
 ) -> None:
     with pytest.raises(ValueError, match=r"^features.name 'absent:Store' cannot be imported"):
         Scorer.load(package_run[1], verify=False, features=FeatureSettings("absent:Store"))
+
+
+def test_the_pipe_of_a_worker_ends_with_the_worker() -> None:
+    """Its supervisor waited a minute for the answer of one that was killed while it was asked."""
+    parent_end, worker_end = Pipe()
+    process: Any = SimpleNamespace(
+        child_conn=worker_end, is_alive=lambda timeout: parent_end.poll()
+    )
+    workers = object.__new__(Workers)  # without the handlers of signals
+    workers.processes, workers.should_exit = [process], threading.Event()
+    workers.config = uvicorn.Config("app")
+    workers.keep_subprocess_alive()
+    with pytest.raises(EOFError):
+        parent_end.recv()
