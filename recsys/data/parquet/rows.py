@@ -21,10 +21,11 @@ from recsys.storage.location import Location
 
 @dataclass(frozen=True, kw_only=True)
 class RowGroup(Chunk):
-    """A row group of a file: size of its uncompressed pages, digest of the file."""
+    """A row group of a file: size of its uncompressed pages, digest of the file with its labels."""
 
     file: Location
     index: int
+    footer: str  # digest of the footer alone, compared whenever the file is opened
 
 
 class ParquetRows(RowSource):
@@ -39,7 +40,7 @@ class ParquetRows(RowSource):
     ) -> None:
         names = columns_to_read(schema, with_labels)
         labels = [*schema.of_kind("label"), *schema.of_kind("weight")] if with_labels else []
-        self._labels = labels = schema.file_columns(labels)
+        labels = schema.file_columns(labels)
         self.row_groups = [
             group for file in files for group in _row_groups(file, schema, names, labels)
         ]
@@ -65,9 +66,9 @@ class ParquetRows(RowSource):
     def read_chunks(self, numbers: Sequence[int]) -> Iterator[pa.Table]:
         for file, groups in groupby(numbers, lambda number: self.row_groups[number].file):
             with open_parquet(file) as parquet:
-                digest = rows_digest(file, parquet, self._labels)
+                footer = rows_digest(file, parquet)
                 for number in groups:
-                    if self.chunks[number].digest != digest:
+                    if self.row_groups[number].footer != footer:
                         raise ValueError(
                             f"{file}: was replaced after the job had opened it; bring it back and "
                             "start again"
@@ -96,7 +97,8 @@ def _row_groups(
     file: Location, schema: Schema, names: list[str], labels: list[str]
 ) -> Iterator[RowGroup]:
     with open_parquet(file) as parquet:
-        metadata, digest = parquet.metadata, rows_digest(file, parquet, labels)
+        metadata, footer = parquet.metadata, rows_digest(file, parquet)
+        digest = rows_digest(file, parquet, labels)
         check_types(schema, names, lambda name: column_type(parquet, file, name), str(file))
     if metadata.num_rows == 0:
         raise ValueError(f"{file}: the file has no rows; remove it or write it again")
@@ -104,5 +106,6 @@ def _row_groups(
     for index in range(metadata.num_row_groups):
         group = metadata.row_group(index)
         size = group.total_byte_size
-        yield RowGroup(str(file), group.num_rows, first_row, size, digest, file=file, index=index)
+        place = str(file), group.num_rows, first_row, size, digest
+        yield RowGroup(*place, file=file, index=index, footer=footer)
         first_row += group.num_rows
