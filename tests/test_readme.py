@@ -3,19 +3,23 @@
 A `recsys` command that stands on several pages runs once. Exchanged are: `make` and the installer,
 which the continuous integration runs for real, by dry runs, the recipe with a pretrained encoder by
 `tiny.yaml` in large batches with a frozen encoder, histories of 200 items by those of 20, two
-epochs and more of the pages' shop by one, three trials of a search by one, torchrun by ranks of
-`run_recsys` (but on the launcher's own page), and benchmarks by sizes of seconds.
+epochs and more of the pages' shop by one, three trials of a search by one, the log of IFDB by that
+of an eighth of its users, torchrun by ranks of `run_recsys` (but on the launcher's own page), and
+benchmarks by sizes of seconds.
 """
 
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from recsys.config import load_config
@@ -80,7 +84,7 @@ EXCHANGED = (
         r"^torchx run -s local_cwd launch/components\.py:cache --nproc 2 --",
         "recsys --ranks 2 cache",
     ),
-    (r"--source IFDB", f"--source {IFDB}"),
+    (r"--source IFDB", "--source few_of_ifdb"),
     (
         r"--config implicit_content (.*)",
         rf"--config {FEW_STEPS} \1 --content.modalities.text.column tags",
@@ -94,6 +98,7 @@ EXCHANGED = (
         r"^(python -m benchmarks speed \w+|torchx .*:benchmark) (.*)$",
         r"\1 \2 --quick true --results figures",
     ),
+    (r"^(python -m benchmarks speed compare .*)$", r"\1 --only '[ID only, bank_lora]'"),
     (
         r"^(python -m benchmarks quality parts --grid backbones) --data \S+ (.*)$",
         r"\1 --data shop --recipe shop.yaml --seeds 1 --only [din] \2",
@@ -158,6 +163,14 @@ def run(command: str, folder: Path) -> str:
     return process.stdout
 
 
+def write_few_users(source: Path, folder: Path) -> None:
+    """Write a copy of a log with one of eight users."""
+    shutil.copytree(source, folder, copy_function=shutil.copyfile)
+    events = pq.read_table(source / "events.parquet")
+    users = pc.unique(events["user"])[::8]
+    pq.write_table(events.filter(pc.is_in(events["user"], users)), folder / "events.parquet")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where a reader of the README would be: beside the sources, with a Hub on this machine."""
@@ -179,6 +192,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (place / "titles.yaml").write_text(blocks("yaml", TUTORIAL)[1])
     own_model = next(block for block in blocks("python") if "class TargetProducts" in block)
     (place / "my_ranking.py").write_text(own_model)
+    if IFDB.exists():
+        write_few_users(IFDB, place / "few_of_ifdb")
     hub = Hub()
     threading.Thread(target=hub.serve_forever, daemon=True).start()
     with pytest.MonkeyPatch.context() as patch:
