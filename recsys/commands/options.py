@@ -19,6 +19,7 @@ from recsys.commands import COMMANDS
 from recsys.config import Config, LogFormat, LogLevel, add_config_arguments, config_from
 from recsys.config.parser import Parser, with_hyphens, with_underscores
 from recsys.extras import require_extra
+from recsys.storage.files import home_expanded
 
 Command = Callable[..., int | None]
 POSITIONAL = inspect.Parameter.POSITIONAL_ONLY
@@ -76,10 +77,22 @@ def options_of(command: Command, arguments: Namespace) -> tuple[list[Any], dict[
             names = [name for name in get_type_hints(hint) if name in arguments]
             values[key] = hint(**{name: arguments[name] for name in names})
         else:
-            values[key] = arguments[key]
+            values[key] = _local(key, arguments[key])
         if parameter.kind is POSITIONAL:
             positional.append(values.pop(key))
     return positional, values
+
+
+def _local(key: str, value: Any) -> Any:
+    """Expand `~` in a path, which shells do not in `--out=~/run`; one that is a URL is refused."""
+    if isinstance(value, list):
+        return [_local(key, item) for item in value]
+    if not isinstance(value, Path):
+        return value
+    try:
+        return home_expanded(value)
+    except ValueError as error:
+        raise ValueError(f"{key.replace('_', '-')}: {error}") from error
 
 
 def _element(hint: Any) -> Any:

@@ -25,8 +25,15 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: no readable JSON ({error}); bring the file back") from error
 
 
-def home_expanded(path: str) -> Path:
-    """Replace a leading `~` by the home folder; an unknown one is a ValueError."""
+def home_expanded(path: str | Path) -> Path:
+    """Replace a leading `~` by the home folder; an unknown one, or a URL, is a ValueError."""
+    scheme = (Path(path).parts or ("",))[0]  # pathlib makes "s3:/bucket" of "s3://bucket"
+    if len(scheme) > 2 and scheme.endswith(":"):
+        url = f"{scheme}//{'/'.join(Path(path).parts[1:])}"
+        raise ValueError(
+            f"{url}: must be a local path, from or to which you copy the files; only datasets, "
+            "rows that are read, and paths of an events.yaml may be URLs"
+        )
     try:
         return Path(path).expanduser()
     except RuntimeError as error:  # such as a container's user without HOME and passwd entry

@@ -30,6 +30,7 @@ from recsys.distributed.watchdog import Watchdog
 from recsys.evaluation.further_metrics import make_metrics
 from recsys.serving.delta import write_delta
 from recsys.serving.package import read_manifest
+from recsys.storage.files import home_expanded
 from recsys.storage.location import Location
 from recsys.storage.output_file import check_run_folder
 from recsys.training.continual.partition_run import ContinualRun, PartitionRun, format_lines
@@ -61,7 +62,7 @@ def check_packages(settings: ContinualSettings, schema: Schema, run: Path) -> No
             f"continual.packages is set, but '{schema.target_item}' has a vocabulary of kind "
             "bounded, which a package cannot have; leave it unset, or use kind exact"
         )
-    if Path(settings.packages).resolve().is_relative_to(run.resolve()):
+    if home_expanded(settings.packages).resolve().is_relative_to(run.resolve()):
         raise ValueError(f"continual.packages {settings.packages}: lies in {run}; name another")
 
 
@@ -73,7 +74,7 @@ def export_newest(settings: ContinualSettings, folder: ContinualFolder, state: R
     if settings.packages is None or state.last is None:
         return
     names = [file_name(trained.name) for trained in state.trained]
-    packages, run = Path(settings.packages), folder.run_of(state.last.name)
+    packages, run = home_expanded(settings.packages), folder.run_of(state.last.name)
     package, delta = packages / names[-1], packages / f"{names[-1]}.delta"
     if not package.exists():
         delta.unlink(missing_ok=True)  # that of an earlier run

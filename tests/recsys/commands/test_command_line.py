@@ -1,5 +1,6 @@
 """Commands: options, errors, and slow packages that are imported only when they are needed."""
 
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -112,6 +113,32 @@ def test_a_missing_dataset_file_or_run_is_named(folder: Path, tmp_path: Path, fa
     assert "nodrive://rows" in fails(*words, "nodrive://rows")
     assert "a\\x00b" in fails(*words, "a\0b")
     assert not out.exists()
+
+
+@pytest.mark.parametrize("option", ["--run", "--out"])
+def test_a_url_of_what_must_be_local_is_refused_and_no_folder_s3_is_made(
+    folder: Path, tmp_path: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words: dict[str, str | Path] = {"--run": folder / "run", "--out": "rows.parquet"}
+    words[option] = "s3://bucket/a"
+    error = fails("predict", "--input", folder / "data" / "test", *itertools.chain(*words.items()))
+    assert f"{option[2:]}: s3://bucket/a: " in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_url_of_the_cache_is_refused(folder: Path, tmp_path: Path, fails: Fails) -> None:
+    words = train_words(folder / "data", tmp_path / "run", "--cache", "s3://bucket/cache")
+    assert "s3://bucket/cache: must be a local path" in fails(*words)
+
+
+def test_a_home_folder_that_no_shell_has_expanded_is_expanded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = ["--run", str(folder / "run"), "--input", str(folder / "data" / "test")]
+    assert main(["predict", *words, "--out=~/rows.parquet", "--device", "cpu"]) == 0
+    assert (tmp_path / "rows.parquet").is_file()
 
 
 def test_predict_writes_the_whole_file_or_none(folder: Path, tmp_path: Path, fails: Fails) -> None:
