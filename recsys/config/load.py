@@ -45,6 +45,11 @@ def validate(config: Config) -> None:
             "neighbours to null"
         )
     content, temperature = content_settings(config.content), config.contrastive.temperature
+    if content and config.neighbours is not None and not content.history.similarity_features:
+        raise ValueError(
+            "neighbours compare the modalities of items, which content.history.similarity_features "
+            "false leaves out; set it to true, or neighbours to null"
+        )
     if content and config.contrastive.weight > 0 and not 0 < temperature < math.inf:
         raise ValueError(f"contrastive.temperature is {temperature}; it must be > 0 and finite")
 

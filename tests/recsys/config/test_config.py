@@ -170,3 +170,10 @@ def test_all_items_are_on_each_rank_already() -> None:
     assert load_config(TINY, words).ranking.loss == "full_softmax"
     with pytest.raises(ValueError, match=r"ranking.all_ranks: full_softmax has all items"):
         load_config(TINY, [*words, "--ranking.all_ranks=true"])
+
+
+def test_neighbours_need_the_modalities_that_similarities_keep() -> None:
+    words = ["--neighbours={dim: 4}", "--content.history.similarity_features=false"]
+    assert load_config(TINY, [*words, "--content=none"]).neighbours is not None
+    with pytest.raises(ValueError, match=r"neighbours compare .*similarity_features false"):
+        load_config(TINY, words)

@@ -19,7 +19,7 @@ from recsys.ranking.layers.target_attention import TargetAttention
 from recsys.ranking.vectors import IDVectors
 from recsys.serving.exported_graph import ExportedGraph, _has_bfloat16, export_graph
 from recsys.serving.package import GRAPH
-from recsys.serving.ranking_graph import RankingGraph, RankingInputs
+from recsys.serving.ranking_graph import RankingGraph, RankingInputs, SharedHistory
 from tests.recsys.ranking.ranking_inputs import (
     CONTENT,
     CONTENT_DIM,
@@ -151,6 +151,20 @@ def exported(graph: RankingGraph, name: str, folder: Path) -> ExportedGraph:
     """The graph as a scorer loads it."""
     export_graph(graph, request(2, 2), name, folder / GRAPH)
     return ExportedGraph.load(folder / GRAPH)
+
+
+def test_of_an_item_at_two_places_the_later_is_found_although_products_round_otherwise() -> None:
+    items = torch.tensor([7, 5, 7, 8])
+    history = SharedHistory(2, 4, items.device, ids=items)
+    above, half = 0.5000001, 0.5
+    scores = torch.tensor([[above, 0.2, half, 0.9], [0.1, above, 0.1, half]]).flatten()
+    places = history.highest(scores, 2)
+    assert places.tolist() == [2, 3, 4 + 1, 4 + 3]
+
+    again = history.select(history.highest(scores, 3))  # of both rows, items 7, 7, 8 and 5, 7, 8
+    scores = torch.tensor([above, half, 0.1, 0.2, 0.9, 0.1])
+    assert again.highest(scores, 1).tolist() == [1, 3 + 1]
+    assert again.select(again.highest(scores, 1)).index.tolist() == [2, 2]
 
 
 def test_a_graph_that_searches_histories_is_exported_with_neighbours(tmp_path: Path) -> None:
