@@ -27,7 +27,6 @@ from recsys.model.precision import InBfloat16
 from recsys.ranking.neighbours import Neighbours
 from recsys.ranking.vectors import IDVectors
 
-
 _NO_PLACE = 2**31 - 1
 
 
