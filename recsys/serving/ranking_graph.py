@@ -27,8 +27,6 @@ from recsys.model.precision import InBfloat16
 from recsys.ranking.neighbours import Neighbours
 from recsys.ranking.vectors import IDVectors
 
-_NO_PLACE = 2**31 - 1
-
 
 @dataclass
 class SharedHistory:
@@ -38,7 +36,7 @@ class SharedHistory:
     num_items: int  # U
     device: torch.device
     places: Tensor | None = None  # int64 [N, L], the item at each place; None: all, in order
-    ids: Tensor | None = None  # int64 [U]: equal items have equal scores, so that the later wins
+    is_searched: bool = False  # equal items must have equal scores, so that the later is found
     # Places that `highest` has returned.
     _selected: list[Tensor] = field(default_factory=list, repr=False)
 
@@ -94,7 +92,10 @@ class SharedHistory:
         return self._by_row(values).sum(dim=1)
 
     def dot(self, queries: Tensor, items: Tensor) -> Tensor:  # [N, D], [U, D] -> [N * L]
-        products = queries @ items.T
+        if self.is_searched:  # products in float32 round equal items otherwise at another place
+            products = (queries.double() @ items.double().T).to(queries.dtype)
+        else:
+            products = queries @ items.T
         return (products if self.places is None else products.gather(1, self.places)).reshape(-1)
 
     def weighted_sum(self, weights: Tensor, items: Tensor) -> Tensor:  # [N * L], [U, D] -> [N, D]
@@ -117,7 +118,7 @@ class SharedHistory:
 
     def highest(self, scores: Tensor, count: int) -> Tensor:
         """Return flat places of each row's `count` highest scores [N * L]; the later wins a tie."""
-        by_row = self._of_first(scores.reshape(self.num_rows, self.longest))
+        by_row = scores.reshape(self.num_rows, self.longest)
         order = self.longest - 1 - by_row.flip(1).argsort(dim=1, descending=True, stable=True)
         places = order.narrow(1, 0, torch.sym_min(self.longest, count)).sort(dim=1).values
         first = torch.arange(self.num_rows, device=self.device).unsqueeze(1) * self.longest
@@ -132,20 +133,6 @@ class SharedHistory:
             )
         items = self.index[places].reshape(self.num_rows, -1)
         return replace(self, places=items, _selected=[])
-
-    def _of_first(self, scores: Tensor) -> Tensor:  # [N, L]
-        """Give an item that stands at several places the score of the first.
-
-        Dense products round the same vectors otherwise at another place.
-        """
-        if self.ids is None:
-            return scores
-        ids = self.ids.unsqueeze(0) if self.places is None else self.ids[self.places]  # [1 or N, L]
-        is_same = ids.unsqueeze(2) == ids.unsqueeze(1)
-        places = torch.arange(self.longest, device=self.device)
-        same_places = F.pad(torch.where(is_same, places, _NO_PLACE), (0, 1), value=_NO_PLACE)
-        first = same_places.amin(dim=2)  # padded, as no minimum of nothing can be traced
-        return scores.gather(1, first.expand(self.num_rows, -1))
 
     def _by_row(self, values: Tensor) -> Tensor:  # [N * L, K] -> [N, L, K]
         return values.reshape(self.num_rows, self.longest, values.shape[1])
@@ -299,7 +286,9 @@ class RankingGraph(nn.Module):
     def forward(self, *arguments: Any) -> Tensor:  # [N, C]
         inputs = RankingInputs(*arguments)
         num_rows, num_items = inputs.target.shape[0], inputs.history.shape[0]
-        shared = SharedHistory(num_rows, num_items, inputs.target.device, ids=inputs.history_items)
+        is_searched = self.top_k > 0 or hasattr(self.ranking, "search")
+        device = inputs.target.device
+        shared = SharedHistory(num_rows, num_items, device, is_searched=is_searched)
         events = [
             self._shared_events(inputs.target_content, *parts)
             for parts in zip(inputs.further_parallel, inputs.further_content, strict=True)
