@@ -145,7 +145,10 @@ def tokenizer_state(tokenizer: Any) -> Any:
 
 def digests_of(content: ContentInput) -> list[bytes]:  # values [U, T, ...], mask [U, T]
     """Return a hash of each item's entries; items without any are left out."""
-    rows = zip(content.values, content.mask, strict=True)
+    values, mask = content.values, content.mask
+    if values.shape[:2] != mask.shape:  # pixels of one image per item, [U, 3, H, W]
+        values = values.unsqueeze(1)
+    rows = zip(values, mask, strict=True)
     entries = (values[mask].numpy().tobytes() for values, mask in rows if mask.any())
     return [hashlib.blake2b(entry, digest_size=8).digest() for entry in entries]
 

@@ -12,7 +12,8 @@ import torch
 from recsys.content.encoders.pretrained import tiny_tokenizer
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.images import decode_image
-from recsys.data.items.item_values import feature_tokens, usable_features
+from recsys.data.items.item_values import digests_of, feature_tokens, usable_features
+from recsys.data.items.kind import ContentInput
 from recsys.diagnostics.dataset.findings import explain_data
 from tests.datasets import write_dataset
 from tests.recsys.data.items.item_content import (
@@ -125,3 +126,11 @@ def test_a_number_is_a_token_of_width_one_and_null_has_none(kind: pa.DataType) -
     assert lengths.tolist() == [1, 0, 1]
     assert values.tolist() == [[3], [7]]
     assert values.dtype == np.float32
+
+
+def test_items_of_equal_pixels_have_one_hash_and_an_item_without_an_image_has_none() -> None:
+    pixels = torch.arange(12, dtype=torch.uint8).view(1, 3, 2, 2).repeat(4, 1, 1, 1)
+    pixels[1] += 1
+    content = ContentInput(pixels, torch.tensor([[True], [True], [True], [False]]))
+    first, second, third = digests_of(content)
+    assert first == third != second
