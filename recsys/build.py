@@ -50,6 +50,7 @@ from recsys.model.precision import (
 from recsys.model.tables import check_placement, planner_hardware, pooled_features, table_configs
 from recsys.optimizer.averaging import AveragedWeights, build_averages
 from recsys.optimizer.dense import build_dense_optimizer, dense_groups, describe_optimizers
+from recsys.optimizer.running_statistics import RunningStatistics
 from recsys.optimizer.schedules import LearningRateShare, set_updates
 from recsys.storage.location import Location
 
@@ -158,8 +159,9 @@ def build_job(
     settings = config.optimizer
     model, plan = _sharded(em3, tables, config, ranks)
     optimizer, dense = build_dense_optimizer(model, dense_groups(settings), settings)
-    update = DenseUpdate(optimizer, dense, settings.clip_norm, build_averages(model, settings))
-    vocabularies = _vocabularies(config, schema, ranks, model, tables, bank, update.averages)
+    averages, statistics = build_averages(model, settings), RunningStatistics(em3, ranks.group)
+    update = DenseUpdate(optimizer, dense, settings.clip_norm, averages, statistics)
+    vocabularies = _vocabularies(config, schema, ranks, model, tables, bank, averages)
     torch.manual_seed(config.seed + 1 + ranks.rank)  # dropout and negatives differ by rank
     return Job(
         config,

@@ -21,16 +21,18 @@ from embeddings.torchrec_internals import unlock_cached_rows
 from recsys.distributed.torchrec_internals import IdsPipeline, no_gradient_reduction
 from recsys.optimizer.averaging import AveragedWeights
 from recsys.optimizer.dense import gradient_norm
+from recsys.optimizer.running_statistics import RunningStatistics
 
 
 @dataclass(eq=False)
 class DenseUpdate:
-    """One update of dense parameters: clip the gradient, step, update the averages."""
+    """One update of dense parameters: clip the gradient, step, update averages and statistics."""
 
     optimizer: CombinedOptimizer  # also sets the rates of fused optimizers
     dense: Optimizer  # the one inside it
     clip_norm: float | None = None
     averages: AveragedWeights | None = None
+    statistics: RunningStatistics | None = None
     _norm: Tensor | None = None  # of the last gradient, before it was clipped
 
     def step(self) -> None:
@@ -40,6 +42,8 @@ class DenseUpdate:
         self.dense.step()  # a step of fused optimizers only sets their rates once more
         if self.averages is not None:
             self.averages.update()
+        if self.statistics is not None:
+            self.statistics.average()
 
     def gradient_norm(self) -> Tensor:
         """Return the norm [] of the last dense gradient before clipping, equal on all ranks."""

@@ -1,0 +1,30 @@
+"""Statistics of batch normalisation, in encoders and parts of one's own, equal on all ranks."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class RunningStatistics:
+    """Means and variances that normalisation layers keep of the batches of their rank.
+
+    If they differed, each rank would score by a model of its own, and none by the saved one.
+    """
+
+    def __init__(self, model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+        self.group, parts = group, model.modules()
+        self.layers = [part for part in parts if isinstance(part, nn.modules.batchnorm._NormBase)]
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """Set the statistics of layers in training to their mean over the ranks. A collective."""
+        statistics: list[Tensor] = []
+        for layer in self.layers:
+            if layer.training and layer.running_mean is not None and layer.running_var is not None:
+                statistics += [layer.running_mean, layer.running_var]
+        if not statistics or (num_ranks := dist.get_world_size(self.group)) == 1:
+            return
+        joined = torch.cat(statistics)
+        dist.all_reduce(joined, group=self.group)
+        means = (joined / num_ranks).split([len(part) for part in statistics])
+        torch._foreach_copy_(statistics, means)
