@@ -305,6 +305,8 @@ def item_rows(schema: Schema, items: Sequence[Item]) -> pa.Table:
             array = pa.array(values)
             if pa.types.is_null(array.type) and kind in TYPES:
                 array = array.cast(TYPES[kind])
+            elif kind == "image" and array.type == pa.list_(pa.null()):  # lists without an image
+                array = array.cast(pa.list_(pa.binary()))
             columns[name] = array.cast(_with_floats(array.type)) if kind == "feature" else array
     return pa.table(columns)
 

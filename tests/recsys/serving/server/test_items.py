@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from recsys.data.items.images import num_images
 from recsys.data.items.item_values import feature_tokens
 from recsys.data.schema import load_schema
 from recsys.serving import Scorer
@@ -170,3 +171,10 @@ def test_a_posted_image_that_cannot_be_read_is_named_by_its_item(
     posted = [{"item": 1, "title": "aGk="}, {"item": 7, "title": image}]
     with pytest.raises(ValueError, match=r"column 'title': item '7': .*give .* base64"):
         item_rows(load_schema(Location.of(tmp_path)), posted)
+
+
+@pytest.mark.parametrize("images", [[], [None, None]])
+def test_posted_lists_without_an_image_are_lists_of_images(tmp_path: Path, images: Any) -> None:
+    (tmp_path / "schema.yaml").write_text(SCHEMA.replace("{kind: text}", "{kind: image}"))
+    rows = item_rows(load_schema(Location.of(tmp_path)), [{"item": 1, "title": images}])
+    assert num_images(rows["title"].combine_chunks(), "items").tolist() == [len(images)]
