@@ -54,7 +54,7 @@ def later_items(
     table = job.store.items if job.store else ItemTable(job.root, job.schema, job.config.on_bad_row)
     item_chunks = ((file, column) for file, _, column in table.chunks(settings.available_from))
     moments, are_times = _numbers(item_chunks, settings.available_from)
-    if rows_are_times != are_times:
+    if None not in (rows_are_times, are_times) and rows_are_times != are_times:
         raise ValueError(
             f"{job.root}: column '{settings.row_time}' of the rows and column "
             f"'{settings.available_from}' of the items are not both times or both numbers; write "
@@ -101,11 +101,22 @@ def _row_chunks(rows: ParquetRows, name: str) -> Iterator[Chunk]:
                 yield file, read_row_group(parquet, file, group, [name])[name]
 
 
-def _numbers(chunks: Iterable[Chunk], name: str) -> tuple[np.ndarray, bool]:
-    """Return a column as float64, NaN where one is null, and whether it has times (in us)."""
-    parts, are_times = [], True
+def _numbers(chunks: Iterable[Chunk], name: str) -> tuple[np.ndarray, bool | None]:
+    """Return a column as float64, NaN where one is null, and whether it has times (in us).
+
+    That is None for nulls alone. Files of both times and numbers are a ValueError.
+    """
+    parts: list[np.ndarray] = []
+    first: tuple[bool, Location] | None = None  # of the first value
     for file, column in chunks:
         is_time = pt.is_timestamp(column.type) or pt.is_date(column.type)
+        if column.null_count < len(column):
+            first = first or (is_time, file)
+            if is_time != first[0]:
+                raise ValueError(
+                    f"{file}: column '{name}' has type {column.type}, but in {first[1]} it has "
+                    f"{'times' if first[0] else 'numbers'}; write all files in one type"
+                )
         try:
             if is_time:  # parts of a microsecond, as pandas writes times, are cut
                 column = column.cast(pa.timestamp("us"), safe=False).cast(pa.int64())
@@ -114,5 +125,4 @@ def _numbers(chunks: Iterable[Chunk], name: str) -> tuple[np.ndarray, bool]:
         except pa.ArrowException as error:
             problem = f"has no times or numbers ({error})"
             raise ValueError(f"{file}: column '{name}': {problem}") from error
-        are_times &= is_time
-    return np.concatenate(parts), are_times
+    return np.concatenate(parts), None if first is None else first[0]

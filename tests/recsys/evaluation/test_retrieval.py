@@ -183,6 +183,17 @@ def test_moments_in_nanoseconds_may_be_integers() -> None:
     assert numbers[0] == 1.764e18 and np.isnan(numbers[1]) and not are_times
 
 
+def test_files_whose_moments_are_times_and_numbers_are_refused_but_nulls_are_neither() -> None:
+    first, second, third = map(Location.of, ("first.parquet", "second.parquet", "third.parquet"))
+    times = pa.array([1_704_110_400_000_000], pa.timestamp("us"))
+    chunks = [(first, pa.nulls(1)), (second, times)]
+    numbers, are_times = _numbers(chunks, "since")
+    assert np.isnan(numbers[0]) and numbers[1] == 1_704_110_400_000_000 and are_times
+    assert _numbers(chunks[:1], "since")[1] is None
+    with pytest.raises(ValueError, match=r"third.*has type int64, but in .*second.* has times;"):
+        _numbers([*chunks, (third, pa.array([1_704_110_400]))], "since")
+
+
 def test_a_damaged_file_of_moments_is_named(tmp_path: Path) -> None:
     file = tmp_path / "part.parquet"
     pq.write_table(pa.table({"time": [1, 2]}), file, use_dictionary=False)
