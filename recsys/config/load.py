@@ -32,11 +32,14 @@ from recsys.config.run import CONFIG_NAMES, Config, content_settings
 
 logger = logging.getLogger(__name__)
 
+SEARCH_METRICS = ("recall", "ndcg", "mrr")  # of lists of each of `ranking.depths`
+
 
 def validate(config: Config) -> None:
     """Check every setting, then those that exclude each other; a ValueError names them."""
     check_settings(config)
     _check_search(config.best_model_by, config.ranking)
+    _check_metric_names(config)
     if config.optimizer.ema_tables:
         _check_averages(config)
     if config.neighbours is not None and isinstance(config.ranking, RetrievalSettings):
@@ -68,6 +71,19 @@ def _check_search(best_model_by: str, ranking: RankingSettings) -> None:
             f"best_model_by {best_model_by} is that of lists of 10 items; add 10 to "
             f"ranking.depths {ranking.depths}"
         )
+
+
+def _check_metric_names(config: Config) -> None:
+    """Refuse a further metric with the name of one of a search, in whose place it would count."""
+    if not isinstance(config.ranking, RetrievalSettings):
+        return
+    for name in config.metrics:
+        kind, _, depth = name.replace("_at_", "@").partition("@")  # trackers write _at_
+        if kind in SEARCH_METRICS and depth in map(str, config.ranking.depths):
+            raise ValueError(
+                f"metrics.{name}: a search of all items has '{kind}@{depth}' already, which could "
+                "not be told from it; choose another name"
+            )
 
 
 def _check_averages(config: Config) -> None:

@@ -14,6 +14,7 @@ METRICS = {"precision_at_k": "recsys.evaluation.further_metrics:PrecisionAtK"}
 RESERVED = {"auc", "gauc", "logloss", "ne", "calibration", "num_samples", *PARTS}
 RESERVED |= {"rmse", "mae", "nrmse", "deviance", "num_users", "gauc_users", "sum_of_weights"}
 RESERVED |= {"labels", "retrieval", "ids"}
+RESERVED |= {"partition", "model_of", "rows"}  # of the lines of a continual run
 
 
 @runtime_checkable

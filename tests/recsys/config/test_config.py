@@ -165,6 +165,15 @@ def test_tables_are_averaged_only_where_their_rows_are_in_one_place() -> None:
             load_config(TINY, [*words, f"--embedding.{half}"])
 
 
+def test_a_metric_is_not_named_as_one_of_the_search_that_chooses_the_model() -> None:
+    words = ["--ranking={name: two_tower, depths: [10]}", "--best_model_by=ndcg"]
+    for name in ("ndcg@10", "ndcg_at_10"):
+        metrics = f"--metrics={{{name}: {{metric: precision_at_k}}}}"
+        with pytest.raises(ValueError, match=rf"metrics\.{name}: .* has 'ndcg@10' already"):
+            load_config(TINY, [*words, metrics])
+        assert name in load_config(TINY, [metrics]).metrics  # without a search
+
+
 def test_all_items_are_on_each_rank_already() -> None:
     words = ["--ranking.name=two_tower", "--ranking.loss=full_softmax"]
     assert load_config(TINY, words).ranking.loss == "full_softmax"

@@ -243,6 +243,12 @@ def test_a_report_has_each_metric_of_all_rows_and_of_each_part() -> None:
     assert head.split()[-2:] == ["p1", "rows"] and everything.split()[-2:] == ["(1.0000)", "4"]
 
 
+@pytest.mark.parametrize("name", ["gauc", "rows", "partition"])
+def test_a_metric_has_no_name_of_a_line_of_results(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"metrics\.{name}: every report has"):
+        make_metrics({name: MetricSettings("precision_at_k")})
+
+
 def test_a_metric_of_ones_own_is_one_file_and_one_line_of_yaml(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
