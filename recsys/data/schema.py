@@ -125,9 +125,9 @@ class Schema:
         return next((table for table in self.features if name in table.beside), None)
 
     def is_of_items(self, name: str) -> bool:
-        """Whether a column is looked up by the ranked item, so that candidates differ in it."""
+        """Whether a column is the ranked item or looked up by it, so that candidates differ."""
         ids = table.by if (table := self.lookup_of(name)) else []
-        return any(source == self.target_item or self.is_of_items(source) for source in ids)
+        return name == self.target_item or any(map(self.is_of_items, ids))
 
     def table_of(self, name: str) -> str:
         return self.columns[name].shares or name

@@ -182,8 +182,8 @@ def _query_columns(
             )
         if name in dimensions.item_columns:
             raise ValueError(
-                f"ranking.query_features: '{name}' is looked up by the ranked item, which no user "
-                "tower may know: recall would be far too high; leave it out"
+                f"ranking.query_features: '{name}' is made of the ranked item or looked up by it, "
+                "and no user tower may know it: recall would be far too high; leave it out"
             )
     query_columns = {dimensions.group, *settings.query_features, *dimensions.further_histories}
     pooled = [place for place, name in enumerate(dimensions.pooled_names) if name in query_columns]

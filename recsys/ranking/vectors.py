@@ -34,7 +34,7 @@ class InputDimensions:
     has_history: bool = True
     num_items: int = 0  # rows of the target item's table; 0 if items change (bounded)
     process_group: dist.ProcessGroup | None = None  # ranks that train together; None: one rank
-    item_columns: tuple[str, ...] = ()  # of the pooled and dense ones: looked up by the ranked item
+    item_columns: tuple[str, ...] = ()  # of the pooled and dense ones: made of the ranked item
 
     @staticmethod
     def of(

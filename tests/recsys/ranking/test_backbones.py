@@ -291,12 +291,15 @@ def test_a_tensor_on_another_device_is_found() -> None:
 def test_columns_of_the_ranked_item_are_no_query_features() -> None:
     ids = {name: {"kind": "id", "num_embeddings": 9} for name in ("user", "item", "brand")}
     log_price = {"kind": "dense", "column": "price", "transform": ["log1p"]}
+    pair = {"column": ["item", "hour"], "transform": ["cross"], "vocabulary": {"kind": "hash"}}
     columns = {**ids, "log_price": log_price, "hour": {"kind": "dense"}, "liked": {"kind": "label"}}
+    columns["pair"] = ids["user"] | pair
     features = [{"by": ["item"], "columns": ["brand", "price"]}]
     content = {"target_item": "item", "group": "user", "columns": columns, "features": features}
     schema = parse_schema(content, "schema.yaml")
-    dimensions = InputDimensions.of(schema, ["user", "brand"], dict.fromkeys(ids, 4), None, {})
-    assert dimensions.item_columns == ("brand", "log_price")
+    dims = dict.fromkeys([*ids, "pair"], 4)
+    dimensions = InputDimensions.of(schema, ["user", "brand", "pair"], dims, None, {})
+    assert dimensions.item_columns == ("brand", "pair", "log_price")
     build_ranking(ranking_settings("two_tower", query_features=["hour"]), dimensions, None)
-    with pytest.raises(ValueError, match="query_features: 'log_price' is looked up by the ranked"):
+    with pytest.raises(ValueError, match="query_features: 'log_price' is made of the ranked"):
         build_ranking(ranking_settings("two_tower", query_features=["log_price"]), dimensions, None)
