@@ -189,9 +189,9 @@ def write_statistics(job: Job, columns: Sequence[str], folder: Path) -> None:
         for group in (rows.row_groups[number] for number in groups):
             with open_parquet(group.file) as parquet:
                 tables.append(read_row_group(parquet, group.file, group.index, names))
-        stored = pa.concat_tables(tables)
-        for name in names:
-            statistics.setdefault(name, {})["null"] = stored[name].null_count / len(stored)
+        for name in names:  # files may differ in types
+            nulls = sum(table[name].null_count for table in tables)
+            statistics.setdefault(name, {})["null"] = nulls / sum(map(len, tables))
     (folder / STATISTICS).write_text(json.dumps(statistics, indent=1) + "\n")
 
 

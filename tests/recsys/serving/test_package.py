@@ -90,19 +90,29 @@ def test_a_folder_of_another_command_is_refused_with_the_command_that_makes_one(
         read_manifest_of(VectorsManifest, tmp_path / "package")
 
 
-def test_skipped_rows_are_not_in_the_range_of_numbers(tmp_path: Path) -> None:
+def statistics_of_ages(tmp_path: Path, *files: pa.Array) -> dict[str, dict[str, float]]:
     columns = {"item": Column("id", num_embeddings=3), "age": Column("dense")}
     schema = Schema("item", "item", columns | {"liked": Column("label")})
     (tmp_path / "train").mkdir()
-    rows = pa.table({"item": [0, 1, 2], "age": [30.0, float("nan"), 20.0]})
-    pq.write_table(rows, tmp_path / "train" / "part.parquet")
+    for number, ages in enumerate(files):
+        rows = pa.table({"item": np.arange(len(ages)), "age": ages})
+        pq.write_table(rows, tmp_path / "train" / f"part-{number}.parquet")
     source = SimpleNamespace(source=SimpleNamespace(name="parquet"))
     job = SimpleNamespace(
         root=Location.of(tmp_path), train_folder="train", schema=schema, config=source
     )
     write_statistics(cast(Job, job), ["age"], tmp_path)
-    statistics = json.loads((tmp_path / "statistics.json").read_text())
+    return json.loads((tmp_path / "statistics.json").read_text())  # type: ignore[no-any-return]
+
+
+def test_skipped_rows_are_not_in_the_range_of_numbers(tmp_path: Path) -> None:
+    statistics = statistics_of_ages(tmp_path, pa.array([30.0, float("nan"), 20.0]))
     assert statistics == {"age": {"low": 20.0, "high": 30.0, "null": 0.0}}
+
+
+def test_statistics_are_of_training_files_of_different_types(tmp_path: Path) -> None:
+    statistics = statistics_of_ages(tmp_path, pa.array([30.0, 20.0]), pa.array([40, None]))
+    assert statistics == {"age": {"low": 20.0, "high": 40.0, "null": 0.25}}
 
 
 @pytest.mark.parametrize(
