@@ -56,7 +56,9 @@ def command_parser(name: str, words: Sequence[str]) -> tuple[Command, Parser]:
             parser.add_argument(key, type=hint, help=texts[key])
         else:
             kind = _element(hint)
-            repeated: dict[str, Any] = {"nargs": "+", "type": kind} if kind else {"type": hint}
+            repeated: dict[str, Any] = {"type": hint}
+            if kind:  # `--input A --input B` and `--input A B` are the same
+                repeated = {"nargs": "+", "type": kind, "action": "extend"}
             default = {"required": True} if is_required else {"default": parameter.default}
             parser.add_argument(f"--{key}", help=texts[key], **repeated, **default)
     if Config not in hints.values():

@@ -90,6 +90,11 @@ def evaluate(run: Path, data: str | None, split: str, ranks: Ranks, device: str)
         if ranks.is_first:
             text = format_evaluation(report, job.config.ranking, job.config.metrics)
             print_table(f"{split}\n{text}")
+            if split == "valid" and job.em3.neighbours is not None:
+                logger.warning(
+                    "warning: training fitted the blend of model and neighbours to these rows; in "
+                    "metrics.json, each user's rows are scored by a blend fitted to other users"
+                )
             if not can_store:
                 raise ValueError(f"{file}: {run} cannot be written to; the result is printed only")
             write_whole(file, json.dumps(report, indent=2) + "\n")

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from recsys.cli import main
+from recsys.commands.options import command_parser
 from recsys.config.named_parts import find_part
 from recsys.config.ranking import RANKING_MODELS, settings_class
 from tests.datasets import write_dataset
@@ -82,6 +83,17 @@ def test_train_evaluate_and_predict_work_in_one_process(
     assert pq.read_table(out).num_rows == 20
 
 
+def test_evaluate_says_where_a_blend_was_fitted_to_the_rows(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = train_words(folder / "data", tmp_path / "run", "--content", "none", "--epochs", "1")
+    assert main([*words, "--neighbours", "{dim: 4, taste_dim: 4}"]) == 0
+    fitted = "fitted the blend of model and neighbours to these rows"
+    for split, is_fitted in (("test", False), ("valid", True)):
+        assert main(["evaluate", "--run", str(tmp_path / "run"), "--split", split]) == 0
+        assert (fitted in "".join(capfd.readouterr())) == is_fitted
+
+
 @pytest.mark.long
 def test_torchrun_evaluates_with_dashes_before_the_module(folder: Path) -> None:
     ranks = ["--standalone", "--nproc-per-node", "2", "-m", "--", "recsys.cli"]
@@ -113,6 +125,12 @@ def test_a_missing_dataset_file_or_run_is_named(folder: Path, tmp_path: Path, fa
     assert "nodrive://rows" in fails(*words, "nodrive://rows")
     assert "a\\x00b" in fails(*words, "a\0b")
     assert not out.exists()
+
+
+def test_an_option_of_several_values_may_be_given_several_times() -> None:
+    words = ["--run", "run", "--input", "a", "--input", "b", "c", "--out", "rows"]
+    _, parser = command_parser("predict", words)
+    assert parser.parse_args(words).input == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("option", ["--run", "--out"])
