@@ -174,6 +174,12 @@ def _query_columns(
     settings: QuerySettings, dimensions: InputDimensions
 ) -> tuple[list[int], list[int]]:
     columns = [*dimensions.pooled_names, *dimensions.dense_names]
+    if dimensions.group in dimensions.item_columns:
+        raise ValueError(
+            f"group '{dimensions.group}' is made of the ranked item or looked up by it, and "
+            f"{settings.name} reads it of the user: recall would be far too high; name a column of "
+            "the user as group in schema.yaml"
+        )
     for name in settings.query_features:
         if name not in columns:
             raise ValueError(

@@ -303,3 +303,7 @@ def test_columns_of_the_ranked_item_are_no_query_features() -> None:
     build_ranking(ranking_settings("two_tower", query_features=["hour"]), dimensions, None)
     with pytest.raises(ValueError, match="query_features: 'log_price' is made of the ranked"):
         build_ranking(ranking_settings("two_tower", query_features=["log_price"]), dimensions, None)
+    dimensions = replace(dimensions, group="brand")
+    build_ranking(ranking_settings("din"), dimensions, None)
+    with pytest.raises(ValueError, match=r"group 'brand' is made of .* two_tower reads it"):
+        build_ranking(ranking_settings("two_tower"), dimensions, None)
