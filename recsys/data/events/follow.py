@@ -6,9 +6,9 @@ killed command leaves nothing half written, and the same command goes on.
 
 import logging
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import Event
 from typing import Any
 
 from recsys.data.events.daily import NoEvents
@@ -30,8 +30,8 @@ def follow_files(
         raise ValueError(f"--follow {seconds}: set seconds above 0")
     last = None if until is None else calendar.end_of(until)
     logger.info("looks for new files every %g seconds, until SIGTERM", seconds)
-    with _stop_at_signals() as stop:
-        while not stop.is_set():
+    with _stop_at_signals():
+        while True:
             is_over = last is not None and now() >= last
             period = until if is_over else calendar.last_ended(now())
             try:
@@ -44,25 +44,26 @@ def follow_files(
                 show(report)
             if is_over:
                 return
-            stop.wait(seconds)
+            time.sleep(seconds)
 
 
 @contextmanager
-def _stop_at_signals() -> Iterator[Event]:
-    """Yield an event that SIGTERM and SIGINT set; they end a call at once, which then is undone."""
-    stop = Event()
+def _stop_at_signals() -> Iterator[None]:
+    """End the block without an error at SIGTERM and SIGINT; a call that they end is undone."""
+    is_asked = False  # no Event: its lock may be held by the code that the signal interrupts
 
     def end(*_: object) -> None:
-        if not stop.is_set():
-            stop.set()
+        nonlocal is_asked
+        if not is_asked:
+            is_asked = True
             raise KeyboardInterrupt
 
     numbers = signal.SIGTERM, signal.SIGINT
     handlers = [signal.signal(number, end) for number in numbers]
     try:
-        yield stop
+        yield
     except BaseException:  # DuckDB and Spark raise errors of their own for it
-        if not stop.is_set():
+        if not is_asked:
             raise
         logger.info("asked to end; the same command goes on")
     finally:
