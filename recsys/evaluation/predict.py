@@ -90,7 +90,8 @@ def evaluate(run: Path, data: str | None, split: str, ranks: Ranks, device: str)
         if ranks.is_first:
             text = format_evaluation(report, job.config.ranking, job.config.metrics)
             print_table(f"{split}\n{text}")
-            if split == "valid" and job.em3.neighbours is not None:
+            is_of_run = str(root) == str(Location.of(data_of(run, None)))
+            if split == "valid" and is_of_run and job.em3.neighbours is not None:
                 logger.warning(
                     "warning: training fitted the blend of model and neighbours to these rows; in "
                     "metrics.json, each user's rows are scored by a blend fitted to other users"

@@ -30,8 +30,8 @@ def follow_files(
         raise ValueError(f"--follow {seconds}: set seconds above 0")
     last = None if until is None else calendar.end_of(until)
     logger.info("looks for new files every %g seconds, until SIGTERM", seconds)
-    with _stop_at_signals():
-        while True:
+    with _stop_at_signals() as signals:
+        while not signals:  # a library may swallow the exception of one
             is_over = last is not None and now() >= last
             period = until if is_over else calendar.last_ended(now())
             try:
@@ -48,22 +48,24 @@ def follow_files(
 
 
 @contextmanager
-def _stop_at_signals() -> Iterator[None]:
-    """End the block without an error at SIGTERM and SIGINT; a call that they end is undone."""
-    is_asked = False  # no Event: its lock may be held by the code that the signal interrupts
+def _stop_at_signals() -> Iterator[list[int]]:
+    """End the block without an error at SIGTERM and SIGINT; a call that they end is undone.
 
-    def end(*_: object) -> None:
-        nonlocal is_asked
-        if not is_asked:
-            is_asked = True
+    Yields the first signal that arrives, in a list.
+    """
+    signals: list[int] = []  # no Event: the code that a signal interrupts may hold its lock
+
+    def end(number: int, _: object) -> None:
+        if not signals:
+            signals.append(number)
             raise KeyboardInterrupt
 
     numbers = signal.SIGTERM, signal.SIGINT
     handlers = [signal.signal(number, end) for number in numbers]
     try:
-        yield
+        yield signals
     except BaseException:  # DuckDB and Spark raise errors of their own for it
-        if not is_asked:
+        if not signals:
             raise
         logger.info("asked to end; the same command goes on")
     finally:

@@ -1,5 +1,6 @@
 """`prepare events --follow`: files that arrive while it runs, and while it is killed."""
 
+import contextlib
 import os
 import signal
 import time
@@ -167,3 +168,17 @@ def test_a_day_has_the_hours_since_it_began(day: str, hours: int) -> None:
     assert HOURS.last_ended(end - 1) == names[-2]
     with pytest.raises(ValueError, match="no date; write such as 2026-11-01 or 2026-11-01/05"):
         HOURS.end_of(f"{day}/{hours}")
+
+
+def test_a_signal_whose_exception_a_library_swallows_ends_the_command_after_its_call() -> None:
+    calls: list[Any] = []
+
+    def prepare(**options: Any) -> None:
+        calls.append(options)
+        assert len(calls) == 1
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+
+    follow.follow_files(HOURS, 0.01, prepare, pytest.fail)
+    assert len(calls) == 1
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
