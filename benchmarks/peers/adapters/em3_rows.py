@@ -5,7 +5,7 @@ pools the fused vectors. CIC compares content and id of the target, with the bat
 It has no memory bank, LoRA or similarities.
 
 Shapes: N rows, B batch, L history length, I items, K numbers, U distinct items of a batch,
-M modalities, Q queries, T tokens (Q + 1 + M), D dimension.
+M modalities, Q queries, T tokens (Q + 1 + M), D dimension, E twice D.
 """
 
 from __future__ import annotations
@@ -81,6 +81,14 @@ class EM3(nn.Module):
         tokens = self.layers(torch.cat([queries, tokens], dim=1))
         return self.project(tokens[:, : len(self.queries)].flatten(1))
 
+    def _weights(self, history: Tensor, target: Tensor) -> Tensor:  # [B, L, E], [B, E] -> [B, L]
+        """Score `[history, target, history - target, history * target]`, without that tensor."""
+        first = self.score[0]
+        past, present, difference, product = first.weight.chunk(4, dim=1)  # [64, E]
+        matrices = past + difference + product * target[:, None]  # [B, 64, E]
+        offsets = F.linear(target, present - difference, first.bias)  # [B, 64]
+        return self.score[1:](history @ matrices.mT + offsets[:, None]).squeeze(2)
+
     def forward(
         self,
         users: Tensor,  # [B]
@@ -92,9 +100,7 @@ class EM3(nn.Module):
         distinct, places = torch.unique(items, return_inverse=True)
         vectors = torch.cat([self.fused(distinct)[places], self.stars(stars)], dim=2)
         history, target, inside = vectors[:, :-1], vectors[:, -1], items[:, :-1] > 0
-        again = target[:, None].expand_as(history)
-        pairs = torch.cat([history, again, history - again, history * again], dim=2)
-        weights = self.score(pairs).squeeze(2).masked_fill(~inside, 0)  # [B, L], as published
+        weights = self._weights(history, target).masked_fill(~inside, 0)  # [B, L], as published
         interest = torch.einsum("bl,bld->bd", weights, history)
         fused = target[:, : self.content.in_features]
         content, ids = self.content(fused), self.contrast(self.items(items[:, -1]))

@@ -165,6 +165,28 @@ def test_padding_changes_no_logit_and_equal_items_are_fused_alike(em3_rows: Modu
     torch.testing.assert_close(model.fused(items.flatten())[0], model.fused(torch.tensor([2]))[0])
 
 
+def test_weights_of_history_items_are_the_published_layers_over_four_vectors(
+    em3_rows: ModuleType,
+) -> None:
+    torch.manual_seed(0)
+    model = em3_rows.EM3(vectors(), 2, 1, SETTINGS)
+    width = 2 * int(SETTINGS["dim"])
+    history = torch.randn(3, 5, width, requires_grad=True)
+    target = torch.randn(3, width, requires_grad=True)
+    wanted = (history, target, *model.score.parameters())
+
+    again = target[:, None].expand_as(history)
+    pairs = torch.cat([history, again, history - again, history * again], dim=2)
+    published = model.score(pairs).squeeze(2)
+    weights = model._weights(history, target)
+
+    torch.testing.assert_close(weights, published)
+    torch.testing.assert_close(
+        torch.autograd.grad(weights.square().sum(), wanted),
+        torch.autograd.grad(published.square().sum(), wanted),
+    )
+
+
 def test_items_of_a_row_are_no_negatives_of_themselves(em3_rows: ModuleType) -> None:
     sides = torch.eye(3)[[0, 0, 1]]
     loss = em3_rows.contrastive(sides, sides, torch.tensor([5, 5, 6]))
