@@ -4,6 +4,7 @@ PYTHON ?= python3
 INSTALL_FLAGS ?=
 NPROC ?= 2
 COMPARE ?=
+TRAIN_FLAGS ?=
 REPORT_FLAGS ?=
 BASE ?= origin/main
 COVERED ?= 80
@@ -43,6 +44,7 @@ help:
 	@echo 'TESTS=tests/recsys/ranking           make test, test-lowest, coverage: these alone'
 	@echo 'NPROC=8                              ranks of make train'
 	@echo 'COMPARE=id_only                      make train: the model without content, too, and both compared'
+	@echo 'TRAIN_FLAGS="--epochs 1"             make train: further options of recsys train'
 
 install:
 	@$(INSTALL)
@@ -57,7 +59,7 @@ $(DATA)/schema.yaml: | install
 train: install $(DATA)/schema.yaml
 	$(VENV)/bin/torchx run -s local_cwd launch/components.py:train --nproc $(NPROC) -- \
 		--config $(CONFIG) --data $(DATA) --out $(RUN) --overwrite \
-		$(if $(COMPARE),--compare $(COMPARE))
+		$(if $(COMPARE),--compare $(COMPARE)) $(TRAIN_FLAGS)
 
 # --dev has the packages of the server.
 $(PACKAGE)/manifest.json: $(RUN)/metrics.json | install-dev

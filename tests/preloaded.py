@@ -1,4 +1,4 @@
-"""What the server of which ranks are forked imports and reads once, so that no rank waits for it."""
+"""What the server of which ranks are forked imports and reads once: no rank waits for it."""
 
 import gc
 from importlib import import_module

@@ -8,6 +8,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from recsys.kernels.choice import library_file
+
 FOLDER = Path(__file__).parents[2] / "launch" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 CELL_SECONDS = 600  # a hang; alone on two cores a notebook takes a minute or two
@@ -28,6 +30,8 @@ def test_the_notebook_of_the_plug_in_runs_and_plots(
     binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     monkeypatch.setenv("PATH", binaries)
     monkeypatch.setenv("PYTHONPATH", str(FOLDER.parents[1]))
+    # Kernels as `make install` compiled them, and no cached vectors.
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(library_file().parents[1]))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     notebook = nbformat.read(FOLDER / "plug_in.ipynb", as_version=4)
     NotebookClient(

@@ -13,6 +13,7 @@ from torchrec.datasets.criteo import (
     BinaryCriteoUtils,
 )
 
+from recsys.kernels.choice import library_file
 from tests.datasets import write_parquet
 from tests.recsys.command_runs import run_program
 
@@ -70,6 +71,7 @@ def write_criteo_day(folder: Path, day: int) -> None:
 def train(script: str, folder: Path, *arguments: str) -> list[tuple[float, float]]:
     """(training loss, validation AUC) of each epoch, as the script prints them."""
     variables = {"PYTHONPATH": str(PROJECT), "XDG_CACHE_HOME": str(folder / "cache")}
+    variables["TORCH_EXTENSIONS_DIR"] = str(library_file().parents[1])  # compiled by `make install`
     words = ["--standalone", "--nproc-per-node", "2", script, *SHORT, *arguments]
     process = run_program("torchrun", *words, folder=folder, **variables)
     assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
