@@ -148,8 +148,8 @@ def _empty(run: Path) -> None:
     baseline = [BASELINE] if (run / BASELINE_MARK).exists() else []
     for part in (REPLACED, "tensorboard", "vocabulary", FOLDER, *baseline):
         shutil.rmtree(run / part, ignore_errors=True)
-    results = (run / COMPARISON, run / BASELINE_MARK, run / JOB, run / WARM_START)
-    for file in [*results, *run.glob("scores_*.parquet")]:
+    files = (COMPARISON, BASELINE_MARK, JOB, WARM_START, ITEM_COUNTS_BEFORE)
+    for file in [*map(run.joinpath, files), *run.glob("scores_*.parquet")]:
         file.unlink(missing_ok=True)
 
 

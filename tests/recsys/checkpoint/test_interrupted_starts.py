@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from recsys.checkpoint.run_folder import JOB, find_start
+from recsys.checkpoint.run_folder import JOB, find_start, trained_counts
+from recsys.checkpoint.warm_start.source import WarmStart
 from recsys.distributed.lockstep import TrainingStopped
 from recsys.distributed.ranks import Ranks, joined_ranks
 from recsys.training.train import train
@@ -103,6 +104,15 @@ def test_a_replacement_cut_off_at_any_change_leaves_a_folder_that_can_be_begun(
         with pytest.raises(ENDED), CHANGES.watched(run, kill_index=place):
             start(folder, run, overwrite=True)
         assert start(folder, run), changes[place]
+
+
+def test_a_run_that_replaces_one_begun_from_another_counts_its_own_rows_alone(
+    folder: Path, whole: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    start(folder, tmp_path / "run", warm_start=WarmStart(whole[0]))
+    assert trained_counts(tmp_path / "run", 30).counts.sum() == 2 * 60
+    start(folder, tmp_path / "run", overwrite=True)
+    assert trained_counts(tmp_path / "run", 30).counts.sum() == 60
 
 
 def test_killed_after_the_first_validation_a_run_goes_on_with_the_same_end(
