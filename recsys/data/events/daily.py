@@ -34,7 +34,7 @@ from recsys.data.events.histories import EVENT_KEYS
 from recsys.data.events.last_features import write_last_features
 from recsys.data.events.load import load_events_config
 from recsys.data.events.negatives import KnownItems, PastItems, item_times, numbered_items
-from recsys.data.events.reader import Reader, file_sizes, open_source
+from recsys.data.events.reader import NoRows, Reader, file_sizes, open_source
 from recsys.data.events.samples import DAY, END, is_row, make_rows
 from recsys.data.events.settings import EventsConfig, Negatives
 from recsys.data.events.snapshots import read_snapshots
@@ -237,7 +237,11 @@ class Call:
             if urls:
                 place = (number << TABLE_BITS) + first
                 fields = event_fields(self.config, name)
-                readers[name] = open_source(name, table, fields, place, urls)
+                try:
+                    readers[name] = open_source(name, table, fields, place, urls)
+                except NoRows:
+                    if not first:
+                        raise
         return readers, files
 
     def _drop_seen(self, types: Types) -> None:

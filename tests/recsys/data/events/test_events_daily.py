@@ -342,6 +342,30 @@ def test_an_event_of_a_file_that_comes_late_counts_from_its_call_on(tmp_path: Pa
     assert report["days"] == {"2026-09-22": {"rows": 3, "positive": pytest.approx(2 / 3)}}
 
 
+@pytest.mark.parametrize("rows", ["of a text file", "of a file", "chosen", "with a value"])
+def test_files_of_a_later_day_may_have_no_rows(rows: str, tmp_path: Path) -> None:
+    tables = {
+        "view": {"path": "log", "columns": ["shop"], "where": {"shown": 1}},
+        "buy": {"path": "buys"},
+    }
+    context = {"shop": {"kind": "id", "fill": 0}}
+    config, folder = write_small(tmp_path, events=tables, context=context), tmp_path / "log"
+    first = {"user": ["ann"], "item": [1], "time": [START], "shop": [7], "shown": [1]}
+    pq.write_table(pa.table(first), folder / "0.parquet")
+    prepare_events(config, tmp_path / "days", until=DAYS[0])
+    second = {**first, "time": [START + DAY]}
+    second |= {"shown": [0]} if rows == "chosen" else {"shop": pa.nulls(1)}
+    if rows == "of a text file":
+        (folder / "1.csv").write_text(",".join(first) + "\n")
+    elif rows == "of a file":
+        pq.ParquetWriter(folder / "1.parquet", pa.table(second).schema).close()
+    else:
+        pq.write_table(pa.table(second), folder / "1.parquet")
+    prepare_events(config, tmp_path / "days", until=DAYS[1])
+    prepare_events(config, tmp_path / "once", until=DAYS[1])
+    assert content_of(tmp_path / "days") == content_of(tmp_path / "once")
+
+
 def test_a_pattern_reads_the_files_of_its_folder(tmp_path: Path) -> None:
     folder = write_small(tmp_path)
     tables = {"view": {"path": "l*/*"}, "buy": {"path": "**/buys/[0-9]*.parquet"}}
