@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -138,7 +139,8 @@ def file_sizes(name: str, source: Source, may_be_empty: bool) -> dict[str, tuple
         folder = fixed_folder(root)
         for file in data_files(name, root, may_be_empty):
             below = file.path[len(folder.path) :] or f"/{file.path.rsplit('/', 1)[-1]}"
-            sizes[f"{number}{below}"] = str(file), int(file.filesystem.size(file.path))
+            with suppress(FileNotFoundError):  # removed after it was listed
+                sizes[f"{number}{below}"] = str(file), int(file.filesystem.size(file.path))
     return sizes
 
 
