@@ -266,9 +266,9 @@ class Call:
         engine, folder = self.engine, self.folder
         query = f"SELECT {key}, {number} AS day FROM new_events"
         merged = {day: files for day in days if (files := folder.crowded(f"seen/day={day}"))}
-        for day, files in merged.items():
-            engine.read_saved(f"seen_{day}", files)
-            query += f" UNION ALL SELECT {key}, CAST({day} AS BIGINT) AS day FROM seen_{day}"
+        for place, (day, files) in enumerate(merged.items()):  # a day before 1970 is below 0
+            engine.read_saved(f"seen_{place}", files)
+            query += f" UNION ALL SELECT {key}, CAST({day} AS BIGINT) AS day FROM seen_{place}"
         before = {f"day={day}": folder.files(f"seen/day={day}") for day in days}
         file = folder.new_file("seen", self.before)
         new = engine.save(f"SELECT * FROM ({query}) ORDER BY day, uid", file, by="day")

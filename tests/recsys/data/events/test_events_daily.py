@@ -239,6 +239,21 @@ def test_hours_whose_state_is_merged_make_the_rows_of_one_call(
     assert content_of(out) == content_of(tmp_path / "once")
 
 
+def test_a_clock_that_begins_before_1970_ends_no_call_that_merges_the_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(daily_state, "MOST_CALLS", 1)
+    config = write_small(tmp_path, drop={"late_rows": "3000w"})
+    for number, day in enumerate(DAYS[:3]):
+        # In Berlin the first hour of 1970 is one of 1969 in UTC.
+        again = [("cy", item, -START - HOUR) for item in (number, 9)]
+        add_file(tmp_path / "log" / f"{number + 1}.parquet", again)
+        prepare_events(config, tmp_path / "out", until=day)
+    rows = content_of(tmp_path / "out")
+    train = [row for name, part in rows.items() if name.startswith("train") for row in part]
+    assert [row["item"] for row in train if row["user"] == "cy"] == [0, 9, 1, 2]
+
+
 def test_without_late_events_the_rows_are_those_of_a_dataset_made_at_once(tmp_path: Path) -> None:
     config, table = write_settings(tmp_path / "data", "last"), log(1, late=False)
     for number, day in enumerate(DAYS):
