@@ -149,8 +149,9 @@ def _empty(run: Path) -> None:
     for part in (REPLACED, "tensorboard", "vocabulary", FOLDER, *baseline):
         shutil.rmtree(run / part, ignore_errors=True)
     files = (COMPARISON, BASELINE_MARK, JOB, WARM_START, ITEM_COUNTS_BEFORE)
-    for file in [*map(run.joinpath, files), *run.glob("scores_*.parquet")]:
-        file.unlink(missing_ok=True)
+    for pattern in (*files, "scores_*.parquet", "evaluation_*.json", "baselines_*.json"):
+        for file in run.glob(pattern):
+            file.unlink(missing_ok=True)
 
 
 def read_item_counts(run: Path, num_items: int | None, name: str = ITEM_COUNTS) -> ItemCounts:

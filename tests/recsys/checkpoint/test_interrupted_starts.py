@@ -106,13 +106,17 @@ def test_a_replacement_cut_off_at_any_change_leaves_a_folder_that_can_be_begun(
         assert start(folder, run), changes[place]
 
 
-def test_a_run_that_replaces_one_begun_from_another_counts_its_own_rows_alone(
+def test_a_run_that_replaces_another_has_none_of_its_results_and_counts(
     folder: Path, whole: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
     start(folder, tmp_path / "run", warm_start=WarmStart(whole[0]))
     assert trained_counts(tmp_path / "run", 30).counts.sum() == 2 * 60
+    results = [tmp_path / "run" / name for name in ("evaluation_test.json", "scores_test.parquet")]
+    for file in results:
+        file.touch()
     start(folder, tmp_path / "run", overwrite=True)
     assert trained_counts(tmp_path / "run", 30).counts.sum() == 60
+    assert not any(file.exists() for file in results)
 
 
 def test_killed_after_the_first_validation_a_run_goes_on_with_the_same_end(
