@@ -35,7 +35,7 @@ from recsys.data.events.last_features import write_last_features
 from recsys.data.events.load import load_events_config
 from recsys.data.events.negatives import KnownItems, PastItems, item_times, numbered_items
 from recsys.data.events.reader import NoRows, Reader, file_sizes, open_source
-from recsys.data.events.samples import DAY, END, is_row, make_rows
+from recsys.data.events.samples import DAY, END, check_actions, is_row, make_rows
 from recsys.data.events.settings import EventsConfig, Negatives
 from recsys.data.events.snapshots import read_snapshots
 from recsys.data.events.sql import FOREVER, SqlEngine, listed, open_engine, quoted
@@ -145,6 +145,8 @@ class Call:
         engine, config = self.engine, self.config
         types, num_read, reasons, files = self._read_events()
         reasons |= read_snapshots(engine, config, types, must_match=self.before.until is None)
+        if self.before.until is None:  # later days may lack actions
+            check_actions(engine, config.actions, "clean_events", may_come=True)
         reasons |= self._due_rows()
         reasons |= make_rows(engine, config, is_daily=True)
         past, popularity = self._past_items(config.negatives) if config.negatives else (None, 0)

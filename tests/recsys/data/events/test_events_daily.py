@@ -395,6 +395,20 @@ def test_a_pattern_reads_the_files_of_its_folder(tmp_path: Path) -> None:
     assert content_of(tmp_path / "pattern") == content_of(tmp_path / "events")
 
 
+def test_actions_that_no_event_of_the_first_call_has_are_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    labels = {"bought": {"action": "byu", "within": "12h"}}
+    config = write_small(tmp_path, labels=labels, histories={"viewed": {"actions": "veiw"}})
+    for day in DAYS[:2]:
+        prepare_events(config, tmp_path / "out", until=day)
+    lines = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert lines == [
+        f"{setting}: no event has the action ['{name}']; the log has ['buy', 'view']"
+        for setting, name in (("labels.bought.action", "byu"), ("histories.viewed.actions", "veiw"))
+    ]
+
+
 def test_a_day_that_is_prepared_is_not_prepared_again(tmp_path: Path) -> None:
     config, out = write_small(tmp_path), tmp_path / "out"
     report = prepare_events(config, out, until=DAYS[1])
