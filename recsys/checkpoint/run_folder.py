@@ -148,9 +148,10 @@ def _empty(run: Path) -> None:
     baseline = [BASELINE] if (run / BASELINE_MARK).exists() else []
     for part in (REPLACED, "tensorboard", "vocabulary", FOLDER, *baseline):
         shutil.rmtree(run / part, ignore_errors=True)
-    results = (run / COMPARISON, run / BASELINE_MARK, run / JOB, run / WARM_START)
-    for file in [*results, *run.glob("scores_*.parquet")]:
-        file.unlink(missing_ok=True)
+    files = (COMPARISON, BASELINE_MARK, JOB, WARM_START, ITEM_COUNTS_BEFORE)
+    for pattern in (*files, "scores_*.parquet", "evaluation_*.json", "baselines_*.json"):
+        for file in run.glob(pattern):
+            file.unlink(missing_ok=True)
 
 
 def read_item_counts(run: Path, num_items: int | None, name: str = ITEM_COUNTS) -> ItemCounts:

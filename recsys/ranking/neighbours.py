@@ -376,8 +376,10 @@ def _blocks(history: JaggedHistory) -> list[_Block]:
     else:
         places, ones = history.padded(places, 0), torch.ones_like(places)
         mask = history.padded(ones, 0).float()
+        if not torch.compiler.is_exporting() and not history.index.shape[0]:
+            places, mask = places[:, :0], mask[:, :0]  # there is no item to pad with
     is_whole = history.is_shared or not is_on_host(places) or torch.compiler.is_exporting()
-    if is_whole or not places.shape[0]:
+    if is_whole or not places.numel():
         return [_Block(None, places, history.index[places], mask, history.is_shared)]
     blocks = []
     for rows in history.lengths.argsort(stable=True).split(BLOCK_ROWS):

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -100,20 +101,24 @@ class MLflowTracker:
         number = experiment.experiment_id if experiment else self._client.create_experiment(name)
         self.run_id = self._client.create_run(number, run_name=run.absolute().name).info.run_id
         id_file.write_text(f"{self.run_id}\n")
-        params = [Param(name, str(value)) for name, value in settings.items()]
+        params = [Param(_mlflow_name(name), str(value)) for name, value in settings.items()]
         self._client.log_batch(self.run_id, params=params)
 
     def log(self, values: dict[str, float], step: int) -> None:
         milliseconds = int(1000 * time.time())
-        # MLflow allows no `@` in names, as in recall@10.
         metrics = [
-            self._metric(name.replace("@", "_at_"), float(value), milliseconds, step)
+            self._metric(_mlflow_name(name), float(value), milliseconds, step)
             for name, value in values.items()
         ]
         self._client.log_batch(self.run_id, metrics=metrics)
 
     def close(self) -> None:
         self._client.set_terminated(self.run_id)
+
+
+def _mlflow_name(name: str) -> str:
+    """Return a name without characters that MLflow refuses, such as `@` of recall@10."""
+    return re.sub(r"[^\w.\- :/]", "_", name.replace("@", "_at_"))
 
 
 class WandbTracker:

@@ -1,5 +1,7 @@
 """Reads events and impressions as one stage, `clean_events`, and leaves out what cannot be used."""
 
+from operator import itemgetter
+
 import pyarrow as pa
 
 from recsys.data.events.file_columns import LARGEST, Field, Types
@@ -75,11 +77,18 @@ def read_events(engine: SqlEngine, config: EventsConfig) -> tuple[Types, int, di
 def read_tables(
     engine: SqlEngine, config: EventsConfig, readers: dict[str, Reader], types: Types
 ) -> Types:
-    """Make the stage `events_read` of some tables; return its types, which begin with `types`."""
-    types = dict(types)
-    for reader in readers.values():
-        for field in list(reader.schema)[1:]:
-            types.setdefault(field.name, field.type)
+    """Make the stage `events_read` of some tables; return its types, which begin with `types`.
+
+    These are of the calls before, if there were any.
+    """
+    is_first, types = not types, dict(types)
+    fields = [
+        (field.name in reader.untyped, field)
+        for reader in readers.values()
+        for field in list(reader.schema)[1:]
+    ]
+    for _, field in sorted(fields, key=itemgetter(0)):  # columns with values come first
+        types.setdefault(field.name, field.type)
     for name, feature in config.context.items():
         settle_fill(name, feature, types[f"c_{name}"])
     engine.add_files("events_read", [reader.completed(types) for reader in readers.values()])
@@ -96,7 +105,7 @@ def read_tables(
                 "the action of `impressions`; rename it, choose other rows by `where`, or "
                 "leave `impressions` out"
             )
-        if table.where and not engine.count_rows(rows):
+        if is_first and table.where and not engine.count_rows(rows):
             raise ValueError(
                 f"{file}: `where` of '{name}' chooses no row: {table.where}; correct its values, "
                 "or leave the table out"

@@ -34,8 +34,8 @@ from recsys.data.events.histories import EVENT_KEYS
 from recsys.data.events.last_features import write_last_features
 from recsys.data.events.load import load_events_config
 from recsys.data.events.negatives import KnownItems, PastItems, item_times, numbered_items
-from recsys.data.events.reader import Reader, file_sizes, open_source
-from recsys.data.events.samples import DAY, END, is_row, make_rows
+from recsys.data.events.reader import NoRows, Reader, file_sizes, open_source
+from recsys.data.events.samples import DAY, END, check_actions, is_row, make_rows
 from recsys.data.events.settings import EventsConfig, Negatives
 from recsys.data.events.snapshots import read_snapshots
 from recsys.data.events.sql import FOREVER, SqlEngine, listed, open_engine, quoted
@@ -145,6 +145,8 @@ class Call:
         engine, config = self.engine, self.config
         types, num_read, reasons, files = self._read_events()
         reasons |= read_snapshots(engine, config, types, must_match=self.before.until is None)
+        if self.before.until is None:  # later days may lack actions
+            check_actions(engine, config.actions, "clean_events", may_come=True)
         reasons |= self._due_rows()
         reasons |= make_rows(engine, config, is_daily=True)
         past, popularity = self._past_items(config.negatives) if config.negatives else (None, 0)
@@ -237,7 +239,11 @@ class Call:
             if urls:
                 place = (number << TABLE_BITS) + first
                 fields = event_fields(self.config, name)
-                readers[name] = open_source(name, table, fields, place, urls)
+                try:
+                    readers[name] = open_source(name, table, fields, place, urls)
+                except NoRows:
+                    if not first:
+                        raise
         return readers, files
 
     def _drop_seen(self, types: Types) -> None:
@@ -262,9 +268,9 @@ class Call:
         engine, folder = self.engine, self.folder
         query = f"SELECT {key}, {number} AS day FROM new_events"
         merged = {day: files for day in days if (files := folder.crowded(f"seen/day={day}"))}
-        for day, files in merged.items():
-            engine.read_saved(f"seen_{day}", files)
-            query += f" UNION ALL SELECT {key}, CAST({day} AS BIGINT) AS day FROM seen_{day}"
+        for place, (day, files) in enumerate(merged.items()):  # a day before 1970 is below 0
+            engine.read_saved(f"seen_{place}", files)
+            query += f" UNION ALL SELECT {key}, CAST({day} AS BIGINT) AS day FROM seen_{place}"
         before = {f"day={day}": folder.files(f"seen/day={day}") for day in days}
         file = folder.new_file("seen", self.before)
         new = engine.save(f"SELECT * FROM ({query}) ORDER BY day, uid", file, by="day")

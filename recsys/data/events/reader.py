@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -45,6 +46,10 @@ MOST_ITEMS, MOST_ROWS = 1 << PLACE_BITS, 1 << 24  # of a row, and of a file
 ReadTask = tuple[int, str, int, int]
 
 
+class NoRows(ValueError):
+    """The files of a table have no row."""
+
+
 @dataclass(frozen=True)
 class Reader:
     """Files of one table, read task by task; see `open_source`."""
@@ -52,6 +57,7 @@ class Reader:
     source: Source
     fields: list[Field]
     schema: pa.Schema  # position, then the fields
+    untyped: set[str]  # fields without any value, whose types others decide
     tasks: list[ReadTask]
     roots: list[str]
 
@@ -93,7 +99,7 @@ class Reader:
         """Return this reader with these columns, null if it lacks one; another type is an error."""
         fields = {field.name: field for field in self.fields}
         for name, field in fields.items():
-            if (kind := self.schema.field(name).type) != types[name]:
+            if (kind := self.schema.field(name).type) != types[name] and name not in self.untyped:
                 raise ValueError(
                     f"{self.tasks[0][1]}: column '{field.column}' has type {kind}, but "
                     f"{types[name]} in another table; write one type"
@@ -133,7 +139,8 @@ def file_sizes(name: str, source: Source, may_be_empty: bool) -> dict[str, tuple
         folder = fixed_folder(root)
         for file in data_files(name, root, may_be_empty):
             below = file.path[len(folder.path) :] or f"/{file.path.rsplit('/', 1)[-1]}"
-            sizes[f"{number}{below}"] = str(file), int(file.filesystem.size(file.path))
+            with suppress(FileNotFoundError):  # removed after it was listed
+                sizes[f"{number}{below}"] = str(file), int(file.filesystem.size(file.path))
     return sizes
 
 
@@ -166,10 +173,10 @@ def open_source(
                 first_row += parquet.metadata.row_group(group).num_rows
         (filled if first_row else empty).append(file)
     if not tasks:
-        raise ValueError(f"{files[0]}: no rows; write the {name} into it")
+        raise NoRows(f"{files[0]}: no rows; write the {name} into it")
     folders = [str(fixed_folder(root)) for root in roots]
-    schema = _schema(source, fields, folders, [*filled, *empty])
-    return Reader(source, fields, schema, tasks, folders)
+    schema, untyped = _schema(source, fields, folders, [*filled, *empty])
+    return Reader(source, fields, schema, untyped, tasks, folders)
 
 
 def _columns_to_read(source: Source, fields: list[Field], parts: Parts) -> list[str]:
@@ -189,17 +196,20 @@ def _texts_of_times(source: Source, fields: list[Field], columns: list[str]) -> 
 
 def _schema(
     source: Source, fields: list[Field], roots: list[str], files: list[Location]
-) -> pa.Schema:
-    """Return the canonical types: of each column, by the first file that has a value of it."""
+) -> tuple[pa.Schema, set[str]]:
+    """Return the canonical types: of each column, by the first file that has a value of it.
+
+    Also returns the names of fields without any value.
+    """
     types: Types = {}
     for file in files:
         for name, kind in _types(source, fields, roots, file).items():
-            if name not in types or pa.types.is_null(types[name]):
+            if name not in types or _is_untyped(types[name]):
                 types[name] = kind
-        if types and not any(map(pa.types.is_null, types.values())):
+        if types and not any(map(_is_untyped, types.values())):
             break
     if not types:
-        raise ValueError(f"{files[0]}: no rows; write some or remove the file")
+        raise NoRows(f"{files[0]}: no rows; write some or remove the file")
     parts_of_files = [partition_values(roots, str(file)) for file in files]
     for field in fields:
         texts = {parts.get(field.column) for parts in parts_of_files} - {None}
@@ -207,7 +217,12 @@ def _schema(
             is_number = id_type(pa.array(list(texts))) == pa.int64()
             types[field.name] = pa.int64() if is_number else pa.string()
     kinds = {field.name: canonical_type(types[field.name], field, files[0]) for field in fields}
-    return pa.schema([("position", pa.int64()), *kinds.items()])
+    untyped = {name for name, kind in types.items() if _is_untyped(kind)}
+    return pa.schema([("position", pa.int64()), *kinds.items()]), untyped
+
+
+def _is_untyped(kind: pa.DataType) -> bool:
+    return pa.types.is_null(kind.value_type if is_list(kind) else kind)
 
 
 def _types(source: Source, fields: list[Field], roots: list[str], file: Location) -> Types:

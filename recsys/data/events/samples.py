@@ -183,7 +183,7 @@ def complete_rows(
 def _make_labelled(engine: SqlEngine, config: EventsConfig, is_daily: bool) -> dict[str, str]:
     """Make the stage `labelled` of rows; return the columns that a sample needs, by reason."""
     if not is_daily:
-        _check_actions(engine, config.actions)
+        check_actions(engine, config.actions, "unique_events")
     rows = f"SELECT * FROM unique_events WHERE {is_row(config)}"
     engine.view("candidates", "SELECT * FROM due" if is_daily else rows)
     labels = {name: label for name, label in config.labels.items() if label.action and label.within}
@@ -321,13 +321,19 @@ def _first_actions(config: EventsConfig, labels: dict[str, Label], key: list[str
     )
 
 
-def _check_actions(engine: SqlEngine, settings: dict[str, list[str] | None]) -> None:
-    table = engine.table("SELECT DISTINCT action FROM unique_events ORDER BY action")
+def check_actions(
+    engine: SqlEngine, settings: dict[str, list[str] | None], events: str, may_come: bool = False
+) -> None:
+    """Log the actions of settings that no event has; one of a label that may not come is an error.
+
+    `events` is their stage.
+    """
+    table = engine.table(f"SELECT DISTINCT action FROM {events} ORDER BY action")
     present = table["action"].to_pylist()
     for setting, actions in settings.items():
         if absent := sorted(set(actions or ()) - set(present)):
             text = f"{setting}: no event has the action {absent}; the log has {present[:20]}"
-            if setting.startswith("labels"):
+            if setting.startswith("labels") and not may_come:
                 raise ValueError(f"{text}; correct the name, or leave the label out")
             logger.warning(text)
 

@@ -19,7 +19,7 @@ from numpy.lib import format as npy
 from embeddings.vocabulary.fixed import ExactVocabulary, integer_ids, is_id_type
 from recsys.data.items.ragged_array import RowWriter
 from recsys.data.parquet.bad_rows import BadRows, OnBadRow, Report
-from recsys.data.parquet.file import READ_ERRORS, column_type, open_parquet
+from recsys.data.parquet.file import READ_ERRORS, column_type, open_parquet, rows_digest
 from recsys.data.parquet.values import without_views
 from recsys.data.schema import Schema, advice_on_unknown
 from recsys.storage.location import Location, errors_at
@@ -58,6 +58,7 @@ class ItemTable:
         if not self.files:
             raise ValueError(f"{self.folder}: no *.parquet files; write one row per item there")
         self.bad_rows = BadRows(on_bad_row)
+        self._footers: dict[Location, str] = {}  # hashes, by which all columns are of one file
         self._read_ids()
 
     def _read_ids(self) -> None:
@@ -148,6 +149,11 @@ class ItemTable:
         for file in self.files:
             with open_parquet(file, streaming=True) as parquet:
                 column_type(parquet, file, name)
+                footer = rows_digest(file, parquet)
+                if self._footers.setdefault(file, footer) != footer:
+                    raise ValueError(
+                        f"{file}: was replaced after the job had opened it; start again"
+                    )
                 row = 0
                 try:
                     for batch in parquet.iter_batches(ROWS_PER_CHUNK, columns=[name]):

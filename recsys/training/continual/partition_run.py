@@ -232,8 +232,10 @@ class PartitionRun:
         if plan is None:
             progress = initial_state.start_fresh(job, checked)
         else:
-            earlier = [Partition(trained.name).folder for trained in self.state.trained]
-            initial_state.fit_to_rows(job, plan, checked.numbers, earlier)
+            earlier = [Partition(trained.name) for trained in self.state.trained]
+            earlier.sort(key=lambda partition: partition.key)  # a late one is not the latest
+            folders = [partition.folder for partition in earlier]
+            initial_state.fit_to_rows(job, plan, checked.numbers, folders)
         self.timer.lap("fit")
         ranks.on_first(self.folder.write, begun_state)
         # Dropout and negatives differ by partition, and are the same at every start.

@@ -138,7 +138,10 @@ def unfinished_file(folder: Location) -> str | None:
 
 def _entries(folder: Location) -> dict[str, dict[str, Any]]:
     """Return by name what the filesystem says of the files and folders in a folder."""
-    entries = folder.filesystem.ls(folder.path, detail=True)
+    try:
+        entries = folder.filesystem.ls(folder.path, detail=True)
+    except FileNotFoundError:  # removed after its parent was listed
+        return {}
     return {entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry for entry in entries}
 
 
@@ -335,7 +338,10 @@ def _last_change(folder: Location) -> float | None:
         return None
     # The time of a file may be that of its source, as `cp -p` writes it, not of its arrival.
     paths = [*files, folder.path] if folder.is_local else files
-    return max(folder.filesystem.modified(path).timestamp() for path in paths)
+    try:
+        return max(folder.filesystem.modified(path).timestamp() for path in paths)
+    except FileNotFoundError:  # renamed or removed after it was listed
+        return time.time()
 
 
 def require_rows(root: Location, partition: Partition) -> None:

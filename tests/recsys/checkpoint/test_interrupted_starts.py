@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from recsys.checkpoint.run_folder import JOB, find_start
+from recsys.checkpoint.run_folder import JOB, find_start, trained_counts
+from recsys.checkpoint.warm_start.source import WarmStart
 from recsys.distributed.lockstep import TrainingStopped
 from recsys.distributed.ranks import Ranks, joined_ranks
 from recsys.training.train import train
@@ -103,6 +104,19 @@ def test_a_replacement_cut_off_at_any_change_leaves_a_folder_that_can_be_begun(
         with pytest.raises(ENDED), CHANGES.watched(run, kill_index=place):
             start(folder, run, overwrite=True)
         assert start(folder, run), changes[place]
+
+
+def test_a_run_that_replaces_another_has_none_of_its_results_and_counts(
+    folder: Path, whole: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    start(folder, tmp_path / "run", warm_start=WarmStart(whole[0]))
+    assert trained_counts(tmp_path / "run", 30).counts.sum() == 2 * 60
+    results = [tmp_path / "run" / name for name in ("evaluation_test.json", "scores_test.parquet")]
+    for file in results:
+        file.touch()
+    start(folder, tmp_path / "run", overwrite=True)
+    assert trained_counts(tmp_path / "run", 30).counts.sum() == 60
+    assert not any(file.exists() for file in results)
 
 
 def test_killed_after_the_first_validation_a_run_goes_on_with_the_same_end(

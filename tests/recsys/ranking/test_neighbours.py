@@ -168,6 +168,24 @@ def test_blocks_of_rows_have_the_numbers_and_gradients_of_all_rows_at_once(
         torch.testing.assert_close(numbers_and_gradients(), expected)
 
 
+@pytest.mark.parametrize("is_training", [False, True])
+@pytest.mark.parametrize("on_host", [True, False])
+def test_a_batch_without_any_history_has_the_evidence_of_its_rows_beside_others(
+    is_training: bool, on_host: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recsys.ranking.neighbours.is_on_host", lambda _: on_host)
+    neighbours = neighbours_of(content=CONTENT).train(is_training)
+    _, content, batch = inputs(torch.zeros(3, dtype=torch.long))
+    batch.target.items = torch.tensor(BATCH[1])
+    content.target_modalities[1] = inputs()[1].target_modalities[1]
+    output, beside = neighbours(content, batch), neighbours(inputs()[1], rows_of(*BATCH))
+    torch.testing.assert_close(output.evidence[1], beside.evidence[1])
+    votes, expected = (part.batch.dense_features[1, NUM_DENSE:] for part in (output, beside))
+    torch.testing.assert_close(votes, expected)
+    (output.regression.square().sum() + output.logits.sin().sum()).backward()
+    assert neighbours.log_shares.grad is not None and neighbours.log_shares.grad.isfinite().all()
+
+
 def test_lists_have_means_of_the_latest_items(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("recsys.ranking.neighbours.LATEST", (1, 2))
     neighbours, batch = neighbours_of(), rows_of(*BATCH)

@@ -49,6 +49,18 @@ def test_a_run_that_goes_on_is_one_run_of_mlflow(tmp_path: Path, no_server: None
     assert run.data.metrics == {"train/loss": 0.25}
 
 
+def test_names_that_mlflow_refuses_are_written_with_its_characters(
+    tmp_path: Path, no_server: None
+) -> None:
+    (tracker,) = make_trackers(["mlflow"], tmp_path, {"metrics.p@10.metric": "precision_at_k"}, 0)
+    tracker.log({"valid/p@10": 0.5, "valid/bought?/auc": 0.75}, 1)
+    tracker.close()
+
+    (run,) = stored_runs(tmp_path / "mlflow")
+    assert run.data.params == {"metrics.p_at_10.metric": "precision_at_k"}
+    assert run.data.metrics == {"valid/p_at_10": 0.5, "valid/bought_/auc": 0.75}
+
+
 def test_wandb_gets_settings_metrics_and_the_run_to_go_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -239,6 +239,21 @@ def test_hours_whose_state_is_merged_make_the_rows_of_one_call(
     assert content_of(out) == content_of(tmp_path / "once")
 
 
+def test_a_clock_that_begins_before_1970_ends_no_call_that_merges_the_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(daily_state, "MOST_CALLS", 1)
+    config = write_small(tmp_path, drop={"late_rows": "3000w"})
+    for number, day in enumerate(DAYS[:3]):
+        # In Berlin the first hour of 1970 is one of 1969 in UTC.
+        again = [("cy", item, -START - HOUR) for item in (number, 9)]
+        add_file(tmp_path / "log" / f"{number + 1}.parquet", again)
+        prepare_events(config, tmp_path / "out", until=day)
+    rows = content_of(tmp_path / "out")
+    train = [row for name, part in rows.items() if name.startswith("train") for row in part]
+    assert [row["item"] for row in train if row["user"] == "cy"] == [0, 9, 1, 2]
+
+
 def test_without_late_events_the_rows_are_those_of_a_dataset_made_at_once(tmp_path: Path) -> None:
     config, table = write_settings(tmp_path / "data", "last"), log(1, late=False)
     for number, day in enumerate(DAYS):
@@ -342,6 +357,30 @@ def test_an_event_of_a_file_that_comes_late_counts_from_its_call_on(tmp_path: Pa
     assert report["days"] == {"2026-09-22": {"rows": 3, "positive": pytest.approx(2 / 3)}}
 
 
+@pytest.mark.parametrize("rows", ["of a text file", "of a file", "chosen", "with a value"])
+def test_files_of_a_later_day_may_have_no_rows(rows: str, tmp_path: Path) -> None:
+    tables = {
+        "view": {"path": "log", "columns": ["shop"], "where": {"shown": 1}},
+        "buy": {"path": "buys"},
+    }
+    context = {"shop": {"kind": "id", "fill": 0}}
+    config, folder = write_small(tmp_path, events=tables, context=context), tmp_path / "log"
+    first = {"user": ["ann"], "item": [1], "time": [START], "shop": [7], "shown": [1]}
+    pq.write_table(pa.table(first), folder / "0.parquet")
+    prepare_events(config, tmp_path / "days", until=DAYS[0])
+    second = {**first, "time": [START + DAY]}
+    second |= {"shown": [0]} if rows == "chosen" else {"shop": pa.nulls(1)}
+    if rows == "of a text file":
+        (folder / "1.csv").write_text(",".join(first) + "\n")
+    elif rows == "of a file":
+        pq.ParquetWriter(folder / "1.parquet", pa.table(second).schema).close()
+    else:
+        pq.write_table(pa.table(second), folder / "1.parquet")
+    prepare_events(config, tmp_path / "days", until=DAYS[1])
+    prepare_events(config, tmp_path / "once", until=DAYS[1])
+    assert content_of(tmp_path / "days") == content_of(tmp_path / "once")
+
+
 def test_a_pattern_reads_the_files_of_its_folder(tmp_path: Path) -> None:
     folder = write_small(tmp_path)
     tables = {"view": {"path": "l*/*"}, "buy": {"path": "**/buys/[0-9]*.parquet"}}
@@ -354,6 +393,20 @@ def test_a_pattern_reads_the_files_of_its_folder(tmp_path: Path) -> None:
         for config in (folder, pattern):
             prepare_events(config, tmp_path / config.stem, until=day)
     assert content_of(tmp_path / "pattern") == content_of(tmp_path / "events")
+
+
+def test_actions_that_no_event_of_the_first_call_has_are_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    labels = {"bought": {"action": "byu", "within": "12h"}}
+    config = write_small(tmp_path, labels=labels, histories={"viewed": {"actions": "veiw"}})
+    for day in DAYS[:2]:
+        prepare_events(config, tmp_path / "out", until=day)
+    lines = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert lines == [
+        f"{setting}: no event has the action ['{name}']; the log has ['buy', 'view']"
+        for setting, name in (("labels.bought.action", "byu"), ("histories.viewed.actions", "veiw"))
+    ]
 
 
 def test_a_day_that_is_prepared_is_not_prepared_again(tmp_path: Path) -> None:

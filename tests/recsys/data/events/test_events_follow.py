@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from recsys.data.events import follow
@@ -150,6 +151,24 @@ def test_ids_of_another_type_than_in_the_calls_before_name_their_column(tmp_path
     pq.write_table(pa.table({"item": [1, 2], "brand": [7, 8]}), tmp_path / "items.parquet")
     with pytest.raises(ValueError, match=r"column 'brand': the map holds strings, .* int64"):
         prepare_days(config, out, DAYS[1])
+
+
+def test_files_that_were_read_may_be_removed_while_they_are_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, out, file = write_small(tmp_path), tmp_path / "out", tmp_path / "log" / "0.parquet"
+    prepare_days(config, out, DAYS[0])
+    list_folder = LocalFileSystem.ls
+
+    def list_once(self: LocalFileSystem, path: str, **options: Any) -> Any:
+        entries = list_folder(self, path, **options)
+        if path == str(file.parent):
+            file.unlink(missing_ok=True)
+        return entries
+
+    monkeypatch.setattr(LocalFileSystem, "ls", list_once)
+    assert prepare_days(config, out, DAYS[1], after_new_files=True) is None
+    assert not file.exists()
 
 
 def test_a_folder_without_files_is_waited_for(tmp_path: Path) -> None:

@@ -93,6 +93,13 @@ def test_an_item_without_a_row_has_no_content(dataset: Path) -> None:
         assert part.mask[1].any(), name
 
 
+def test_items_that_are_replaced_while_a_job_reads_them_are_refused(dataset: Path) -> None:
+    store = ContentStore(table_of(dataset), MODALITIES, dataset.parent / "cache")
+    rewrite(dataset, lambda table: table.take(pa.array(range(8)[::-1])))
+    with pytest.raises(ValueError, match=r"part-0\.parquet: was replaced after the job had opened"):
+        store.build("text")
+
+
 def test_a_schema_without_items_is_told_how_to_go_without_content(dataset: Path) -> None:
     schema = dataset / "schema.yaml"
     schema.write_text(schema.read_text().split("items:")[0])

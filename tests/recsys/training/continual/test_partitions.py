@@ -4,8 +4,10 @@ import os
 from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from recsys.checkpoint.partitions import RunState, TrainedPartition
 from recsys.storage.location import Location
@@ -256,3 +258,22 @@ def test_a_copy_that_keeps_old_times_of_files_is_not_quiet_at_once(tmp_path: Pat
     assert waiting_for(root, DAYS[0], 3600.0) is not None  # part-1 may be on its way
     os.utime(tmp_path / "train" / name, (0, 0))
     assert waiting_for(root, DAYS[0], 3600.0) is None
+
+
+@pytest.mark.parametrize("renamed", [DAYS[0].name, f"{DAYS[0].name}/part-0.parquet.tmp"])
+def test_what_is_renamed_while_it_is_listed_is_a_change(
+    renamed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = folder_with(tmp_path, f"train/{DAYS[0].name}/part-0.parquet.tmp")
+    place, list_folder = tmp_path / "train" / renamed, LocalFileSystem.ls
+
+    def list_then_rename(self: LocalFileSystem, path: str, **options: Any) -> Any:
+        entries = list_folder(self, path, **options)
+        if path == str(place.parent) and place.exists():
+            place.rename(place.with_suffix(".whole"))
+        return entries
+
+    monkeypatch.setattr(LocalFileSystem, "ls", list_then_rename)
+    if place.is_dir():
+        list_partitions(root)
+    assert waiting_for(root, DAYS[0], 3600.0) is not None

@@ -12,8 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from recsys.build import Job
 from recsys.checkpoint.partitions import ContinualFolder, RunState
 from recsys.cli import main
+from recsys.config import NeighbourSettings
+from recsys.training import neighbour_statistics
+from recsys.training.neighbour_statistics import Events
 from tests.recsys.training.continual.test_followed_walks import names_of, wait_for, words_of
 from tests.recsys.training.continual.test_scores_first import assert_predicted_alike
 from tests.recsys.training.continual.walk_runs import (
@@ -181,6 +185,27 @@ def test_a_late_partition_is_trained_on_without_scores_where_that_is_asked(two: 
     folder = ContinualFolder(two / "run")
     shutil.copytree(folder.run_of(LATE), folder.run_of(NAMES[2]))  # the name of the day before
     assert_predicted_alike(two, 3, two / "predicted.parquet", line)
+
+
+def test_statistics_of_neighbours_are_of_the_latest_partitions_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = list[list[str]]()
+    gather = neighbour_statistics.gather_events
+
+    def gather_events(job: Job, settings: NeighbourSettings, names: list[str]) -> Events:
+        folders.append(names)
+        return gather(job, settings, names)
+
+    monkeypatch.setattr(neighbour_statistics, "gather_events", gather_events)
+    words = [*WITHOUT_CONTENT, "--neighbours", "{dim: 4, partitions: 1}"]
+    words += ["--continual.late", "train"]
+    write_walk(tmp_path / "data", 0)
+    for number in (1, 2, 0, 3):  # the first day is late
+        write_partition(tmp_path / "data", number)
+        walk(tmp_path, tmp_path / "run", *words)
+    before = [names[1:] for names in folders]
+    assert before == [[], [f"train/{NAMES[1]}"], *[[f"train/{NAMES[2]}"]] * 2]
 
 
 def test_a_partition_that_would_block_all_later_ones_is_named_behind_the_others(two: Path) -> None:
