@@ -4,8 +4,8 @@ A `recsys` command that stands on several pages runs once. Exchanged are: `make`
 which the continuous integration runs for real, by dry runs, the recipe with a pretrained encoder by
 `tiny.yaml` in large batches with a frozen encoder, histories of 200 items by those of 20, two
 epochs and more of the pages' shop by one, three trials of a search by one, the log of IFDB by that
-of an eighth of its users, torchrun by ranks of `run_recsys` (but on the launcher's own page), and
-benchmarks by sizes of seconds.
+of an eighth of its users, torchrun by ranks of `run_recsys` (but on the launcher's own page), torchx
+but for training and benchmarks, and benchmarks by sizes of seconds.
 """
 
 import os
@@ -81,9 +81,10 @@ EXCHANGED = (
     (r"^(.* train --config (?:shop|media)\.yaml (?!.*--(?:epochs|dry-run)).*)$", r"\1 --epochs 1"),
     (r"^torchrun --nproc-per-node 2 -m -- recsys\.cli (?!.*runs/torchrun)", "recsys --ranks 2 "),
     (
-        r"^torchx run -s local_cwd launch/components\.py:cache --nproc 2 --",
-        "recsys --ranks 2 cache",
+        r"^torchx run -s local_cwd launch/components\.py:(cache|predict|evaluate) --nproc (\d) --",
+        r"recsys --ranks \2 \1",
     ),
+    (r"^torchrun --nproc-per-node 2 dlrm\.py$", "recsys --ranks 2 dlrm.py"),
     (r"--source IFDB", "--source few_of_ifdb"),
     (
         r"--config implicit_content (.*)",

@@ -173,17 +173,17 @@ def test_weights_of_history_items_are_the_published_layers_over_four_vectors(
     width = 2 * int(SETTINGS["dim"])
     history = torch.randn(3, 5, width, requires_grad=True)
     target = torch.randn(3, width, requires_grad=True)
-    wanted = (history, target, *model.score.parameters())
+    inputs = (history, target, *model.score.parameters())
 
-    again = target[:, None].expand_as(history)
-    pairs = torch.cat([history, again, history - again, history * again], dim=2)
+    targets = target[:, None].expand_as(history)
+    pairs = torch.cat([history, targets, history - targets, history * targets], dim=2)
     published = model.score(pairs).squeeze(2)
     weights = model._weights(history, target)
 
     torch.testing.assert_close(weights, published)
     torch.testing.assert_close(
-        torch.autograd.grad(weights.square().sum(), wanted),
-        torch.autograd.grad(published.square().sum(), wanted),
+        torch.autograd.grad(weights.square().sum(), inputs),
+        torch.autograd.grad(published.square().sum(), inputs),
     )
 
 
