@@ -144,10 +144,10 @@ class Generative(QueryTower):
         self.num_codes = codes
         layers, heads = settings.decoder_layers, settings.sequence_heads
         self.decoder = CodeDecoder(dim, heads, layers, levels, codes)
-        rows = np.arange(dimensions.num_items)
-        digits = rows[:, None] // codes ** np.arange(levels) % codes  # until `set_codes`
-        self.register_buffer("table", torch.zeros(len(rows), levels + 2, dtype=torch.int64))
-        self.set_codes(rows, digits)
+        self.register_buffer("table", torch.full((dimensions.num_items, levels + 2), -1))
+        if settings.semantic_ids is None:  # else the table may have more rows than digits
+            rows = np.arange(dimensions.num_items)
+            self.set_codes(rows, rows[:, None] // codes ** np.arange(levels) % codes)
 
     def set_codes(self, rows: np.ndarray, codes: np.ndarray) -> None:  # int64 [I], int64 [I, L]
         """Set the codes of the items in these rows of the item table; others get none.

@@ -99,8 +99,12 @@ class UserTower(Scorer):
 
     def columns(self, names: Sequence[str]) -> tuple[list[str], list[str]]:
         """Return columns of user and history that a query reads; those looked up only if given."""
-        user, history = request_columns(self.schema, self.manifest.pooled, self.manifest.dense)
-        return [name for name in user if name in names or not self.schema.lookup_of(name)], history
+        schema, manifest = self.schema, self.manifest
+        user, history = request_columns(schema, manifest.pooled, manifest.dense)
+        return (
+            [name for name in user if name in names or not schema.lookup_of(name)],
+            [name for name in history if name in names or not schema.lookup_beside(name)],
+        )
 
     def query(
         self, user: Mapping[str, Any], history: Mapping[str, Sequence[Any]] | Sequence[Any] = ()

@@ -47,6 +47,7 @@ ITEMS_PER_BLOCK = 4096
 SHOWN = 5  # of the items that share their codes with most others
 ITEMS, CODEBOOKS, COLLISIONS = "items.parquet", "codebooks.npy", "collisions.json"
 PRICES = "prices.npy"
+SUCCESS = "_SUCCESS"  # in a partition that is whole, for which `recsys continual` waits
 COLUMN = "semantic_ids"
 
 
@@ -310,6 +311,8 @@ def write_dataset_with(
                 path = partial / split / Path(file.path).relative_to(folder.path)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 _write_file(file, path, schema, ids, column)
+                if Path(file.path).with_name(SUCCESS).exists():
+                    path.with_name(SUCCESS).touch()
 
 
 def _schema_without(root: Location, column: str) -> dict[str, Any]:

@@ -136,6 +136,13 @@ def test_without_semantic_ids_codes_are_the_digits_of_the_row() -> None:
     assert (table[:, 2] == 0).all() and (table[:, 3] == 1).all()
 
 
+def test_with_semantic_ids_a_table_may_have_more_rows_than_digits_tell_apart() -> None:
+    model = generative(semantic_ids="codes", code_levels=1, num_codes=2)
+    assert (model.table == -1).all()
+    model.set_codes(np.array([3, 8]), np.array([[1], [1]]))
+    assert model.table[[3, 8]].tolist() == [[1, 0, 2], [1, 1, 2]]
+
+
 def test_an_item_without_codes_is_never_likely_and_has_no_gradient() -> None:
     model, (ids, content, batch) = generative(), inputs()
     model.set_codes(np.array([0, 2]), np.array([[1, 3], [1, 3]]))

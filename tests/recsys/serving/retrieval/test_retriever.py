@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from recsys.cli import main
+from recsys.data.schema import load_schema
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.predict import load_run
 from recsys.serving.new_items.add import add_items
@@ -22,11 +23,13 @@ from recsys.serving.retrieval.catalogue import unit
 from recsys.serving.retrieval.item_vectors import (
     INDEX,
     VECTORS,
+    UserTower,
     build_index,
     export_vectors,
     search_index,
 )
 from recsys.serving.retrieval.retriever import _requests
+from recsys.storage.location import Location
 from tests.recsys.serving.retrieval.retrieval_runs import NUM_ITEMS, liked_rows
 from tests.recsys.test_docstring_examples import run_example
 
@@ -153,6 +156,28 @@ def test_lists_of_categories_are_read_from_several_row_groups(tmp_path: Path) ->
     reader: Any = SimpleNamespace(columns=lambda names: ([], names))
     histories = [history for *_, history in _requests(str(tmp_path), reader)]
     assert histories == [{"seen": seen} for seen in (["a", "b"], [], ["a"])]
+
+
+def test_files_need_no_columns_that_are_looked_up(tmp_path: Path) -> None:
+    (tmp_path / "schema.yaml").write_text("""
+target_item: item
+group: user
+columns:
+  user: {kind: id, num_embeddings: 2}
+  item: {kind: id, num_embeddings: 2}
+  age: {kind: dense}
+  seen: {kind: sequence, shares: item, parallel: [seen_price]}
+  price: {kind: dense}
+  liked: {kind: label}
+features:
+  - {by: [user], columns: [age]}
+  - {by: [item], columns: [price], beside: {seen_price: price}}
+""")
+    manifest = SimpleNamespace(pooled=["user"], dense=["age"])
+    tower: Any = SimpleNamespace(schema=load_schema(Location.of(tmp_path)), manifest=manifest)
+    assert UserTower.columns(tower, []) == (["user"], ["seen"])
+    both = ["user", "age"], ["seen", "seen_price"]
+    assert UserTower.columns(tower, ["age", "seen_price"]) == both
 
 
 def test_ids_of_another_type_are_not_excluded_in_silence(retriever: Retriever) -> None:

@@ -134,6 +134,7 @@ def test_files_of_partitions_stay_apart(tmp_path: Path) -> None:
         folder = data / "train" / f"day={day}"
         folder.mkdir(parents=True)
         pq.write_table(rows.slice(4 * day, 4), folder / "part-0.parquet")
+    (data / "train" / "day=0" / "_SUCCESS").touch()  # the other day is not whole
     root = Location.of(str(data))
     ids = pa.table({"item": list(range(30)), "codes": [[item % 5] for item in range(30)]})
 
@@ -142,6 +143,7 @@ def test_files_of_partitions_stay_apart(tmp_path: Path) -> None:
     files = [tmp_path / "coded" / "train" / f"day={day}" / "part-0.parquet" for day in range(2)]
     table = pa.concat_tables([pq.ParquetFile(file).read() for file in files])
     assert table["codes"].to_pylist() == [[item % 5] for item in rows["item"].to_pylist()]
+    assert [file.with_name("_SUCCESS").exists() for file in files] == [True, False]
 
 
 def test_items_added_later_leave_the_codes_of_others(towers: Path, semantic: Path) -> None:
