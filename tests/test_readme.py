@@ -4,8 +4,8 @@ A `recsys` command that stands on several pages runs once. Exchanged are: `make`
 which the continuous integration runs for real, by dry runs, the recipe with a pretrained encoder by
 `tiny.yaml` in large batches with a frozen encoder, histories of 200 items by those of 20, two
 epochs and more of the pages' shop by one, three trials of a search by one, the log of IFDB by that
-of an eighth of its users, torchrun by ranks of `run_recsys` (but on the launcher's own page), torchx
-but for training and benchmarks, and benchmarks by sizes of seconds.
+of an eighth of its users, torchrun by ranks of `run_recsys` (but on the launcher's own page),
+torchx, too, but for training and benchmarks, and benchmarks by sizes of seconds.
 """
 
 import os

@@ -130,7 +130,7 @@ def test_with_lists_in_stages_and_equal_hashes_a_dataset_is_the_same(data: st.Da
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["impressions", "views", "again"])  # each takes a minute
 @settings(ONCE, max_examples=2)
 @given(data=st.data())
 def test_on_spark_a_dataset_is_what_loops_over_the_log_give(
