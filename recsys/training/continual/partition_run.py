@@ -232,9 +232,9 @@ class PartitionRun:
         if plan is None:
             progress = initial_state.start_fresh(job, checked)
         else:
-            earlier = [Partition(trained.name) for trained in self.state.trained]
-            earlier.sort(key=lambda partition: partition.key)  # a late one is not the latest
-            folders = [partition.folder for partition in earlier]
+            partitions = [Partition(trained.name) for trained in self.state.trained]
+            partitions.sort(key=lambda partition: partition.key)  # a late one is not the latest
+            folders = [partition.folder for partition in partitions]
             initial_state.fit_to_rows(job, plan, checked.numbers, folders)
         self.timer.lap("fit")
         ranks.on_first(self.folder.write, begun_state)

@@ -119,8 +119,8 @@ def log(seed: int, late: bool) -> pa.Table:
         "price": random.integers(0, 9, number) / 2,
     }
     table = pa.table(rows)
-    again = random.integers(0, number, 200)
-    copies = table.take(pa.array(again))
+    repeated_rows = random.integers(0, number, 200)
+    copies = table.take(pa.array(repeated_rows))
     shift = random.choice([0, 10 * HOUR, 20 * HOUR, 3 * DAY], 200) * late
     copies = copies.set_column(4, "arrived", pa.array(copies["arrived"].to_numpy() + shift))
     return pa.concat_tables([table, copies])
@@ -246,8 +246,8 @@ def test_a_clock_that_begins_before_1970_ends_no_call_that_merges_the_state(
     config = write_small(tmp_path, drop={"late_rows": "3000w"})
     for number, day in enumerate(DAYS[:3]):
         # In Berlin the first hour of 1970 is one of 1969 in UTC.
-        again = [("cy", item, -START - HOUR) for item in (number, 9)]
-        add_file(tmp_path / "log" / f"{number + 1}.parquet", again)
+        events = [("cy", item, -START - HOUR) for item in (number, 9)]
+        add_file(tmp_path / "log" / f"{number + 1}.parquet", events)
         prepare_events(config, tmp_path / "out", until=day)
     rows = content_of(tmp_path / "out")
     train = [row for name, part in rows.items() if name.startswith("train") for row in part]
