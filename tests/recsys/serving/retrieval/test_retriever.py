@@ -176,8 +176,8 @@ features:
     manifest = SimpleNamespace(pooled=["user"], dense=["age"])
     tower: Any = SimpleNamespace(schema=load_schema(Location.of(tmp_path)), manifest=manifest)
     assert UserTower.columns(tower, []) == (["user"], ["seen"])
-    both = ["user", "age"], ["seen", "seen_price"]
-    assert UserTower.columns(tower, ["age", "seen_price"]) == both
+    columns = ["user", "age"], ["seen", "seen_price"]
+    assert UserTower.columns(tower, ["age", "seen_price"]) == columns
 
 
 def test_ids_of_another_type_are_not_excluded_in_silence(retriever: Retriever) -> None:
