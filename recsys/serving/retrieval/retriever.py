@@ -196,10 +196,7 @@ class Retriever:
         if self._blend is not None and histories is None:
             raise ValueError(f"{self.folder}: a blend is searched with histories; give them, too")
         with errors_at("exclude", pa.ArrowException, TypeError, OverflowError):
-            excluded = [
-                set(pa.array(list(ids), self.ids.type).to_pylist())
-                for ids in exclude or [()] * len(queries)
-            ]
+            excluded = [self._excluded(ids) for ids in exclude or [()] * len(queries)]
         depth = count + max(map(len, excluded), default=0)
         matches = search_index(self._index, queries, depth)
         results = []
@@ -214,6 +211,16 @@ class Retriever:
             best = [rank for rank, item in enumerate(ids) if item not in excluded_ids][:count]
             results.append(Retrieved([ids[rank] for rank in best], scores[best]))
         return results
+
+    def _excluded(self, values: Sequence[Any]) -> set[Any]:
+        """Return raw ids as items have them; a text in place of a list and 7.5 are errors."""
+        if isinstance(values, str | bytes):
+            raise ValueError(f"{values!r} is no list of ids; give [{values!r}]")
+        ids = pa.array(list(values), self.ids.type).to_pylist()
+        for value, item in zip(values, ids, strict=True):
+            if isinstance(value, float | np.floating) and value != item:  # Arrow cuts 7.5 to 7
+                raise ValueError(f"{value} is no id of an item; give whole numbers")
+        return set(ids)
 
 
 REQUESTS_PER_BLOCK = 1024

@@ -180,12 +180,20 @@ features:
     assert UserTower.columns(tower, ["age", "seen_price"]) == columns
 
 
-def test_ids_of_another_type_are_not_excluded_in_silence(retriever: Retriever) -> None:
+def test_ids_of_another_type_are_not_excluded_in_silence(
+    retriever: Retriever, monkeypatch: pytest.MonkeyPatch
+) -> None:
     queries = np.zeros((1, retriever.manifest.dim), np.float32)
     best = retriever.search(queries, 1)[0].items
     assert retriever.search(queries, 1, [np.array(best)])[0].items != best
     with pytest.raises(ValueError, match="exclude"):
         retriever.search(queries, 1, [[7]])
+    with pytest.raises(ValueError, match=r"exclude: 'item 3' is no list"):
+        retriever.search(queries, 1, ["item 3"])
+    monkeypatch.setattr(retriever, "ids", pa.array(range(len(retriever.ids))))
+    with pytest.raises(ValueError, match=r"exclude: 7\.5 is no id"):
+        retriever.search(queries, 1, [[7.5]])
+    assert 7 not in retriever.search(queries, len(retriever.ids), [[7.0]])[0].items
 
 
 def test_requests_of_files_are_answered_in_their_order(
