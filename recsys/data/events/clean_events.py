@@ -79,7 +79,7 @@ def read_tables(
 ) -> Types:
     """Make the stage `events_read` of some tables; return its types, which begin with `types`.
 
-    These are of the calls before, if there were any.
+    `types` are those that earlier calls have stored; a first call has none.
     """
     is_first, types = not types, dict(types)
     fields = [

@@ -213,7 +213,7 @@ class Retriever:
         return results
 
     def _excluded(self, values: Sequence[Any]) -> set[Any]:
-        """Return raw ids as items have them; a text in place of a list and 7.5 are errors."""
+        """Return raw ids in the type of the items; a text is no list, and 7.5 no id."""
         if isinstance(values, str | bytes):
             raise ValueError(f"{values!r} is no list of ids; give [{values!r}]")
         ids = pa.array(list(values), self.ids.type).to_pylist()
