@@ -27,22 +27,36 @@ def served(
     package: Path, verify: str = "false", workers: int = 1
 ) -> Iterator[tuple[int, int, int]]:
     """Start a server of one thread; yield its process id and the ports of HTTP and gRPC."""
-    ports = []
-    for _ in range(2):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            ports.append(free.getsockname()[1])
+    with _reserved_port() as port, _reserved_port() as grpc_port:
+        yield from _served(package, verify, workers, port, grpc_port)
+
+
+@contextmanager
+def _reserved_port() -> Iterator[int]:
+    """Yield a free port, which no other process is given until the end.
+
+    The server, which sets SO_REUSEADDR as well, may listen on it, as this socket does not.
+    """
+    with socket.socket() as reserved:
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserved.bind(("127.0.0.1", 0))
+        yield reserved.getsockname()[1]
+
+
+def _served(
+    package: Path, verify: str, workers: int, port: int, grpc_port: int
+) -> Iterator[tuple[int, int, int]]:
     words = [sys.executable, "-m", "recsys.cli", "serve", str(package), "--name", "package"]
-    words += ["--host", "127.0.0.1", "--port", str(ports[0]), "--grpc_port", str(ports[1])]
+    words += ["--host", "127.0.0.1", "--port", str(port), "--grpc_port", str(grpc_port)]
     words += ["--threads", "1", "--log_level", "warning", "--verify", verify]
     words += ["--workers", str(workers), "--drain", "0"]
     process = subprocess.Popen(words, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         deadline = time.monotonic() + START_SECONDS
-        while not _is_ready(ports[0]):
+        while not _is_ready(port):
             assert process.poll() is None and time.monotonic() < deadline, words
             time.sleep(0.1)
-        yield process.pid, ports[0], ports[1]
+        yield process.pid, port, grpc_port
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(START_SECONDS)

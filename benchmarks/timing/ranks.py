@@ -3,7 +3,6 @@
 import logging
 import multiprocessing
 import os
-import socket
 import time
 import traceback
 import warnings
@@ -122,16 +121,21 @@ class OwnProcesses:
 
     def __init__(self, variant: Variant, threads: int) -> None:
         self.variant = variant
-        job = (variant.ranks, _free_port())
+        # This process holds the stores, as torchrun's agent does: a port is never free to others.
+        self.stores = [
+            dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            for _ in range(variant.ranks if variant.apart else 1)
+        ]
         context = multiprocessing.get_context("spawn")
         self.connections: list[Connection] = []
         self.processes: list[BaseProcess] = []
         with _environment(OMP_NUM_THREADS=str(threads)):  # read when libraries are loaded
             for rank in range(variant.ranks):
                 parent_end, child_end = context.Pipe()
-                place = (0, 1, _free_port()) if variant.apart else (rank, *job)
+                place = (0, 1) if variant.apart else (rank, variant.ranks)
+                port = self.stores[rank if variant.apart else 0].port
                 process = context.Process(
-                    target=_serve, args=(variant, *place, threads, child_end), daemon=True
+                    target=_serve, args=(variant, *place, port, threads, child_end), daemon=True
                 )
                 process.start()
                 child_end.close()
@@ -195,6 +199,7 @@ def _serve(
         LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
         GLOO_SOCKET_IFNAME="lo",  # gloo would look up the machine's name, which need not resolve
     )
     answer: Callable[[], Any]
@@ -211,13 +216,6 @@ def _serve(
         return
     except BaseException:
         connection.send((False, traceback.format_exc()))
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 @contextmanager

@@ -130,14 +130,18 @@ def train(job: Job, watchdog: Watchdog, marker: Path) -> None:
 
 
 def launch(name: str, folder: Path) -> tuple[list[BaseProcess], Any]:
-    """Starts the ranks of a job; with them the store, where the launcher holds it."""
+    """Starts the ranks of a job; with them the launcher's store, or a socket that keeps a port."""
     folder.mkdir()
-    job, store = JOBS[name], None
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    job = JOBS[name]
+    holder: Any
     if job.launcher_holds_the_store:
-        store = dist.TCPStore("localhost", port, is_master=True, wait_for_workers=False)
+        holder = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        port = holder.port
+    else:
+        holder = socket.socket()  # does not listen: the store of rank 0 may, no other program
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("localhost", 0))
+        port = holder.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["recsys.distributed.watchdog"])
     processes: list[BaseProcess] = [
@@ -146,7 +150,7 @@ def launch(name: str, folder: Path) -> tuple[list[BaseProcess], Any]:
     ]
     for process in processes:
         process.start()
-    return processes, store
+    return processes, holder
 
 
 def collect(job: Job, folder: Path, ends: list[float | None], codes: list[int | None]) -> Outcome:
