@@ -102,7 +102,9 @@ def _read_pretrained(files: PretrainedFiles, table: str, dim: int) -> Iterator[t
             raise ValueError(f"{path}: not a readable Parquet file ({error})") from error
 
 
-def _vectors(block: _Block, column: str, dim: int) -> np.ndarray:  # float32 [N, D]
+def _vectors(
+    block: _Block, column: str, dim: int, table_type: torch.dtype
+) -> np.ndarray:  # float32 [N, D]
     """Return the vectors of a block; a ValueError names the first that cannot be used."""
     lists = block.lists
     lengths = pc.fill_null(pc.list_value_length(lists), -1).to_numpy(zero_copy_only=False)
@@ -117,13 +119,13 @@ def _vectors(block: _Block, column: str, dim: int) -> np.ndarray:  # float32 [N,
     )
     numbers = lists.flatten().cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
     vectors: np.ndarray = numbers.reshape(-1, dim)  # null is NaN
-    is_finite = np.isfinite(vectors)
+    is_finite = torch.tensor(vectors).to(table_type).isfinite().numpy()
     block.require(
         is_finite.all(axis=1),
         column,
         lambda index: (
             f"value {lists[index].as_py()[int((~is_finite[index]).argmax())]}; write a finite "
-            "number that fits float32"
+            f"number that fits {str(table_type).removeprefix('torch.')}"
         ),
     )
     return vectors
@@ -183,7 +185,7 @@ def load_pretrained_rows(
     num_set = num_left_out = 0
     for id_column, block in _read_pretrained(files, stored_name, target.dim):
         rows = _rows(block, id_column, rows_of_ids)
-        vectors = _vectors(block, files.vector_column, target.dim)
+        vectors = _vectors(block, files.vector_column, target.dim, target.type)
         has_row = np.ones(len(rows), dtype=bool) if rows_of_ids is None else rows != -1
         target.check(block, id_column, rows, has_row)
         for shard in target.shards:
@@ -208,6 +210,7 @@ class _Target:
         sharded = {key.split(".")[-2]: weight for key, weight in table_weights(model).items()}
         whole = dict(table_parameters(model))
         if name in sharded:
+            self.type = sharded[name].metadata().tensor_properties.dtype
             self.num_rows, self.dim = sharded[name].metadata().size
             self.shards = [
                 TableShard(shard.tensor.detach(), [], *shard.metadata.shard_offsets)
@@ -220,7 +223,7 @@ class _Target:
         elif whole[name].is_meta:
             raise ValueError(f"table '{name}' is on meta; shard the model before loading")
         else:
-            self.num_rows, self.dim = whole[name].shape
+            self.type, (self.num_rows, self.dim) = whole[name].dtype, whole[name].shape
             self.shards = [TableShard(whole[name].detach(), [], 0, 0)]
         self._first = min((shard.row for shard in self.shards), default=0)
         last = max((shard.row + len(shard.weight) for shard in self.shards), default=0)

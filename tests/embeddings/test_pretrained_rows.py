@@ -230,6 +230,14 @@ def test_what_cannot_be_used_is_refused_with_its_place(
         load(path)
 
 
+def test_a_number_beyond_the_type_of_the_table_is_refused(tmp_path: Path) -> None:
+    model = TablesModel(table_configs(precision="fp16"), "cpu")
+    most = torch.finfo(torch.float16).max
+    path = write(tmp_path / "vectors.parquet", [1, 2], [[most] * DIM, [1e5] * DIM])
+    with pytest.raises(ValueError, match=r"row 1: value 100000\.0; .*fits float16"):
+        load_pretrained_rows(model, "user", PretrainedFiles([path]))
+
+
 def test_an_id_that_two_files_hold_is_refused(tmp_path: Path) -> None:
     paths = [write(tmp_path / f"{part}.parquet", [part, 5], vectors([1, 2])) for part in (0, 1)]
     with pytest.raises(ValueError, match=r"1\.parquet: column 'id', row 1: id 5"):

@@ -189,14 +189,14 @@ class CodeIndex:
         scores, places = (torch.cat(parts)[:, :count].numpy() for parts in zip(*results))
         return scores, places
 
-    def add(self, codes: np.ndarray) -> None:  # int64 [N, L]
-        """Insert items behind the others; ValueError: more share all codes than are told apart."""
+    def trie_with(self, codes: np.ndarray) -> CodeTrie:  # int64 [N, L]
+        """Return the trie of more items; ValueError: more share all codes than are told apart."""
         table, most = add_codes(self.trie.table, codes), self.decoder.codes.shape[1]
         if table[:, -1].max(initial=0) > most:
             raise ValueError(
                 f"more than {most} items share all their codes; train with more ranking.num_codes"
             )
-        self.trie = CodeTrie(table)
+        return CodeTrie(table)
 
 
 def write_decoder(folder: Path, model: Generative, settings: GenerativeSettings) -> dict[str, int]:

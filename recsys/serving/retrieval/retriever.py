@@ -147,8 +147,10 @@ class Retriever:
                 "write those of all items with --codebooks of the semantic ids that the model was "
                 "trained on"
             )
-        self._index.add(codes[is_new])
+        trie = self._index.trie_with(codes[is_new])
+        # The ids first: a search of another thread may find the new places at once.
         self.ids = pa.concat_arrays([self.ids, ids.filter(pa.array(is_new))])
+        self._index.trie = trie
         return int(is_new.sum())
 
     def columns(self, given: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -25,6 +25,7 @@ from recsys.build import SPLITS, Job
 from recsys.checkpoint.files import model_of
 from recsys.checkpoint.run_folder import trained_counts
 from recsys.config.plain_yaml import load_plain_yaml
+from recsys.data.events.daily_state import STATE
 from recsys.data.parquet.file import open_parquet
 from recsys.data.schema import Schema
 from recsys.distributed.ranks import Ranks
@@ -294,16 +295,20 @@ def write_dataset_with(
     """Write a local dataset whose rows also have the ids of their item, whole or not at all.
 
     `ids` has raw ids of items, and lists of ids in [0, num_ids) in `column`; other items get an
-    empty list.
+    empty list. The column is also looked up by the item: requests may leave it out, and no user
+    tower reads it.
     """
     content = _schema_without(root, column)
     content["columns"][column] = {"kind": "ids", "num_embeddings": num_ids}
     with whole_folder(out) as partial:
         for entry in sorted(Path(root.path).iterdir()):
+            if entry.name == STATE:
+                continue  # of the events, which know nothing of the column
             if entry.is_dir() and entry.name not in SPLITS:
                 shutil.copytree(entry, partial / entry.name, copy_function=link_or_copy)
             elif entry.is_file() and entry.name != "schema.yaml":
                 link_or_copy(entry, partial / entry.name)
+        _add_lookup(content.setdefault("features", []), schema.target_item, ids, column, partial)
         (partial / "schema.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
         for split in SPLITS:
             folder = root / split
@@ -313,6 +318,30 @@ def write_dataset_with(
                 _write_file(file, path, schema, ids, column)
                 if Path(file.path).with_name(SUCCESS).exists():
                     path.with_name(SUCCESS).touch()
+
+
+def _add_lookup(
+    tables: list[dict[str, Any]], item: str, ids: pa.Table, column: str, out: Path
+) -> None:
+    """Add a column of the item to the tables of `schema.yaml` and to the dataset's last values."""
+    table = next((part for part in tables if part["by"] == [item]), None)
+    if table is None:
+        table = {"by": [item], "columns": []}
+        tables.append(table)
+    table["columns"] = [*table["columns"], column]
+    folder = out / "features" / item
+    folder.mkdir(parents=True, exist_ok=True)
+    files = sorted(folder.rglob("*.parquet"))
+    if files:
+        values = pq.read_table(folder, partitioning=None)
+        stored = values[item].combine_chunks().cast(ids[item].type)
+        places = pc.index_in(stored, ids[item].combine_chunks())
+        values = values.append_column(column, ids[column].combine_chunks().take(places))
+        is_missing = pc.invert(pc.is_in(ids[item], stored))
+        ids = pa.concat_tables([values, ids.filter(is_missing)], promote_options="permissive")
+        for file in files:
+            file.unlink()  # a link to that of the other dataset
+    pq.write_table(ids, folder / "part-0.parquet")
 
 
 def _schema_without(root: Location, column: str) -> dict[str, Any]:

@@ -9,11 +9,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from recsys.checkpoint.reader import stored_tables
 from recsys.cli import main
 from recsys.data.schema import load_schema
 from recsys.distributed.ranks import joined_ranks
+from recsys.serving import Scorer
+from recsys.serving.export import export_run
 from recsys.serving.retrieval import semantic_ids
 from recsys.serving.retrieval.catalogue import unit
 from recsys.serving.retrieval.item_vectors import export_vectors
@@ -121,6 +124,18 @@ def test_any_model_takes_them_as_sparse_features(towers: Path, semantic: Path) -
 
     table = stored_tables(semantic / "run" / "checkpoints" / "best")["semantic_ids"]
     assert table.size[0] == 10
+    with joined_ranks("cpu") as ranks:
+        export_run(semantic / "run", semantic / "package", "fp32", ranks)
+    scorer = Scorer.load(semantic / "package")
+    request = json.loads((semantic / "package" / "request.json").read_text())
+    items = list(ids_by_item)[:9]
+    stated = {"item": items, "semantic_ids": [ids_by_item[item] for item in items]}
+    assert "semantic_ids" not in json.dumps(request)  # the item says them
+    assert np.array_equal(
+        scorer.score(**{**request, "candidates": items}),
+        scorer.score(**{**request, "candidates": stated}),
+    )
+
     report = json.loads((semantic / "ids" / "collisions.json").read_text())
     codes = np.unique(np.array(list(ids_by_item.values())), axis=0)
     assert report["distinct"] == len(codes) <= 25 and report["items"] == len(ids_by_item)
@@ -144,6 +159,38 @@ def test_files_of_partitions_stay_apart(tmp_path: Path) -> None:
     table = pa.concat_tables([pq.ParquetFile(file).read() for file in files])
     assert table["codes"].to_pylist() == [[item % 5] for item in rows["item"].to_pylist()]
     assert [file.with_name("_SUCCESS").exists() for file in files] == [True, False]
+
+
+def test_codes_are_looked_up_beside_the_last_values_of_an_item(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data", {"train": 8, "valid": 4, "test": 4})
+    schema = yaml.safe_load((data / "schema.yaml").read_text())
+    schema["columns"]["price"] = {"kind": "dense", "fill": 0}
+    schema["features"] = [{"by": ["item"], "columns": ["price"]}]
+    (data / "schema.yaml").write_text(yaml.safe_dump(schema))
+    folder = data / "features" / "item"
+    folder.mkdir(parents=True)
+    pq.write_table(pa.table({"item": [2, 7], "price": [0.5, 1.5]}), folder / "part-3.parquet")
+    (data / ".state").mkdir()
+    root = Location.of(str(data))
+    ids = pa.table({"item": [1, 2], "codes": [[4], [0]]})
+
+    write_dataset_with(root, load_schema(root), ids, "codes", 5, tmp_path / "coded")
+
+    assert load_schema(Location.of(str(tmp_path / "coded"))).is_of_items("codes")
+    values = pq.read_table(tmp_path / "coded" / "features" / "item")
+    assert values.to_pylist() == [
+        {"item": 2, "price": 0.5, "codes": [0]},
+        {"item": 7, "price": 1.5, "codes": None},
+        {"item": 1, "price": None, "codes": [4]},
+    ]
+    assert pq.read_table(folder).num_columns == 2 and not (tmp_path / "coded" / ".state").exists()
+
+
+def test_no_user_tower_reads_the_codes_of_the_ranked_item(semantic: Path) -> None:
+    config = backbone_config(semantic, "two_tower", "none", epochs=1)
+    config.ranking.query_features = ["semantic_ids"]
+    with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match="recall would be far"):
+        train(config, str(semantic / "data"), semantic / "leaking", ranks)
 
 
 def test_items_added_later_leave_the_codes_of_others(towers: Path, semantic: Path) -> None:
