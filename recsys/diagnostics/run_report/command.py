@@ -30,6 +30,7 @@ from recsys.evaluation.evaluate import (
     split_interactions,
     split_scores,
 )
+from recsys.evaluation.metrics import LEAST_USERS
 from recsys.evaluation.predict import data_of, load_run
 from recsys.evaluation.scores import SplitScores, read_scores
 from recsys.storage.files import read_json, write_whole
@@ -170,10 +171,12 @@ def findings(metrics_by_part: dict[str, dict[str, Any]]) -> list[str]:
     every, warm, unseen = metrics_by_part["all"], metrics_by_part["warm"], metrics_by_part["unseen"]
     sentences = _compared_with_mean("Log loss", every["ne"])
     if warm["gauc"] is not None and unseen["gauc"] is not None:
+        num_users = min(part.get("gauc_users", LEAST_USERS) for part in (warm, unseen))
+        few = f" One of them rests on {num_users} users alone." * (num_users < LEAST_USERS)
         sentences.append(
             f"Within a user, items never seen in training are ranked with a GAUC of "
             f"{unseen['gauc']:.4f}, items seen often with {warm['gauc']:.4f}: a difference of "
-            f"{warm['gauc'] - unseen['gauc']:+.4f}. Chance is 0.5."
+            f"{warm['gauc'] - unseen['gauc']:+.4f}. Chance is 0.5.{few}"
         )
     if every["calibration"] is not None and abs(every["calibration"] - 1) > 0.1:
         way = "high" if every["calibration"] > 1 else "low"

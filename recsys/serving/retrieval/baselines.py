@@ -408,7 +408,14 @@ def _read_events(
 
 
 def _sources(run: Path, job: Job) -> Iterator[RowSource]:
-    for folder in learned_folders(run, job.train_folder):
-        if folder == job.train_folder or (job.root / folder).exists():
+    folders = learned_folders(run, job.train_folder)
+    gone = [folder for folder in folders[:-1] if not (job.root / folder).exists()]
+    if gone:
+        logger.warning(
+            f"{job.root}: {len(gone):,} of {len(folders):,} partitions that the run has learned "
+            f"from are gone, from {gone[0]} to {gone[-1]}: the baselines learn from the others"
+        )
+    for folder in folders:
+        if folder not in gone:
             config = job.config
             yield open_rows(config.source, job.root, folder, job.schema, config.on_bad_row)

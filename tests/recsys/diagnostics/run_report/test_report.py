@@ -258,6 +258,16 @@ def test_every_label_has_a_table_and_a_softmax_loss_no_probabilities() -> None:
     assert list(table.head) == ["training impressions", "AUC", "GAUC", "rows"]
 
 
+def test_a_difference_that_rests_on_few_users_says_so() -> None:
+    values = dict.fromkeys(("auc", "gauc", "logloss", "ne", "calibration"), 0.5)
+    part = values | {"num_samples": 90, "gauc_users": 20}
+    report = part | dict.fromkeys(("warm", "cold"), part)
+    for num_users, says_so in ((3, True), (5, False)):
+        unseen = {"unseen": part | {"gauc_users": num_users}}
+        section = summary({"test": report | unseen}, has_probabilities=True)
+        assert any("rests on 3 users alone" in text for text in section.verdicts) == says_so
+
+
 SCHEMA = """
 target_item: item
 group: user

@@ -359,7 +359,9 @@ def test_rows_of_weight_0_are_no_events_of_baselines(tmp_path: Path) -> None:
     assert list(zip(users.tolist(), items.tolist(), strict=True)) == expected
 
 
-def test_events_are_of_all_partitions_that_a_run_has_learned_from(tmp_path: Path) -> None:
+def test_events_are_of_all_partitions_that_a_run_has_learned_from(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     data, _ = write_weighted(tmp_path)
     rows, names = table_of(data, "train"), ["date=1", "date=2", "date=3"]
     shutil.rmtree(data / "train")
@@ -373,7 +375,12 @@ def test_events_are_of_all_partitions_that_a_run_has_learned_from(tmp_path: Path
     job: Any = SimpleNamespace(**dataset, config=Config())
     _, items, _ = _read_events(tmp_path / "partitions" / "date=2", job, np.arange(40))
     counted = [row for row in rows.slice(0, 40).to_pylist() if row["times"] > 0 < row["liked"]]
-    assert items.tolist() == [row["item"] for row in counted]
+    assert items.tolist() == [row["item"] for row in counted] and not caplog.messages
+
+    shutil.rmtree(data / "train" / "date=1")
+    _, items, _ = _read_events(tmp_path / "partitions" / "date=2", job, np.arange(40))
+    assert items.tolist() == [row["item"] for row in counted][-len(items) :]
+    assert "1 of 2 partitions that the run has learned from are gone" in caplog.messages[0]
 
 
 def test_several_ranks_are_refused() -> None:
