@@ -104,10 +104,12 @@ def _row_chunks(rows: ParquetRows, name: str) -> Iterator[Chunk]:
 def _numbers(chunks: Iterable[Chunk], name: str) -> tuple[np.ndarray, bool | None]:
     """Return a column as float64, NaN where one is null, and whether it has times (in us).
 
-    That is None for nulls alone. Files of both times and numbers are a ValueError.
+    That is None for nulls alone. Files of both times and numbers, or of numbers in two units, are
+    a ValueError.
     """
     parts: list[np.ndarray] = []
     first: tuple[bool, Location] | None = None  # of the first value
+    first_unit: tuple[str, Location] | None = None
     for file, column in chunks:
         is_time = pt.is_timestamp(column.type) or pt.is_date(column.type)
         if column.null_count < len(column):
@@ -125,4 +127,11 @@ def _numbers(chunks: Iterable[Chunk], name: str) -> tuple[np.ndarray, bool | Non
         except pa.ArrowException as error:
             problem = f"has no times or numbers ({error})"
             raise ValueError(f"{file}: column '{name}': {problem}") from error
+        if not is_time and (unit := _unit(parts[-1])):
+            first_unit = first_unit or (unit, file)
+            if unit != first_unit[0]:
+                raise ValueError(
+                    f"{file}: column '{name}' seems to be in {unit} since 1970, but in "
+                    f"{first_unit[1]} in {first_unit[0]}; write all files in one unit"
+                )
     return np.concatenate(parts), None if first is None else first[0]

@@ -1,5 +1,6 @@
 """Metrics of the setting `metrics`, built in or of your own. Shapes: N rows of a split."""
 
+import re
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -36,9 +37,13 @@ class Metric(Protocol):
 
 
 def make_metrics(settings: Mapping[str, MetricSettings]) -> dict[str, Metric]:
-    """Make the metrics of a configuration; a reserved name or a bad option is a ValueError."""
+    """Make the metrics of a configuration; an unusable name or a bad option is a ValueError."""
     for name in settings:
-        if name in RESERVED or not name:
+        if not re.fullmatch(r"[\w.@ -]+", name):
+            raise ValueError(
+                f"metrics.{name}: trackers take names of letters, digits, spaces and . _ - @ alone"
+            )
+        if name in RESERVED:
             raise ValueError(
                 f"metrics.{name}: every report has '{name}' already; choose another name than "
                 f"{', '.join(sorted(RESERVED))}"

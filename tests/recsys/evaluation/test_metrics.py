@@ -1,6 +1,7 @@
 """Metrics equal their definitions, built in ones and further ones."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,12 @@ def test_a_report_has_each_metric_of_all_rows_and_of_each_part() -> None:
 @pytest.mark.parametrize("name", ["gauc", "rows", "partition"])
 def test_a_metric_has_no_name_of_a_line_of_results(name: str) -> None:
     with pytest.raises(ValueError, match=rf"metrics\.{name}: every report has"):
+        make_metrics({name: MetricSettings("precision_at_k")})
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a?"])  # MLflow makes one of a? and a!
+def test_a_metric_has_a_name_that_all_trackers_tell_apart(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"metrics\.{re.escape(name)}: trackers take names of"):
         make_metrics({name: MetricSettings("precision_at_k")})
 
 

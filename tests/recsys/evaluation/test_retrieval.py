@@ -194,6 +194,14 @@ def test_files_whose_moments_are_times_and_numbers_are_refused_but_nulls_are_nei
         _numbers([*chunks, (third, pa.array([1_704_110_400]))], "since")
 
 
+def test_files_whose_moments_are_numbers_in_two_units_are_refused() -> None:
+    first, second = map(Location.of, ("first.parquet", "second.parquet"))
+    seconds, millis = pa.array([1_704_110_400, None]), pa.array([1_704_110_400_000])
+    assert len(_numbers([(first, seconds), (second, seconds)], "since")[0]) == 4
+    with pytest.raises(ValueError, match=r"second.*in ms since 1970, but in .*first.* in s;"):
+        _numbers([(first, seconds), (second, millis)], "since")
+
+
 def test_a_damaged_file_of_moments_is_named(tmp_path: Path) -> None:
     file = tmp_path / "part.parquet"
     pq.write_table(pa.table({"time": [1, 2]}), file, use_dictionary=False)
