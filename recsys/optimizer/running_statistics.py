@@ -22,7 +22,9 @@ class RunningStatistics:
         for layer in self.layers:
             if layer.training and layer.running_mean is not None and layer.running_var is not None:
                 statistics += [layer.running_mean, layer.running_var]
-        if not statistics or (num_ranks := dist.get_world_size(self.group)) == 1:
+        if not statistics or not dist.is_initialized():
+            return
+        if (num_ranks := dist.get_world_size(self.group)) == 1:
             return
         joined = torch.cat(statistics)
         dist.all_reduce(joined, group=self.group)

@@ -21,6 +21,7 @@ from recsys.content.branch import ContentBranch
 from recsys.data.batch import Batch
 from recsys.model.losses import ContentIDContrastive
 from recsys.optimizer.dense import DenseGroup, parameter_groups
+from recsys.optimizer.running_statistics import RunningStatistics
 from recsys.plug_in.batches import ContentBatches, ItemContent
 from recsys.plug_in.interactions import WidenedModule, no_columns, widened_interaction
 from recsys.plug_in.settings import ContentRates, PlugInSettings
@@ -44,6 +45,7 @@ class ContentOfBatch(nn.Module):
     ) -> None:
         super().__init__()
         self.branch, self.dim = branch, settings.dim
+        self.statistics = RunningStatistics(branch)
         self.target_map = nn.Linear(settings.dim, dim)
         self.num_vectors, self.num_features = 1, 0
         self.interest: ContentInterest | None = None
@@ -55,7 +57,9 @@ class ContentOfBatch(nn.Module):
             self.num_features = self.interest.output_dim - settings.dim + num_history_numbers(0)
 
     def forward(self, batch: Batch) -> ContentInputs:
+        """Return the inputs; in training a collective if encoders have batch normalisation."""
         content = self.branch(batch)
+        self.statistics.average()
         vectors, features = [self.target_map(content.target)], no_columns(content.target)
         if self.interest is not None:
             # The first C columns of the interest are its vector, the others single features.

@@ -31,6 +31,7 @@ from recsys.plug_in import (
     dlrm_state,
     load_dlrm,
 )
+from tests.ranks import run_on_ranks
 from tests.recsys.content.item_batches import batch_of_items
 from tests.recsys.plug_in.plug_in_runs import BATCH, DIM, KINDS, NUM_ITEMS, build_dlrm
 from tests.recsys.plug_in.plug_in_runs import user_batches as torchrec_batches
@@ -44,11 +45,14 @@ SETTINGS = ContentSettings(
 
 
 def with_content(
-    dlrm: DLRM, has_history: bool = True, contrastive: ContrastiveSettings | None = None
+    dlrm: DLRM,
+    has_history: bool = True,
+    contrastive: ContrastiveSettings | None = None,
+    encoder: StoredFeatures | None = None,
 ) -> DLRMWithContent:
     bank = MemoryBank(NUM_ITEMS, SETTINGS.vector_dim, "cpu")
     bank.update(torch.arange(NUM_ITEMS), torch.randn(NUM_ITEMS, SETTINGS.vector_dim), step=0)
-    branch = ContentBranch({"clip": StoredFeatures(WIDTH)}, SETTINGS, bank)
+    branch = ContentBranch({"clip": encoder or StoredFeatures(WIDTH)}, SETTINGS, bank)
     items: Any = SimpleNamespace(branch=branch, batches=None)
     settings = PlugInSettings("shop", "item", SETTINGS, history="viewed" if has_history else None)
     if contrastive is not None:
@@ -86,6 +90,21 @@ def test_the_first_logits_are_those_of_the_dlrm_to_the_last_bit(
     logits = with_content(dlrm, has_history)(batch)
 
     assert torch.equal(logits, dlrm(batch.dense_features, batch.sparse_features))
+
+
+def statistics_after_a_step(rank: int, world_size: int) -> list[float]:
+    """Running means of a layer in training and of a frozen one, which begin at the rank + 1."""
+    torch.manual_seed(0)
+    encoder, layers = StoredFeatures(WIDTH), [nn.BatchNorm1d(1), nn.BatchNorm1d(1).eval()]
+    encoder.layers = nn.ModuleList(layers)
+    for layer in layers:
+        layer.running_mean.fill_(rank + 1)  # type: ignore[union-attr]
+    with_content(build_dlrm("dlrm", "cpu"), encoder=encoder).content(content_batch())
+    return [float(layer.running_mean) for layer in layers]  # type: ignore[arg-type]
+
+
+def test_batch_normalisation_has_the_same_statistics_on_all_ranks() -> None:
+    assert run_on_ranks(statistics_after_a_step, 2) == [[1.5, 1.0], [1.5, 2.0]]
 
 
 def test_content_counts_once_its_weights_have_moved_from_zero() -> None:
