@@ -119,12 +119,12 @@ def _vectors(
     )
     numbers = lists.flatten().cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
     vectors: np.ndarray = numbers.reshape(-1, dim)  # null is NaN
-    is_finite = torch.tensor(vectors).to(table_type).isfinite().numpy()
+    is_finite = torch.tensor(vectors).to(table_type).isfinite()
     block.require(
-        is_finite.all(axis=1),
+        is_finite.all(dim=1).numpy(),
         column,
         lambda index: (
-            f"value {lists[index].as_py()[int((~is_finite[index]).argmax())]}; write a finite "
+            f"value {lists[index].as_py()[int(is_finite[index].int().argmin())]}; write a finite "
             f"number that fits {str(table_type).removeprefix('torch.')}"
         ),
     )

@@ -358,7 +358,7 @@ class Call:
         past = f"past_events WHERE {quoted(EVENT_KEYS)} = ''"
         ids = writer.ids("1 = 1", "new_events", past)
         sizes = writer.write_vocabularies(ids, out, self.folder.path, self.before.sizes)
-        item, counts = config.output.item, writer.item_counts(f"1 = 1{writer.is_logged}")
+        item, counts = config.output.item, writer.item_counts("1 = 1")
         if (file := self.folder.path / "item_counts.parquet").exists():
             parts = [pq.read_table(file, partitioning=None), counts]
             counts = pa.concat_tables(parts, promote_options="default").group_by(item)

@@ -84,7 +84,7 @@ class DatasetWriter:
         """Write a dataset; `schema.yaml` and what is fitted for it come last."""
         self._write_splits(conditions, folder)
         train = f"{conditions['train']}{self.is_logged}"
-        pq.write_table(self.item_counts(train), folder / "item_counts.parquet")
+        pq.write_table(self.item_counts(conditions["train"]), folder / "item_counts.parquet")
         sizes = self.write_vocabularies(self._ids(train), folder)
         if self.config.items is not None:
             self._write_items(train, folder, items)
@@ -98,10 +98,10 @@ class DatasetWriter:
         check_transformed(Location.of(folder))
 
     def item_counts(self, train: str) -> pa.Table:
-        """Return the number of training rows of each item, by the condition of such rows."""
+        """Return the training rows that count of each item, by the condition of training rows."""
         return self.engine.table(
             f"SELECT iid AS {quoted(self.config.output.item)}, count(*) AS train_rows "
-            f"FROM complete c WHERE {train} GROUP BY c.iid ORDER BY c.iid"
+            f"FROM complete c WHERE {train}{self.is_counted} GROUP BY c.iid ORDER BY c.iid"
         )
 
     def columns(self) -> tuple[str, Complete]:
@@ -144,6 +144,12 @@ class DatasetWriter:
     def is_logged(self) -> str:
         """SQL that leaves drawn rows out."""
         return f" AND {DRAWN_AS} = 0" if self.config.negatives is not None else ""
+
+    @property
+    def is_counted(self) -> str:
+        """SQL that also leaves rows of weight 0 out: in a run they count for no item."""
+        has_weight = f" AND {quoted(WEIGHT)} > 0" if self.config.weight is not None else ""
+        return f"{self.is_logged}{has_weight}"
 
     def _write_items(self, train: str, folder: Path, other: Path | None) -> None:
         """Write each item's content as of the last training row, or link the files of `other`."""
@@ -317,21 +323,22 @@ class DatasetWriter:
 
     def _figures(self, conditions: dict[str, str]) -> dict[str, dict[str, Any]]:
         """Return rows, positive share, users, and shares of new users and cold items, by split."""
-        train = f"{conditions['train']}{self.is_logged}"
-        label = quoted(f"l_{next(iter(self.config.labels))}")
-        users = f"SELECT uid, count(*) AS n FROM complete WHERE {train} GROUP BY uid"
-        items = f"SELECT iid, count(*) AS n FROM complete WHERE {train} GROUP BY iid"
+        train, label = conditions["train"], quoted(f"l_{next(iter(self.config.labels))}")
+        users, items = (
+            f"SELECT {key}, count(*) AS n FROM complete WHERE {train}{rows} GROUP BY {key}"
+            for key, rows in (("uid", self.is_logged), ("iid", self.is_counted))
+        )
         cases = " ".join(f"WHEN {test} THEN '{name}'" for name, test in conditions.items())
 
-        def share(condition: str) -> str:
+        def share(condition: str, rows: str) -> str:
             value = f"CASE WHEN {condition} THEN 1 ELSE 0 END"  # Spark rounds means of decimals
-            return f"CAST(avg(CASE WHEN 1 = 1{self.is_logged} THEN {value} END) AS DOUBLE)"
+            return f"coalesce(CAST(avg(CASE WHEN 1 = 1{rows} THEN {value} END) AS DOUBLE), 0)"
 
         table = self.engine.table(
             f"SELECT split, count(*) AS rows, avg({label}) AS positive, "
-            f"count(DISTINCT s.uid) AS users, {share('u.n IS NULL')} AS new_users, "
-            f"{share(f'coalesce(i.n, 0) < {COLD_BELOW}')} AS cold, "
-            f"{share('i.n IS NULL')} AS unseen "
+            f"count(DISTINCT s.uid) AS users, {share('u.n IS NULL', self.is_logged)} AS new_users, "
+            f"{share(f'coalesce(i.n, 0) < {COLD_BELOW}', self.is_counted)} AS cold, "
+            f"{share('i.n IS NULL', self.is_counted)} AS unseen "
             f"FROM (SELECT *, CASE {cases} END AS split FROM complete) s "
             f"LEFT JOIN ({users}) u ON s.uid = u.uid LEFT JOIN ({items}) i ON s.iid = i.iid "
             "WHERE split IS NOT NULL GROUP BY split"

@@ -323,8 +323,8 @@ def _past_items(engine: SqlEngine, config: EventsConfig) -> PastItems:
     if config.negatives is not None and config.negatives.by == "popularity":
         events = KnownItems(engine.work / "known_events")
         events.append_events(engine, config, "clean_events")
-    taken = f"SELECT uid, iid, min({config.arrival}) AS since FROM clean_events GROUP BY uid, iid"
-    return PastItems(KnownItems.of_catalogue(engine), events, taken)
+    pairs = f"SELECT uid, iid, min({config.arrival}) AS since FROM clean_events GROUP BY uid, iid"
+    return PastItems(KnownItems.of_catalogue(engine), events, pairs)
 
 
 def item_times(config: EventsConfig, events: str) -> str:

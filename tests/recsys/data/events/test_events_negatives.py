@@ -302,17 +302,34 @@ def test_counts_of_items_and_min_count_are_those_of_the_log(file: str, tmp_path:
     assert ids == frequent == pq.read_table(out / "items")["item"].to_pylist()
 
 
-def test_cold_and_unseen_count_rows_of_the_log_alone(file: str, tmp_path: Path) -> None:
-    out = prepare(file, tmp_path, negatives={"per_positive": DRAWN})
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_cold_and_unseen_count_rows_of_the_log_alone(
+    is_weighted: bool, file: str, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"negatives": {"per_positive": DRAWN}}
+    if is_weighted:  # rows of weight 0 count for no item either
+        weights = pa.array(np.arange(4 * USERS) % 3)
+        pq.write_table(log().append_column("times", weights), tmp_path / file)
+        settings |= {"events": {"buy": {"path": file, "columns": ["times"]}}}
+        settings |= {"weight": {"column": "times"}}
+    out = prepare(file, tmp_path, **settings)
     root = Location.of(out)
-    train, test = (pq.read_table(out / split).to_pylist() for split in ("train", "test"))
-    logged = Counter(row["item"] for row in train if not row["sampled"])
+    train, test = (
+        [
+            row["item"]
+            for row in pq.read_table(out / split).to_pylist()
+            if not row["sampled"] and row.get("weight", 1)
+        ]
+        for split in ("train", "test")
+    )
+    logged = Counter(train)
     counts = count_items(ParquetRows.of_split(root, "train", load_schema(root)), 0, 1)
     assert sorted(counts.counts) == sorted(logged.values())
-    items = [row["item"] for row in test if not row["sampled"]]
+    table = pq.read_table(out / "item_counts.parquet")
+    assert dict(zip(*table.to_pydict().values(), strict=True)) == logged
     expected = {
-        "cold": np.mean([logged[item] < COLD_BELOW for item in items]),
-        "unseen": np.mean([logged[item] == 0 for item in items]),
+        "cold": np.mean([logged[item] < COLD_BELOW for item in test]),
+        "unseen": np.mean([logged[item] == 0 for item in test]),
     }
     assert 0 < expected["unseen"] < expected["cold"]
     report = json.loads((out / "report.json").read_text())["splits"]["test"]
