@@ -1,7 +1,4 @@
-"""Bandwidths for TorchRec's planner: by the name of a GPU, or from the settings.
-
-Figures are one-directional and come from NVIDIA's data sheets.
-"""
+"""Bandwidths for TorchRec's planner, one-directional: from NVIDIA's data sheets or the settings."""
 
 from __future__ import annotations
 

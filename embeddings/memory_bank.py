@@ -20,8 +20,7 @@ from torch.distributed._shard.sharded_tensor import (
 
 from embeddings.host import is_on_host, to_device
 
-# Size limits for a bank on every rank. A replica receives the writes of all ranks; with many ranks
-# these are more rows than one rank reads.
+# Limits of a replica: with many ranks, it receives more written rows than its rank reads.
 MAX_REPLICA_BYTES = 256 * 2**20
 MAX_REPLICAS = 16
 
@@ -98,12 +97,10 @@ class MemoryBank:
         """Start computing routes of ids [U] on the host; the result finishes. Both: collectives."""
         if self.world_size == 1:
             return lambda: (None, None)
-        id_lists = [reads] if writes is None else [reads, writes]
-        checked = [self._checked(item_ids) for item_ids in id_lists]
-        # Only a fill of the bank passes ids on a GPU.
-        kinds, ids = len(checked), torch.cat(checked).to("cpu")
+        checked = [self._checked(ids) for ids in ([reads] if writes is None else [reads, writes])]
+        kinds, ids = len(checked), torch.cat(checked).to("cpu")  # only a fill has ids on a GPU
         lengths = torch.tensor([len(item_ids) for item_ids in checked])
-        kind = torch.arange(kinds).repeat_interleave(lengths)  # [U], 0: read, 1: write
+        kind = torch.arange(kinds).repeat_interleave(lengths)  # of each id; 0: read, 1: write
         owner = ids // self._block_size
         key = owner * kinds + kind
         counts = key.bincount(minlength=self.world_size * kinds).view(-1, kinds)  # [W, kinds]
@@ -367,5 +364,5 @@ def build_memory_bank(
     """
     world_size = 1 if process_group is None else dist.get_world_size(process_group)
     replicated = is_replicated(num_items, dim, world_size, placement)
-    bank_class = ReplicatedMemoryBank if replicated else MemoryBank
-    return bank_class(num_items, dim, device, process_group)
+    bank = ReplicatedMemoryBank if replicated else MemoryBank
+    return bank(num_items, dim, device, process_group)

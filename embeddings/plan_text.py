@@ -29,9 +29,7 @@ def format_plan(plan: ShardingPlan, tables: Sequence[TableConfig]) -> str:
     lines = [("table", "rows x dim", "MB", "sharding", "kernel", "shards (rank: rows x columns)")]
     for table in tables:
         memory = table_memory(table, plan)
-        shards = ", ".join(
-            f"{shard.rank}: {shard.rows} x {shard.columns}" for shard in memory.shards
-        )
+        shards = ", ".join(f"{s.rank}: {s.rows} x {s.columns}" for s in memory.shards)
         size, megabytes = f"{table.num_embeddings} x {table.embedding_dim}", table.megabytes
         lines.append((table.name, size, f"{megabytes:.2f}", memory.sharding, memory.kernel, shards))
     return align_columns(lines)

@@ -91,12 +91,9 @@ def _read_pretrained(files: PretrainedFiles, table: str, dim: int) -> Iterator[t
                     positions = np.arange(end, end + len(batch))
                     end += len(batch)
                     if TABLE_COLUMN in columns:
-                        is_of_table = pc.equal(batch[TABLE_COLUMN].cast(pa.string()), table)
-                        is_of_table = pc.fill_null(is_of_table, False)
-                        batch, positions = (
-                            batch.filter(is_of_table),
-                            positions[is_of_table.to_numpy(False)],
-                        )
+                        mask = pc.equal(batch[TABLE_COLUMN].cast(pa.string()), table)
+                        mask = pc.fill_null(mask, False)
+                        batch, positions = batch.filter(mask), positions[mask.to_numpy(False)]
                     ids, lists = batch[id_column], batch[files.vector_column]
                     yield id_column, _Block(path, positions, ids, lists)
         except FileNotFoundError as error:

@@ -172,9 +172,7 @@ def plan_sharding(
                 topology=topology,
                 batch_size=batch_size,
                 storage_reservation=FixedPercentageStorageReservation(figures.reserved_share),
-                constraints={
-                    table.name: constraints(table, num_ranks, prefetch) for table in tables
-                },
+                constraints={t.name: constraints(t, num_ranks, prefetch) for t in tables},
                 stats=NoopEmbeddingStats(),
                 debug=False,
             )

@@ -116,10 +116,7 @@ def require_schema(data: str) -> None:
 
 
 def require_finished(run: Path) -> Path:
-    """Return the finished run in a folder, of a continual run that of its newest partition.
-
-    A folder without a finished run is a ValueError.
-    """
+    """Return the finished run in a folder, or of a continual run's newest partition."""
     from recsys.checkpoint.partitions import newest_run
 
     run = newest_run(run)

@@ -60,8 +60,7 @@ def serve(package: Path, /, settings: ServerSettings) -> None:
 
         require_installation()
         require_working_installation(imports_torchrec=False)
-        # By default, all workers together use all cores.
-        threads = len(os.sched_getaffinity(0)) // settings.workers
+        threads = len(os.sched_getaffinity(0)) // settings.workers  # all workers use all cores
         settings = replace(
             settings,
             package=str(package),

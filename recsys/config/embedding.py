@@ -52,8 +52,8 @@ class TableSettings:
     """Weight decay of the table."""
     id_dropout: Dropout = 0.0
     """Share of a training batch's rows whose vector is replaced by zeros, so that the model learns
-    to rank new ids. For pooled tables and that of the target item; vectors in histories stay. As
-    far as both shares allow, `neighbours.dropout` takes the same rows."""
+    to rank new ids. For pooled tables, and for that of the target item, whose vectors in histories
+    stay; as far as both shares allow, `neighbours.dropout` takes the same rows."""
     frozen: bool = False
     """Keep the initial weights, such as those of `init_from`."""
     kernel: Kernel = "fused"

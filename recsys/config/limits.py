@@ -38,7 +38,6 @@ def check_settings(value: Any, name: str = "", hint: Any = None) -> None:
     """Check every number against its limit, and call the method `check(name)` of every dataclass.
 
     `name` is the setting's full name, empty at the top; `hint` is the annotation of a plain value.
-    A value out of range is a ValueError.
     """
     if is_dataclass(value):
         for field, field_hint in get_type_hints(type(value), include_extras=True).items():

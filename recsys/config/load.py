@@ -169,10 +169,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
 @cached_copy
 def config_of_plain(plain: dict[str, Any]) -> Config:
-    """Return the `Config` of a `to_plain` result; missing settings get their defaults.
-
-    A wrong setting is a ValueError.
-    """
+    """Return the `Config` of a `to_plain` result, with defaults; raise for a wrong setting."""
     name = _ranking_name([("--config", plain)])
     parser = Parser(exit_on_error=False)
     add_config_arguments(parser, ["--ranking.name", name])

@@ -167,9 +167,7 @@ def settings_of(kind: type, values: Any) -> Any:
     parser = Parser(exit_on_error=False)
     parser.add_class_arguments(kind, None)
     namespace = parser.instantiate(parser.parse_object(values))
-    return kind(
-        **{setting.name: namespace[setting.name] for setting in fields(kind) if setting.init}
-    )
+    return kind(**{item.name: namespace[item.name] for item in fields(kind) if item.init})
 
 
 def problem_of_keys(

@@ -1,7 +1,6 @@
 """A safe YAML loader for schemas and configurations from untrusted people.
 
-It refuses `class_path`, which imports modules, aliases, which can expand without limit, and
-duplicate keys.
+It refuses duplicate keys, `class_path`, which imports modules, and aliases, which can expand.
 """
 
 import copy

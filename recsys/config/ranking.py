@@ -1,7 +1,4 @@
-"""Settings of the ranking model, `ranking` in a recipe: common settings, and those of a model.
-
-The attribute `Settings` of a model's class is the dataclass of its settings.
-"""
+"""Settings of the ranking model, `ranking` in a recipe; a model's class names its `Settings`."""
 
 from __future__ import annotations
 
@@ -163,8 +160,7 @@ def check_keys(keys: Iterable[str], name: str) -> None:
 def for_model(recipe: Any, name: str) -> Any:
     """Return a recipe whose `ranking` has only settings of the ranking model `name`.
 
-    Settings that only the model in the recipe has are dropped with a warning. Others are a
-    ValueError.
+    Settings that only the recipe's own model has are dropped with a warning; others raise.
     """
     section = recipe.get("ranking") if isinstance(recipe, dict) else None
     if not isinstance(section, dict):

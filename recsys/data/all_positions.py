@@ -1,9 +1,8 @@
 """Train on every position of a history, so that an epoch reads each user's events once.
 
-If a row's history equals the user's earlier rows, those rows are skipped. The row then yields a
-target for each history item and its own item, each with the history before (SASRec, arXiv
-1808.09781). Shapes: R rows of a split, K rows read, B targets, N items of the targets' histories, T
-items of the K rows' histories.
+Rows that a later row's history lists are skipped. The targets of that row are its own item and each
+history item, each with the history before (SASRec, arXiv 1808.09781).
+Shapes: R rows of a split, K rows read, B targets, N items of their histories, T of the K rows.
 """
 
 from __future__ import annotations
@@ -30,9 +29,8 @@ logger = logging.getLogger(__name__)
 BASE = 0x9E3779B97F4A7C15  # base of a polynomial hash modulo 2^64; odd, so that it has an inverse
 
 
-# Arrays [R] from which `targets_before` finds whether a history equals the rows before it:
-# positions, groups and hashed items of rows without padding, and lengths and hashes of their
-# histories. A history's hash is the sum of hashed items times BASE ^ age.
+# Arrays [R], without padding rows: positions, groups, hashed items, and lengths and hashes of
+# histories. A history's hash is the sum of its hashed items times BASE ^ age.
 Summary = tuple[np.ndarray, ...]
 
 

@@ -76,10 +76,7 @@ class Interactions:
         self.begin(0)
 
     def begin(self, epoch: int, stages: Sequence[Stage] = (), first_batch: int = 0) -> None:
-        """Go to batch `first_batch` of the epoch's rows that earlier `stages` did not read.
-
-        A stage is a part of the epoch that was read with another number of ranks or batch size.
-        """
+        """Go to batch `first_batch` of the epoch's rows that earlier `stages` did not read."""
         self.epoch, self.first_batch = epoch, first_batch
         self.shuffle_seed = None if self.seed is None else (self.seed, epoch)
         shares = rank_shares(self.rows, stages, self.world_size, self.shuffle_seed)

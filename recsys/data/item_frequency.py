@@ -119,10 +119,7 @@ def rows_that_count(table: pa.Table, schema: Schema) -> np.ndarray:  # table R r
 def count_items(
     rows: RowSource, rank: int, world_size: int, also: Callable[[pa.Table], None] | None = None
 ) -> ItemCounts:
-    """Count the items of a rank's rows, except sampled negatives and rows that do not count.
-
-    `also` is called with each chunk of rows.
-    """
+    """Count the items of a rank's rows that count and are not sampled; pass chunks to `also`."""
     schema, counts, waiting = rows.schema, ItemCounts.sum_of([]), list[ItemCounts]()
     for table in rows.read_once(*rows.share(rank, world_size)):
         if also is not None:

@@ -1,8 +1,7 @@
 """Histories as an index into their unique items, and differentiable operations without padding.
 
-`dot` and `weighted_sum` use kernels of `embedding_bag` and allocate no [N, D] tensor. A place is a
-position among all items of the batch's histories.
-Shapes: B batch, U unique items, N places, P selected places, D dimension, K any width.
+`dot` and `weighted_sum` use kernels of `embedding_bag` and allocate no [N, D] tensor. Shapes: B
+batch, U unique items, N places (items of all histories), P some places, D dimension, K any width.
 """
 
 from __future__ import annotations

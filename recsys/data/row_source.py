@@ -1,8 +1,7 @@
 """Rows of a split as chunks, which ranks check and read in shares.
 
 Chunks have one global order, shuffled by seed and epoch in training. A rank's share is a contiguous
-range of that order; shares differ by at most one row. A different number of ranks can resume an
-epoch.
+range of it; shares differ by at most one row. Another number of ranks can resume an epoch.
 """
 
 from __future__ import annotations

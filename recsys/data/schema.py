@@ -49,8 +49,7 @@ class Schema:
     )
     # By table with a vocabulary: the type of its raw ids, set when a file with them is opened.
     id_types: dict[str, IdType] = field(default_factory=dict, init=False)
-    # By transformed column.
-    transforms: dict[str, Chain] = field(default_factory=dict, init=False)
+    transforms: dict[str, Chain] = field(default_factory=dict, init=False)  # by column
     # By table that grew because its ids need more rows: num_embeddings in schema.yaml.
     grown: dict[str, int] = field(default_factory=dict, init=False)
 
@@ -228,9 +227,8 @@ def load_vocabularies(
 ) -> dict[str, int]:
     """Load exact vocabularies from `root`, and build hash vocabularies.
 
-    `fix` ends the error about a missing file. Tables that are too small grow, unless `is_of_run`:
-    a run's tables keep their size, and ids that do not fit are unknown. Returns the number of
-    these ids, by table.
+    `fix` ends the error about a missing file. Tables that are too small grow. A run's tables keep
+    their size, and ids that do not fit are unknown: returns the number of these by table.
     """
     fix = fix or f"run `recsys prepare vocabulary --data {root}`"
     num_later: dict[str, int] = {}
@@ -282,8 +280,8 @@ def _validate(schema: Schema, path: str) -> None:
     with errors_at(path):
         for role, name in (("target_item", target), ("group", schema.group)):
             if name not in id_columns:
-                problem = f"{role} is '{name}', which is no column of kind id"
-                raise ValueError(f"{problem}; name one of {id_columns}")
+                cause = f"{role} is '{name}', which is no column of kind id"
+                raise ValueError(f"{cause}; name one of {id_columns}")
         if columns[target].num_embeddings is None:
             raise ValueError(f"target_item '{target}' needs its own num_embeddings")
         if problem := label_problem(columns):

@@ -74,12 +74,10 @@ class BoundedVocabularies:
             evicted = vocabulary.take_evicted_rows()
             if self.reset is not None and len(evicted):
                 self.reset(table, evicted)
-            rows_of_features = rows.split([len(keys) for keys in raw])
-            for name, (values, counted), feature_rows in zip(
-                names, ids, rows_of_features, strict=True
-            ):
+            by_feature = rows.split([len(keys) for keys in raw])
+            for name, (values, counted), new_rows in zip(names, ids, by_feature, strict=True):
                 values.fill_(vocabulary.unknown_row)
-                values[counted] = feature_rows
+                values[counted] = new_rows
                 if name == self.history:
                     batch.history = replace(batch.history, items=values.clone())
             if table == self.target:
@@ -90,8 +88,7 @@ class BoundedVocabularies:
     def _feature_ids(self, batch: Batch, name: str, training: bool) -> tuple[Tensor, Tensor]:
         """Return the ids of a feature, and a mask or an index of ids that count as uses.
 
-        Without training, items of padding rows are mapped, too. Every use of an item in histories
-        counts.
+        Without training, items of padding rows are mapped, too. Each use in a history counts.
         """
         pooled, features = batch.sparse_features, batch.sequence_features
         if pooled is not None and name in pooled.keys():  # noqa: SIM118 - it is no dict

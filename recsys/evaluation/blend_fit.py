@@ -17,8 +17,7 @@ PRIOR_ROWS = 10.0  # weight of the regularisation toward the unfitted blend, in 
 def fit_blend(job: Job, scored: dict[str, Tensor]) -> None:
     """Fit the blend to scored rows on rank 0, and broadcast it to all ranks. A collective.
 
-    Replaces `scored["logits"]` by logits of blends that were fitted to other users (cross-fitting),
-    so that metrics estimate the blend's quality for new users.
+    Replaces `scored["logits"]` by cross-fitted logits, of blends fitted to other users.
     """
     neighbours, ranks = job.em3.neighbours, job.ranks
     if neighbours is None:

@@ -111,8 +111,7 @@ def paired_difference(
 
     `first` and `second` hold scores by seed and window; metrics are averaged over seeds. `metric`
     is gauc, auc, rmse or mae; `part` is all, warm, cold or unseen. A resample draws users, each
-    with the rows of all windows. Returns None if fewer than `LEAST_USERS` users define the metric.
-    Raises a ValueError for runs that scored different rows.
+    with the rows of all windows. None if too few users define it; a ValueError if rows differ.
     """
     windows = _check_windows(first, second)
     users = _all_users(windows)

@@ -100,7 +100,7 @@ def check_data(
 
 
 class ValidationLabels:
-    """Counts rows of each value of the first label in a rank's share of a split, and users."""
+    """Counts rows by value of the first label in a rank's share, and collects their users."""
 
     def __init__(self, schema: Schema) -> None:
         self.schema, self.label = schema, schema.of_kind("label")[0]
@@ -129,8 +129,7 @@ class ValidationLabels:
         negatives, positives = map(sum, counts)
         if any(has_both):
             return negatives, positives, True
-        # No rank by itself has a user with both labels: compare the users of all ranks.
-        users = [torch.from_numpy(users) for users in self.users]
+        users = [torch.from_numpy(users) for users in self.users]  # users may be split over ranks
         self.users = [gather_rows(ids, ranks.group).unique().numpy() for ids in users]
         return negatives, positives, self._has_user_with_both()
 
@@ -184,7 +183,7 @@ def require_usable(rows: RowSource, split: Location, scored: Mapping[str, Tensor
 
 
 def fill_bank(job: Job, lockstep: Lockstep | None = None) -> None:
-    """Encode every item with content and write its vector to the memory bank. A collective."""
+    """Encode every item with a table row and write its vector to the memory bank. A collective."""
 
     def stop_if_asked() -> None:
         if lockstep is not None:

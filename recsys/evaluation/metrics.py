@@ -113,11 +113,9 @@ class ScoredRows:
         Returns:
             auc: probability that a positive is above a negative; a tie counts half.
             gauc: mean AUC of users with both labels, weighted by their rows.
-            logloss: mean binary cross-entropy.
-            ne: normalised entropy, logloss divided by the entropy of the mean label.
+            logloss, ne: mean binary cross-entropy; the same over the entropy of the mean label.
             calibration: mean prediction divided by mean label.
-            rmse, mae: errors of numeric labels.
-            nrmse: rmse divided by the rmse of predicting the mean.
+            rmse, mae, nrmse: errors of numeric labels; nrmse is rmse over that of the mean label.
             deviance: mean Poisson deviance.
         """
         rows = np.ones(len(self.label), bool) if rows is None else rows

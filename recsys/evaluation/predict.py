@@ -47,10 +47,7 @@ def data_of(run: Path, data: str | None) -> str:
 def load_run(
     run: Path, data: str | None, ranks: Ranks, device: str, changed: Sequence[str] = ()
 ) -> Job:
-    """Load a run's best model with `data` or its training data; return its job. A collective.
-
-    `changed` holds command-line arguments that override the run's settings.
-    """
+    """Return the job of a run's best model; `changed` are arguments of settings. A collective."""
     with ranks.raise_on_all_ranks():
         if not (run / "metrics.json").is_file():
             raise ValueError(f"{run}: holds no finished run (metrics.json); train it first")
@@ -69,8 +66,7 @@ def load_run(
 def evaluate(run: Path, data: str | None, split: str, ranks: Ranks, device: str) -> dict[str, Any]:
     """Evaluate a split, print the metrics, and write them and the scores. A collective.
 
-    Metrics go to `RUN/evaluation_SPLIT.json`. If the run's folder is read-only, a ValueError
-    follows the printed metrics.
+    Metrics go to `RUN/evaluation_SPLIT.json`; if that is impossible, print them and raise.
     """
     with ranks.raise_on_all_ranks():
         scores = scores_file(run, split)

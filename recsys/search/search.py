@@ -210,8 +210,7 @@ class Search:
         with self._locked():
             self._study(0).tell(trial.number, value, state)
             ended, best = self.trials(*ENDED), self._keep_best()
-        # Scores of metrics to minimise are negative, hence `abs`.
-        result = state.name.lower() if value is None else f"{abs(value):.4f}"
+        result = state.name.lower() if value is None else f"{abs(value):.4f}"  # errors are negative
         result += f" ({cause})" if cause else ""
         progress = f"{len(ended)} of {self.num_trials} ended"
         if best is not None:
@@ -234,9 +233,8 @@ class Search:
             run = folder / f"run-{number}"
             metrics = run / "metrics.json"
             if not metrics.exists():
-                self._train(
-                    [*self._command(run, data, seed), *arguments], log, trial, run, len(runs)
-                )
+                command = [*self._command(run, data, seed), *arguments]
+                self._train(command, log, trial, run, len(runs))
             if not metrics.exists():
                 raise ValueError(f"see {folder / 'log.txt'}")
             scores.append(self._score(json.loads(metrics.read_text())["valid"]))

@@ -34,7 +34,5 @@ def read_lines(run: Path) -> list[dict[str, Any]]:
     """Return the validations so far, one per step: a resumed run may repeat its last one."""
     path = run / FILE
     text = path.read_text() if path.exists() else ""
-    complete_lines = [
-        json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")
-    ]
-    return list({line["step"]: line for line in complete_lines}.values())
+    ended = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return list({line["step"]: line for line in ended}.values())

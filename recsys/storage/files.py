@@ -76,9 +76,8 @@ def whole_folder(path: Path, may_exist: bool = False) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
     except OSError as error:
-        raise ValueError(
-            f"{path}: cannot be made ({error.strerror}); name another folder"
-        ) from error
+        problem = f"{path}: cannot be made ({error.strerror})"
+        raise ValueError(f"{problem}; name another folder") from error
     try:
         yield partial
         try:

@@ -157,10 +157,7 @@ def event_fields(config: EventsConfig, name: str) -> list[Field]:
 def usable_rows(
     engine: SqlEngine, config: EventsConfig, types: Types, since: int = -FOREVER
 ) -> tuple[str, int, dict[str, int]]:
-    """Return SQL of usable rows, the number of rows read, and that of unusable rows by reason.
-
-    Arrival times before `since` are raised to `since`.
-    """
+    """Return SQL of usable rows, which arrive from `since` on; count rows read and unusable."""
     required = {"user": "uid", "item": "iid", "time": "ts", "action": "action"}
     problems = {f"no {name}": f"{column} IS NULL" for name, column in required.items()}
     problems["in the future"] = f"ts > {config.latest}"

@@ -179,10 +179,7 @@ class Call:
         return report
 
     def _read_events(self) -> tuple[Types, int, dict[str, int], dict[str, dict[str, int]]]:
-        """Make the stages `new_events`, of this call, and `clean_events`.
-
-        Returns column types, the number of rows read and left out, and the files of each table.
-        """
+        """Make `new_events` and `clean_events`; return types, rows read and left out, and files."""
         engine, config = self.engine, self.config
         readers, files = self._new_readers()
         types: Types = {}
@@ -287,8 +284,7 @@ class Call:
     def _due_rows(self) -> dict[str, int]:
         """Make the stages `due`, the rows to write, and `unique_events`, which may label them.
 
-        Due rows have their day `/day` and its end `/end`. Returns the numbers of rows that are not
-        due, by reason.
+        Due rows have a day `/day` and its end `/end`. Returns the number of other rows by reason.
         """
         engine, config = self.engine, self.config
         late = f"arrived - ts > {duration(config.drop.late_rows)}"

@@ -92,10 +92,7 @@ class DailyFolder:
             lock.release()
 
     def progress(self, config: EventsConfig) -> Progress:
-        """Return the progress, and remove files of killed calls.
-
-        Settings that differ from those of earlier calls are a ValueError.
-        """
+        """Return the progress; remove files of killed calls; raise if settings have changed."""
         settings, file = _settings(config), self.state / PROGRESS
         if not file.exists():
             shutil.rmtree(self.state, ignore_errors=True)
@@ -232,10 +229,7 @@ class KeptEvents:
         self.engine.read_saved("earlier", [file])
 
     def write(self) -> tuple[dict[str, list[str]], int, int]:
-        """Write the events that later calls need.
-
-        Returns the files of each table, and the new `Progress.compacted` and `appended`.
-        """
+        """Write events that later calls need; return files, `compacted` and `appended`."""
         engine, folder, before = self.engine, self.folder, self.before
         file = folder.new_file("pending", before)
         later = f"SELECT * FROM incoming WHERE arrived >= {self.until}"

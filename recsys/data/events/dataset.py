@@ -35,8 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 ITEMS_PER_GROUP = 1024  # rows of a row group, small, since a row may hold pictures
-# With vocabulary.kind rows, a table has at most the larger of these: rows, and rows per id.
-LARGE_TABLE, ROWS_PER_ID = 1 << 24, 1000
+LARGE_TABLE, ROWS_PER_ID = 1 << 24, 1000  # limits of tables whose ids are rows; the larger counts
 
 
 def complete_samples(

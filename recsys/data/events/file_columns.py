@@ -167,10 +167,7 @@ def _csv_rows(
 
 
 def _later_type(error: pa.ArrowInvalid, names: list[str]) -> Types:
-    """Return the type of the column that an error names, or raise the error.
-
-    Arrow infers a type from the first block, which may have only nulls or whole seconds.
-    """
+    """Return the type of a column that Arrow inferred wrongly from its first block, or raise."""
     match = re.match(
         r"In CSV column #(\d+): Row #\d+: CSV conversion error to (null|timestamp\[s\]): "
         "invalid value '(.*)'",
@@ -191,10 +188,7 @@ def _csv_header(start: bytes, parse: pa_csv.ParseOptions) -> list[str]:
 
 
 def id_type(texts: pa.Array) -> pa.DataType:
-    """Return int64 if all ids are plain integers, float64 for other numbers, else string.
-
-    Numbers with leading zeros are strings. Without a value the type is null.
-    """
+    """Return int64 for plain integers, float64 for other numbers, null for no value, or string."""
     if not len(texts.drop_null()):
         return pa.null()
     with suppress(pa.ArrowInvalid):

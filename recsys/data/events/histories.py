@@ -30,8 +30,7 @@ from recsys.data.parquet.values import one_chunk
 
 KEYS = {"user": "uid", "item": "iid"}
 SETS = "/sets"
-# Columns of past events, where a row may stand for several dropped events: how many, and by which
-# keys they are counted.
+# Columns of past events that stand for several dropped ones: their number, and keys of the count.
 NUMBER, EVENT_KEYS = "/n", "/keys"
 SAMPLES_AT_ONCE = 1 << 16  # samples whose histories are in memory at a time
 
@@ -206,7 +205,7 @@ def _add_recent_events(
         engine.view("recent_events", f"SELECT {listed(names)} FROM past_events WHERE {has_user}")
         return
     names.remove(NUMBER)  # it is 1 for each event
-    delays = [entry.delay for entry in (*config.histories.values(), *counts)]
+    delays = [h.delay for h in config.histories.values()] + [count.delay for count in counts]
     delay = max((duration(text) or 0 for text in delays), default=0)
     longest = max((duration(count.within) or 0 for count in counts), default=-FOREVER)
     since = [f"any_value(settled) - ({longest})"] + [
@@ -284,8 +283,9 @@ class HistoryFeatures:
             block = slice(first, first + SAMPLES_AT_ONCE)
             samples = chunk.take(pa.array(rows[block]))
             columns = {name: one_chunk(samples[name]) for name in samples.schema.names}
-            for name, column in columns_of_samples.items():
-                columns[name] = pa.array(column[block])
+            columns |= {
+                name: pa.array(column[block]) for name, column in columns_of_samples.items()
+            }
             if self.files is None:
                 for name, history in self.histories.items():
                     lists = history_lists(columns, name, history, values[name])

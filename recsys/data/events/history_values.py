@@ -75,8 +75,7 @@ def by_position(chunk: pa.Table, events: np.ndarray) -> np.ndarray:  # int64 [E]
 class Moments:
     """Finds the events that each sample of a chunk knows.
 
-    `chunk` [N] has samples and events of whole keys, sorted by key and `ts`; keys have no nulls.
-    `samples`, bool [N], tells which rows are samples.
+    `chunk` [N] has both, sorted by key and `ts`, without null keys. `samples`, bool [N], is a mask.
     """
 
     def __init__(self, chunk: pa.Table, keys: Sequence[str], samples: np.ndarray) -> None:

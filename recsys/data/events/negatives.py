@@ -145,9 +145,8 @@ class DrawNegatives:
 class Positives:
     """Rows of a chunk that get negatives, int64 [P] each.
 
-    rows: row numbers in the chunk. user: number of the user in the chunk. block: 0 or the day in
-    train, else the number of the split. role: value of `DRAWN_AS`. key: hash of user, item and
-    time, uint64.
+    rows, user: numbers in the chunk. block: 0 or the day in train, else the number of the split.
+    role: value of `DRAWN_AS`. key: hash of user, item and time, uint64.
     """
 
     def __init__(self, chunk: pa.Table) -> None:
@@ -330,10 +329,7 @@ def _past_items(engine: SqlEngine, config: EventsConfig) -> PastItems:
 
 
 def item_times(config: EventsConfig, events: str) -> str:
-    """Return SQL of `iid` and `since`, the time from which an item exists.
-
-    That is its first event, or the first time of a snapshot, whichever is earlier.
-    """
+    """Return SQL of `iid` and `since`: its first event or time of a valid snapshot, if earlier."""
     since = f"SELECT iid, min({config.arrival}) AS since FROM {events} GROUP BY iid"
     has_snapshots = config.items is not None and config.items.valid_from is not None
     available = "valid_from" if has_snapshots else None
@@ -388,8 +384,6 @@ def _positive_rows(label: str, datasets: Conditions) -> tuple[str, str]:
     """Return SQL, to follow FROM, of positive rows in train, and in valid or test."""
     train = [splits["train"] for splits in datasets.values()]
     held_out = [splits[split] for splits in datasets.values() for split in ("valid", "test")]
-    in_train, in_held_out = (
-        " OR ".join(f"({sql})" for sql in tests) for tests in (train, held_out)
-    )
+    in_train, in_held_out = (" OR ".join(f"({sql})" for sql in s) for s in (train, held_out))
     is_positive = f"rows WHERE {quoted(label)} = 1"
     return f"{is_positive} AND ({in_train})", f"{is_positive} AND ({in_held_out})"

@@ -96,10 +96,7 @@ class Reader:
             raise ValueError(f"{file}: {error}") from error
 
     def completed(self, types: Types) -> Reader:
-        """Return a reader of columns `types`, with null for columns that this reader lacks.
-
-        A column of another type is a ValueError.
-        """
+        """Return a reader of columns `types`, null where missing; a ValueError for another type."""
         fields = {field.name: field for field in self.fields}
         for name, field in fields.items():
             if (kind := self.schema.field(name).type) != types[name] and name not in self.untyped:

@@ -69,9 +69,7 @@ def _cuts(engine: SqlEngine, config: EventsConfig) -> dict[str, tuple[list[str],
 
 def _user_ends(split: Split) -> list[str]:
     """Return SQL of the largest `older` (a user's number of older rows) in train and in valid."""
-    if (
-        split.by == "leave_last"
-    ):  # with few rows: first fill test, then one row in train, then valid
+    if split.by == "leave_last":  # few rows fill test first, then one row of train, then valid
         return [f"greatest(total - {count * split.last}, 1) - 1" for count in (2, 1)]
     # A row with m older rows of n is before quantile q if m <= q (n - 1).
     return [f"CAST('{share}' AS DOUBLE) * (total - 1)" for share in split.at[:2]]

@@ -61,7 +61,7 @@ class Feature:
     """A column that samples have."""
 
     kind: Literal["id", "ids", "dense"]
-    # Replaces null. None: samples with a null number are dropped, and a null id is unknown.
+    # Replaces null. None: a sample with null is dropped; with exact vocabularies, null ids stay.
     fill: int | float | str | None = None
 
 
@@ -337,9 +337,7 @@ class EventsConfig:
             "rows": self.rows,
             **{f"labels.{name}.action": label.action for name, label in self.labels.items()},
             "weight.actions": None if self.weight is None else [*self.weight.actions] or None,
-            **{
-                f"histories.{name}.actions": entry.actions for name, entry in self.histories.items()
-            },
+            **{f"histories.{name}.actions": h.actions for name, h in self.histories.items()},
             **{f"counts.{name}.actions": count.actions for name, count in self.counts.items()},
             **{f"counts.{name}.per": count.per for name, count in self.counts.items()},
         }

@@ -27,9 +27,8 @@ def read_snapshots(
 ) -> dict[str, int]:
     """Make the stages `item_snapshots` and `user_snapshots`; return rows left out by reason.
 
-    Their columns are id, valid_from, valid_until, features and content. An id with several rows at
-    one time is a ValueError. With `must_match`, so is a table of which no id has an event. `types`
-    are the column types of the events.
+    Columns are id, valid_from, valid_until, features and content. `types` are of the events. An id
+    with several rows at one time, or with `must_match` a table without events, is a ValueError.
     """
     reasons: dict[str, int] = {}
     for name, key, table in snapshot_tables(config):
@@ -133,8 +132,7 @@ def with_columns(
 ) -> str:
     """Return SQL that adds features of the snapshot that was valid at each row's time.
 
-    `source` is SQL of rows with `ts` and the id column `key`. Names of new columns start with
-    `prefix`.
+    `source` is SQL of rows with `ts` and the id column `key`; `prefix` starts new columns' names.
     """
     columns = {
         f"{prefix}{name}": filled(f"t.{quoted(f'f_{name}')}", feature.fill)
@@ -173,8 +171,7 @@ READERS = 16  # threads that read pictures, which mostly wait for URLs
 
 def _named_pictures(items: ItemTable) -> dict[str, Content]:
     """Return the content columns whose pictures are files that a column names."""
-    content = items.content.items()
-    return {name: column for name, column in content if column.path_column is not None}
+    return {name: c for name, c in items.content.items() if c.path_column is not None}
 
 
 def _check_pictures(engine: SqlEngine, items: ItemTable) -> None:

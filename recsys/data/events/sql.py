@@ -147,10 +147,7 @@ class DuckDBEngine(_Results):
     def add_mapped(
         self, name: str, query: str, by: list[str], order: list[str], function: BatchFunction
     ) -> None:
-        """Make a stage by a function over a query's rows, sorted by `by` and `order`.
-
-        Rows with equal `by` are passed to the same call of the function.
-        """
+        """Make a stage by a function over sorted rows; rows of equal `by` are in one call."""
         ordered = f"SELECT * FROM ({query}) ORDER BY {listed([*by, *order])}"
         self._add_batches(name, function(self._batches(ordered)), function.schema)
 
@@ -180,8 +177,7 @@ class DuckDBEngine(_Results):
 
     def _add_batches(self, name: str, batches: Batches, schema: pa.Schema) -> None:
         file = self._new_file(name)
-        # The file is read soon and whole, so fast compression without a dictionary. Its statistics
-        # let DuckDB sort by narrow keys.
+        # Fast compression, as the file is read soon; its statistics let DuckDB sort narrow keys.
         options = {"compression": "lz4", "use_dictionary": False}
         with self._explained(), pq.ParquetWriter(file, schema, **options) as writer:
             for batch in batches:

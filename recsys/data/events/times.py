@@ -83,7 +83,7 @@ class Calendar:
         ]
 
     def around(self, numbers: list[int]) -> list[Period]:
-        """Return all periods that overlap UTC days, given as days since 1970, and some more."""
+        """Return the periods of UTC days (days since 1970) and of the days before and after."""
         days = {EPOCH + timedelta(number + shift) for number in numbers for shift in (-1, 0, 1)}
         return [period for day in sorted(days) for period in self.periods(day)]
 
@@ -105,10 +105,7 @@ class Calendar:
 
 
 def to_micros(values: pa.Array, unit: str, zone: str, form: str | None = None) -> pa.Array:
-    """Convert integers, timestamps, dates, or strings (ISO, or of the format `form`) to int64.
-
-    Unknown times are null. A value that is no time is a ValueError or RowError.
-    """
+    """Convert integers, timestamps, dates, or strings, ISO or of format `form`, to int64."""
     kind = values.type
     if pa.types.is_integer(kind):
         if form is not None and EXAMPLE.strftime(form).isdigit():
@@ -162,8 +159,7 @@ def _instants(values: pa.Array, zone: str) -> pa.Array:
     if values.type == pa.timestamp("us", "UTC"):
         return values.cast(pa.int64())
     if getattr(values.type, "tz", None) is None:
-        # At the end of summer time, an ambiguous time is the earlier one. A time that the change to
-        # summer time skips is an error: the zone is wrong.
+        # Times that the end of summer time repeats are the earlier ones; skipped times are errors.
         plain = values.cast(pa.timestamp("us"), safe=False)
         try:
             values = pc.assume_timezone(plain, zone, ambiguous="earliest", nonexistent="raise")
@@ -211,9 +207,8 @@ def _parsed_by(values: pa.Array, zone: str, form: str) -> pa.Array:
     row = first_row(pc.and_(is_wrong, pc.is_valid(values)))
     if row is not None:
         raise RowError(row, f"'{values[row].as_py()}' is no time of the form '{form}'")
-    # strptime applies an offset (%z) itself.
-    source_zone = "UTC" if "%z" in form.replace("%%", "") else zone
-    return _instants(times.cast(pa.timestamp("us")), source_zone)
+    applied_zone = "UTC" if "%z" in form.replace("%%", "") else zone  # strptime applies an offset
+    return _instants(times.cast(pa.timestamp("us")), applied_zone)
 
 
 def _digits(texts: pa.Array) -> pa.Array:

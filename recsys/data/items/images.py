@@ -108,9 +108,8 @@ def decoded_images(
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Decode the images of each row, one or a list; report unreadable images and leave them out.
 
-    `select` maps a row's number of images to the positions of images to use, in order. Returns the
-    number of images of each row [n], their pixels uint8 [sum, 3, S, S], and the number of rows with
-    unselected images.
+    `select` maps a row's number of images to the positions to use, in order. Returns the numbers of
+    images by row [n], pixels uint8 [sum, 3, S, S], and the number of rows with unselected images.
     """
     has_lists = is_list(chunk.type)
     lengths = np.zeros(len(chunk), np.int64)
@@ -137,7 +136,7 @@ def decoded_images(
 
 
 def check_first_image(chunks: Iterable[tuple[pa.Array, str]], decodes: bool = True) -> None:
-    """Raise a ValueError if a column's first image is unreadable, or its type (not `decodes`)."""
+    """Raise a ValueError for a wrong column type and, with `decodes`, an unreadable first image."""
     for chunk, where in chunks:
         num_images(chunk, where)
         images = chunk.flatten() if is_list(chunk.type) else chunk

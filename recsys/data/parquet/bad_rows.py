@@ -55,7 +55,7 @@ class BadRows:
         self.counts[str(file), column, first_row, reason] = (int(bad.sum()), first_row + row)
 
     def summary(self, ranks: Ranks, what: str) -> dict[str, Any]:
-        """Return the result of `by_reason` over all ranks; rank 0 prints it. A collective."""
+        """Return `by_reason` of all ranks as `rows` and `found`; rank 0 prints it. A collective."""
         merged: dict[Place, tuple[int, int]] = {}
         for bad_rows in ranks.gather(self.counts):
             merged |= bad_rows

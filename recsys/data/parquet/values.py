@@ -167,8 +167,8 @@ def usable_column(table: pa.Table, name: str, schema: Schema, note: ReportColumn
         if len(numbers) and (numbers.min() < 0 or numbers.max() >= limit):
             outside, problem = (numbers < 0) | (numbers >= limit), f"outside [0, {limit})"
             fix = f"raise num_embeddings of '{owner}' in schema.yaml or map the ids to rows"
-            message = f"id {numbers[outside.argmax()]} is {problem}; {fix}"
-            note_values(outside, f"id {problem}", message)
+            first = numbers[outside.argmax()]
+            note_values(outside, f"id {problem}", f"id {first} is {problem}; {fix}")
         return _cast(array, pa.int64(), is_list_column)
     for bad, reason, fix in _bad_numbers(numbers, column):
         if bad.any():

@@ -243,10 +243,7 @@ def write_fitted(chains: Mapping[str, Chain], root: Location) -> None:
 def load_fitted(
     chains: dict[str, Chain], columns: Mapping[str, Column], root: Location, required: bool
 ) -> None:
-    """Replace unfitted `chains` by the fitted chains in `transforms.yaml` of the dataset.
-
-    A missing file is a ValueError only if `required`.
-    """
+    """Replace `chains` by the fitted ones in `transforms.yaml`; the file may be `required`."""
     unfitted = [name for name, chain in chains.items() if chain.unfitted is not None]
     file, command = root / FILE, f"run `recsys prepare transforms --data {root}`"
     if not unfitted or not (required or file.exists()):

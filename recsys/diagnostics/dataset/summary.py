@@ -84,8 +84,7 @@ class DatasetSummary:
     @property
     def has_bad_rows(self) -> bool:
         items_fail = self.items is not None and (
-            bool(self.items.bad_rows)
-            or any(column.problem for column in self.items.columns.values())
+            bool(self.items.bad_rows) or any(item.problem for item in self.items.columns.values())
         )
         return items_fail or any(split.bad_rows for split in self.splits.values())
 

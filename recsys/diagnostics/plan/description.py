@@ -96,8 +96,7 @@ def _table_part(memory: TableMemory) -> ModelPart:
 
 def _dense_parts(em3: EM3, world_size: int, optimizer: OptimizerSettings) -> Iterator[ModelPart]:
     trained = dense_parameters(em3)
-    shapes = {name: parameter.shape for name, parameter in trained.items()}
-    state_sizes = count_state(optimizer, shapes)
+    state_sizes = count_state(optimizer, {name: weight.shape for name, weight in trained.items()})
     table_ids = {id(parameter) for _, parameter in table_parameters(em3)}
     sizes, state = Counter[tuple[str, bool]](), Counter[tuple[str, bool]]()
     for name, parameter in em3.named_parameters():
@@ -316,7 +315,7 @@ def _plan(
     config: Config, em3: EM3, tables: list[TableConfig], cluster: Cluster
 ) -> tuple[ShardingPlan, list[str], RankTime | None]:
     settings, batch_size, device = config.embedding, config.batch_size, cluster.device
-    copies, module_sharders = settings.parallel.copies, sharders(*astuple(settings.communication))
+    copies, senders = settings.parallel.copies, sharders(*astuple(settings.communication))
 
     def plan_on(where: Cluster) -> ShardingPlan:
         return plan_sharding(
@@ -325,7 +324,7 @@ def _plan(
             device=device.kind,
             batch_size=batch_size,
             topology=where.topology(copies),
-            module_sharders=module_sharders,
+            module_sharders=senders,
             prefetch=settings.prefetch,
             copies=copies,
             hardware=device.hardware,
@@ -344,7 +343,5 @@ def _plan(
     if device.kind == "cpu":
         return plan, problems, None
     topology = cluster.topology(copies)
-    times = slowest_rank(
-        em3, tables, plan, topology, module_sharders, batch_size, settings.prefetch
-    )
+    times = slowest_rank(em3, tables, plan, topology, senders, batch_size, settings.prefetch)
     return plan, problems, times

@@ -43,17 +43,14 @@ class Table:
 
 @dataclass
 class Section:
-    """A section: title, paragraphs `words`, figures, tables and plain text, in this order.
-
-    The page starts with the `verdicts` of all sections.
-    """
+    """A section: title, paragraphs `words`, figures, tables and plain text, in this order."""
 
     title: str
     words: list[str] = field(default_factory=list)
     drawings: list[Drawing] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     text: str = ""
-    verdicts: list[str] = field(default_factory=list)
+    verdicts: list[str] = field(default_factory=list)  # the page starts with those of all sections
 
 
 def new_figure(num_plots: int) -> tuple[Figure, list[matplotlib.axes.Axes]]:

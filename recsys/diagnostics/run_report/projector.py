@@ -28,8 +28,7 @@ from recsys.data.parquet.values import is_list
 from recsys.data.schema import read_schema
 from recsys.storage.location import Location
 
-# Columns to colour items by and to take names from; the first existing one is used.
-CATEGORY_COLUMNS = ("genres", "genre", "category", "categories")
+CATEGORY_COLUMNS = ("genres", "genre", "category", "categories")  # default: the first existing one
 NAME_COLUMNS = ("title", "name")
 MOST_CHARACTERS = 60
 PICTURE_SIZE = 48  # pixels
@@ -82,10 +81,7 @@ def column_types(files: Sequence[Location]) -> dict[str, pa.DataType]:
 
 
 def category_column(files: Sequence[Location], column: str | None) -> str | None:
-    """Return the column to colour items by: `column`, or one of `CATEGORY_COLUMNS`, or None.
-
-    A missing or unsuitable `column` is a ValueError.
-    """
+    """Return the column to colour items by, `column` or a usual one; misuse is a ValueError."""
     if not files and column is not None:
         raise ValueError(
             f"--colour-by {column}: the dataset has no items with columns; leave the option out"

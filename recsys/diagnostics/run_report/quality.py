@@ -167,8 +167,7 @@ def prequential(run: Path, has_probabilities: bool) -> Section:
         f"{len(lines)} partitions were scored before they were trained on; the model of this page "
         f"is trained up to {ContinualFolder(run).read().trained[-1].name}."
     ]
-    drawings, table = _by_partition(lines, names), Table(head, rows)
-    return Section("Partitions", paragraphs, drawings, tables=[table])
+    return Section("Partitions", paragraphs, _by_partition(lines, names), [Table(head, rows)])
 
 
 def _by_partition(lines: list[dict[str, Any]], names: dict[str, str]) -> list[Drawing]:
