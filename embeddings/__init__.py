@@ -1,7 +1,7 @@
 """The large ID tables: configuration, sharding, optimizers and the memory bank.
 
 Shapes: B batch, L history, N ids, D dimension, F features, U unique items, W ranks.
-Public names are imported on first use, so that the maps of ids load without torch.
+Public names are imported on first use, so that the vocabularies load without torch.
 """
 
 from importlib import import_module

@@ -1,7 +1,4 @@
-"""Bandwidths that the planner computes with: by the name of a GPU, or from the settings.
-
-Figures are those of NVIDIA's data sheets, in one direction.
-"""
+"""Bandwidths for TorchRec's planner, one-directional: from NVIDIA's data sheets or the settings."""
 
 from __future__ import annotations
 
@@ -10,16 +7,16 @@ from dataclasses import dataclass, replace
 
 from torchrec.distributed.planner.types import HardwareConfig
 
-# Share of memory left to the dense model, activations and batches. TorchRec's heuristic would
-# count frozen parameters, too, six times.
+# Share of memory reserved for the dense model, activations and batches. TorchRec's heuristic
+# reserves six times the dense parameters, even for frozen ones.
 RESERVED_SHARE = 0.15
 
-GB = 10**9 / 1000  # bytes a millisecond, TorchRec's unit
+GB = 10**9 / 1000  # 1 GB/s in TorchRec's unit, bytes per millisecond
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """Bandwidths in GB a second, each None where TorchRec's default is taken."""
+    """Bandwidths in GB/s; None selects TorchRec's default."""
 
     memory: float | None = None  # of the device
     host_link: float | None = None  # from the host's memory to the device
@@ -28,7 +25,7 @@ class Hardware:
     reserved_share: float = RESERVED_SHARE
 
     def or_else(self, other: Hardware) -> Hardware:
-        """Return these figures, and those of `other` where one is None."""
+        """Return a copy whose missing figures come from `other`."""
         names = "memory", "host_link", "intra_node", "inter_node"
         values = {name: getattr(self, name) or getattr(other, name) for name in names}
         return replace(self, **values)
@@ -38,6 +35,7 @@ class Hardware:
         return self.memory is None
 
     def config(self, device_bytes: int | None, host_bytes: int) -> HardwareConfig:
+        """Return TorchRec's `HardwareConfig` of a rank with this memory."""
         figures = {
             "hbm_mem_bw": self.memory,
             "hbm_to_ddr_mem_bw": self.host_link,
@@ -51,14 +49,14 @@ class Hardware:
         )
 
 
-# Without NVLink, devices of a node exchange over the host link.
+# Without NVLink, the GPUs of a node exchange data over the host link.
 CARDS = {
     "a100": Hardware(2039, 32, 300),
     "a100-40gb": Hardware(1555, 32, 300),
     "a100-pcie": Hardware(1935, 32, 32),
     "h100": Hardware(3350, 64, 450),
     "h100-pcie": Hardware(2039, 64, 64),
-    "h100-nvl": Hardware(3938, 64, 64),  # bridges join two cards alone
+    "h100-nvl": Hardware(3938, 64, 64),  # NVLink bridges join only pairs of cards
     "h200": Hardware(4800, 64, 450),
     "h200-nvl": Hardware(4800, 64, 64),
     "gh200": Hardware(4000, 450, 450),
@@ -71,7 +69,7 @@ CARDS = {
 
 
 def hardware_of(name: str) -> Hardware:
-    """Return the figures of a GPU, such as `NVIDIA H100 80GB HBM3`; of an unknown one, none."""
+    """Return the figures of a GPU such as `NVIDIA H100 80GB HBM3`; all None if it is unknown."""
     words = re.split(r"[\s-]+", name.lower())
     models = [word for word in words if word in CARDS]
     if not models:

@@ -5,13 +5,13 @@ from torch import Tensor
 
 
 class _Host:
-    """The type of devices whose memory the host reads; tests of waits change it."""
+    """The device type whose values the host reads without waiting; tests replace it."""
 
     device = "cpu"
 
 
 def is_on_host(tensor: Tensor) -> bool:
-    """Return whether sizes and branches may depend on the values; on a GPU a step would wait."""
+    """Return whether Python may read the tensor's values; on a GPU that would block the step."""
     return tensor.device.type == _Host.device
 
 
@@ -21,7 +21,7 @@ def is_host(device: torch.device) -> bool:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on a device, without waiting for its copy from the host."""
+    """Copy a tensor to a device asynchronously and return the copy."""
     if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()  # other memory would be copied synchronously
+        tensor = tensor.pin_memory()  # copies from unpinned memory are synchronous
     return tensor.to(device, non_blocking=True)

@@ -1,6 +1,6 @@
-"""The memory bank: one content vector per item, written when encoded, read by id.
+"""The memory bank: one content vector per item, written when the item is encoded, read by id.
 
-User histories read it instead of running the encoder again (LEMUR, arXiv 2511.10962).
+User histories read the bank instead of running the encoder again (LEMUR, arXiv 2511.10962).
 Shapes: U ids, D dimension, W ranks, P ids per rank after padding.
 """
 
@@ -20,21 +20,21 @@ from torch.distributed._shard.sharded_tensor import (
 
 from embeddings.host import is_on_host, to_device
 
-# Largest replica; with more ranks, all together write more rows than one rank reads.
+# Limits of a replica: with many ranks, it receives more written rows than its rank reads.
 MAX_REPLICA_BYTES = 256 * 2**20
 MAX_REPLICAS = 16
 
 
 @dataclass(frozen=True)
 class BankRoute:
-    """The route of the rows of some ids, from the ranks that hold them to the requesting rank."""
+    """Indices and counts with which ranks exchange the bank's rows of some ids."""
 
     order: Tensor  # int64 [U], sorts the ids by the rank that holds them
-    wanted_counts: list[int]  # of these, by rank
+    wanted_counts: list[int]  # number of these ids that each rank holds
     rows: Tensor  # int64, rows of this rank's block that each rank requests; distinct in a write
-    asked_counts: list[int]  # of these, by rank
-    # int64, of a write: for each row, the place of its last vector among those received. A GPU
-    # would keep any of several vectors.
+    asked_counts: list[int]  # number of rows that each rank requests
+    # int64, only for a write: for each row, the index of its last vector among those received.
+    # Without it a GPU would store an arbitrary one of several vectors.
     last: Tensor | None = None
 
 
@@ -42,9 +42,9 @@ Routes = tuple[BankRoute | None, BankRoute | None]  # to read, to write
 
 
 class MemoryBank:
-    """Vectors of items by id, [num_items, D], and the steps that wrote them; split over the ranks.
+    """Vectors of items by id, [num_items, D], and the steps that wrote them; sharded over ranks.
 
-    It is no ``nn.Module``, so that its rows are neither traced, broadcast nor saved as weights.
+    The bank is no ``nn.Module``, so its rows are neither traced, broadcast nor saved as weights.
     With a process group every method is a collective. Ids outside [0, num_items) are a ValueError.
 
     Example::
@@ -57,7 +57,7 @@ class MemoryBank:
         vectors, written = bank.lookup(torch.tensor([7, 8]))  # [2, 8]; [0, -1]
     """
 
-    holds_all = False  # every rank has all rows, not its block alone
+    holds_all = False  # True if every rank has all rows; False: only its own block
 
     def __init__(
         self,
@@ -94,12 +94,13 @@ class MemoryBank:
         return self._rows.nbytes
 
     def routes(self, reads: Tensor, writes: Tensor | None = None) -> Callable[[], Routes]:
-        """Begin to compute routes of ids [U] on the host; call the result. Both are collectives."""
+        """Start computing routes of ids [U] on the host; the result finishes. Both: collectives."""
         if self.world_size == 1:
             return lambda: (None, None)
-        checked = [self._checked(part) for part in ([reads] if writes is None else [reads, writes])]
-        kinds, ids = len(checked), torch.cat(checked).to("cpu")  # already there, but for a fill
-        kind = torch.arange(kinds).repeat_interleave(torch.tensor([len(part) for part in checked]))
+        checked = [self._checked(ids) for ids in ([reads] if writes is None else [reads, writes])]
+        kinds, ids = len(checked), torch.cat(checked).to("cpu")  # only a fill has ids on a GPU
+        lengths = torch.tensor([len(item_ids) for item_ids in checked])
+        kind = torch.arange(kinds).repeat_interleave(lengths)  # of each id; 0: read, 1: write
         owner = ids // self._block_size
         key = owner * kinds + kind
         counts = key.bincount(minlength=self.world_size * kinds).view(-1, kinds)  # [W, kinds]
@@ -155,7 +156,7 @@ class MemoryBank:
     def update(
         self, item_ids: Tensor, vectors: Tensor, step: int, route: BankRoute | None = None
     ) -> None:
-        """Write vectors [U, D]; of equal ids the highest rank's last is kept. A collective."""
+        """Write vectors [U, D]; for equal ids the highest rank's last one wins. A collective."""
         ids = self._checked(item_ids) if route is None else item_ids
         if vectors.shape != (ids.numel(), self.dim):
             raise ValueError(
@@ -179,7 +180,7 @@ class MemoryBank:
 
     @torch.no_grad()
     def forget(self, item_ids: Tensor) -> None:
-        """Zero vectors as if never written, of ids [U] equal on all ranks; not a collective."""
+        """Mark ids [U], the same on all ranks, as never written; not a collective."""
         self._finish_write()
         places = item_ids - self._start
         inside = (places >= 0) & (places < len(self._rows))
@@ -191,7 +192,7 @@ class MemoryBank:
                 f"memory bank: ids of shape {tuple(item_ids.shape)} and {item_ids.dtype}; pass "
                 "[U] int64"
             )
-        if is_on_host(item_ids):  # a GPU asserts it in the kernel
+        if is_on_host(item_ids):  # on a GPU the indexing kernel asserts the range
             outside = item_ids[(item_ids < 0) | (item_ids >= self.num_items)]
             if outside.numel() > 0:
                 raise ValueError(
@@ -205,7 +206,7 @@ class MemoryBank:
         return self._written_count_and_steps()[0] / self.num_items
 
     def mean_age(self, step: int) -> float:
-        """Return the mean number of steps since the last writes of written items; nan for none."""
+        """Return the mean number of steps since written items' last writes; nan without any."""
         count, steps = self._written_count_and_steps()
         return step - steps / count if count else float("nan")
 
@@ -237,7 +238,7 @@ def exchange(
     received_counts: list[int],
     group: dist.ProcessGroup | None,
 ) -> Tensor:  # [N, ...] -> [sum of received_counts, ...]
-    """Send each rank the next values, and return those received, in order of rank. A collective."""
+    """Send rank r the r-th slice of `values`; return received values by rank. A collective."""
     received = values.new_empty(sum(received_counts), *values.shape[1:])
     dist.all_to_all_single(received, values, received_counts, sent_counts, group=group)
     return received
@@ -258,33 +259,33 @@ def sharded_by_rows(
 class ReplicatedMemoryBank(MemoryBank):
     """A memory bank with all rows on every rank; `lookup` is not a collective.
 
-    Written rows go to all ranks asynchronously; the next read waits. In a route `rows` are
-    the ids that all ranks write, each once, and `order` their positions among those gathered.
+    Written rows go to all ranks asynchronously; the next read waits for them. In a route, `rows`
+    are the distinct ids that all ranks write, and `order` are their positions among gathered rows.
     """
 
     holds_all = True
-    _capacity = 0  # ids that a rank sends beside their number
-    # An all-gather in progress: the work, [P, D + 1] sent, which must exist until it has ended,
-    # [W * P, D + 1] gathered, and the route of these.
+    _capacity = 0  # number of ids that a rank sends in one message with their count
+    # An all-gather in progress: its work handle, the rows sent [P, D + 1], which must stay alive
+    # until it ends, the gathered rows [W * P, D + 1], and their route.
     _under_way: tuple[Any, Tensor, Tensor, BankRoute] | None = None
 
     def routes(self, reads: Tensor, writes: Tensor | None = None) -> Callable[[], Routes]:
-        """Begin to compute the route of `writes`; reads need none. Both calls are collectives."""
+        """Start computing the route of `writes`; reads need none. Both calls are collectives."""
         if writes is None:
             return lambda: (None, None)
         finish = self._write_route(writes)
         return lambda: (None, finish())
 
     def _write_route(self, ids: Tensor) -> Callable[[], BankRoute]:
-        """Begin to send these ids [U] to all ranks; the result finishes. Both are collectives."""
-        ids = self._checked(ids).cpu()  # already there, but for a fill
+        """Start sending ids [U] to all ranks; the returned function finishes. Both: collectives."""
+        ids = self._checked(ids).cpu()  # only a fill of the bank passes ids on a GPU
         # `_capacity` ids are sent with their count, so that one message is usually enough.
         message = _padded(torch.cat([torch.tensor([len(ids)]), ids]), 1 + self._capacity)
         arrived = torch.empty(self.world_size * len(message), dtype=torch.int64)
         work = dist.all_gather_into_tensor(arrived, message, group=self.group, async_op=True)
 
         def finish() -> BankRoute:
-            """Wait for the ids of all ranks; where they are more than expected, a collective."""
+            """Wait for the ids of all ranks. A collective if a rank has more than `_capacity`."""
             work.wait()
             by_rank = arrived.view(self.world_size, -1)
             counts, gathered = by_rank[:, 0], by_rank[:, 1:]
@@ -300,7 +301,7 @@ class ReplicatedMemoryBank(MemoryBank):
         return finish
 
     def _write(self, item_ids: Tensor, values: Tensor, route: BankRoute | None) -> None:
-        """Begin to send rows [U, D + 1] to all ranks. A collective."""
+        """Start sending rows [U, D + 1] to all ranks. A collective."""
         self._finish_write()
         route = self._on_device(self._write_route(item_ids)() if route is None else route)
         padded = values.new_zeros(route.wanted_counts[0], self.dim + 1)
@@ -317,7 +318,7 @@ class ReplicatedMemoryBank(MemoryBank):
             self._rows[route.rows] = gathered.index_select(0, route.order)
 
     def finish_loading(self) -> None:
-        """Bring the block of each rank, loaded from a checkpoint, to all ranks. A collective."""
+        """Gather the block that each rank loaded from a checkpoint on all ranks. A collective."""
         padded = self._rows.new_zeros(self._block_size, self.dim + 1)
         padded[: len(self._block)] = self._block
         gathered = self._rows.new_empty(self.world_size * self._block_size, self.dim + 1)
@@ -332,7 +333,7 @@ def _padded(ids: Tensor, length: int) -> Tensor:  # [U] -> [length]
 
 
 def _last_of_each(ids: Tensor) -> tuple[Tensor, Tensor]:  # [N] -> [U], [U]
-    """Return the distinct ids without -1, ascending, and the last position of each."""
+    """Return the distinct ids in ascending order, without -1, and the last position of each."""
     unique, inverse = ids.unique(return_inverse=True)
     places = torch.arange(len(ids))
     last = torch.zeros_like(unique).scatter_reduce_(0, inverse, places, "amax")
@@ -341,7 +342,7 @@ def _last_of_each(ids: Tensor) -> tuple[Tensor, Tensor]:  # [N] -> [U], [U]
 
 
 def is_replicated(num_items: int, dim: int, world_size: int, placement: str) -> bool:
-    """Return whether every rank holds the whole bank, by default if bank and job are small."""
+    """Return whether every rank holds all rows; `auto` requires a small bank and few ranks."""
     is_small = num_items * (dim + 1) * 4 <= MAX_REPLICA_BYTES and world_size <= MAX_REPLICAS
     return world_size > 1 and (placement == "replicated" or (placement == "auto" and is_small))
 
@@ -362,5 +363,6 @@ def build_memory_bank(
         build_memory_bank(1000, 32, "cpu", process_group=None)  # one rank: a MemoryBank
     """
     world_size = 1 if process_group is None else dist.get_world_size(process_group)
-    whole = is_replicated(num_items, dim, world_size, placement)
-    return (ReplicatedMemoryBank if whole else MemoryBank)(num_items, dim, device, process_group)
+    replicated = is_replicated(num_items, dim, world_size, placement)
+    bank = ReplicatedMemoryBank if replicated else MemoryBank
+    return bank(num_items, dim, device, process_group)

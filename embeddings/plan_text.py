@@ -29,14 +29,14 @@ def format_plan(plan: ShardingPlan, tables: Sequence[TableConfig]) -> str:
     lines = [("table", "rows x dim", "MB", "sharding", "kernel", "shards (rank: rows x columns)")]
     for table in tables:
         memory = table_memory(table, plan)
-        shards = ", ".join(f"{part.rank}: {part.rows} x {part.columns}" for part in memory.shards)
+        shards = ", ".join(f"{s.rank}: {s.rows} x {s.columns}" for s in memory.shards)
         size, megabytes = f"{table.num_embeddings} x {table.embedding_dim}", table.megabytes
         lines.append((table.name, size, f"{megabytes:.2f}", memory.sharding, memory.kernel, shards))
     return align_columns(lines)
 
 
 def align_columns(lines: Sequence[Sequence[str]]) -> str:
-    """Return rows of cells as text with aligned columns, a rule under the first row."""
+    """Return rows of cells as text with aligned columns and a rule under the first row."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     rule = ["-" * width for width in widths]
     return "\n".join(

@@ -1,6 +1,6 @@
 """Load pretrained vectors from Parquet into the shards of a table, by id.
 
-Each rank reads the files by row groups; pyarrow.dataset would hold them whole.
+Each rank streams the files in blocks; pyarrow.dataset would hold whole files in memory.
 Shapes: N rows of one block of a file, D dimension.
 """
 
@@ -19,19 +19,19 @@ from embeddings.sharding import table_parameters
 from embeddings.table_rows import TableShard
 from embeddings.table_state import table_weights
 
-BLOCK_BYTES = 2**24  # vectors decoded at a time
-READ_BYTES = 2**20  # read at a time, as a row group may be a whole file
+BLOCK_BYTES = 2**24  # bytes of vectors decoded at a time
+READ_BYTES = 2**20  # bytes read at a time, as a row group may be a whole file
 TABLE_COLUMN = "table"
 
-# Ids as stored in a file -> rows of the table, int64 [N]; -1 leaves an id out.
+# Ids as stored in a file -> rows of the table, int64 [N]; ids with row -1 are skipped.
 RowsOfIds = Callable[[pa.Array], np.ndarray]
 
 
 @dataclass(frozen=True)
 class PretrainedFiles:
-    """Parquet files with one vector per id, each id once in all files together.
+    """Parquet files with one vector per id; no id may occur twice, not even in two files.
 
-    Ids are integers, vectors lists of floats; a column ``table`` selects the rows of a table.
+    Ids are integers, vectors are lists of floats. A column ``table`` names the table of each row.
 
     Example::
 
@@ -44,12 +44,12 @@ class PretrainedFiles:
     filesystem: FileSystem | None = None  # None: local
     id_column: str | None = None  # None: `id`, or `row` in a file without it
     vector_column: str = "vector"
-    table: str | None = None  # name in the column `table`; None: that of the table loaded into
+    table: str | None = None  # value in the column `table`; None: the loaded table's name
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Some rows of one file, of the table to load."""
+    """Some rows of one file that belong to the table to load."""
 
     file: str
     positions: np.ndarray  # [N] rows in the file
@@ -65,7 +65,7 @@ class _Block:
 
 
 def _read_pretrained(files: PretrainedFiles, table: str, dim: int) -> Iterator[tuple[str, _Block]]:
-    """Yield the name of the column with ids, and rows."""
+    """Yield blocks of rows, each with the name of the id column of its file."""
     for path in files.paths:
         try:
             options = {"pre_buffer": False, "buffer_size": READ_BYTES}
@@ -91,9 +91,9 @@ def _read_pretrained(files: PretrainedFiles, table: str, dim: int) -> Iterator[t
                     positions = np.arange(end, end + len(batch))
                     end += len(batch)
                     if TABLE_COLUMN in columns:
-                        mine = pc.equal(batch[TABLE_COLUMN].cast(pa.string()), table)
-                        mine = pc.fill_null(mine, False)
-                        batch, positions = batch.filter(mine), positions[mine.to_numpy(False)]
+                        mask = pc.equal(batch[TABLE_COLUMN].cast(pa.string()), table)
+                        mask = pc.fill_null(mask, False)
+                        batch, positions = batch.filter(mask), positions[mask.to_numpy(False)]
                     ids, lists = batch[id_column], batch[files.vector_column]
                     yield id_column, _Block(path, positions, ids, lists)
         except FileNotFoundError as error:
@@ -150,7 +150,7 @@ def _rows(block: _Block, id_column: str, rows_of_ids: RowsOfIds | None) -> np.nd
 
 @dataclass(frozen=True)
 class LoadedRows:
-    """Counts of table rows that were set and of ids in the files that were left out."""
+    """Number of table rows that were set, and of ids in the files that were skipped."""
 
     num_set: int
     num_left_out: int
@@ -166,8 +166,8 @@ def load_pretrained_rows(
     """Write vectors into a table of ``model``, before its first step; call it on every rank.
 
     The model is sharded under any plan, or unsharded and not on meta. ``rows_of_ids`` maps ids of
-    the files to rows; by default an id is its row. A table, a file, an id or rows that cannot be
-    used are a ValueError; a repeated row is one on the ranks that hold it.
+    the files to rows; by default an id is its row. Raises a ValueError for a table, file, id or
+    row that cannot be used; for a repeated row, only on the ranks that hold the row.
 
     Example::
 
@@ -208,7 +208,7 @@ class _Target:
     def __init__(self, model: nn.Module, name: str) -> None:
         self.name = name
         sharded = {key.split(".")[-2]: weight for key, weight in table_weights(model).items()}
-        whole = dict(table_parameters(model))
+        unsharded = dict(table_parameters(model))
         if name in sharded:
             self.type = sharded[name].metadata().tensor_properties.dtype
             self.num_rows, self.dim = sharded[name].metadata().size
@@ -217,14 +217,14 @@ class _Target:
                 for shard in sharded[name].local_shards()
                 if shard.tensor.numel()
             ]
-        elif name not in whole:
-            tables = [*sharded, *whole]
+        elif name not in unsharded:
+            tables = [*sharded, *unsharded]
             raise ValueError(f"table '{name}' is not in the model; the tables are {tables}")
-        elif whole[name].is_meta:
+        elif unsharded[name].is_meta:
             raise ValueError(f"table '{name}' is on meta; shard the model before loading")
         else:
-            self.type, (self.num_rows, self.dim) = whole[name].dtype, whole[name].shape
-            self.shards = [TableShard(whole[name].detach(), [], 0, 0)]
+            self.type, (self.num_rows, self.dim) = unsharded[name].dtype, unsharded[name].shape
+            self.shards = [TableShard(unsharded[name].detach(), [], 0, 0)]
         self._first = min((shard.row for shard in self.shards), default=0)
         last = max((shard.row + len(shard.weight) for shard in self.shards), default=0)
         self._is_set = np.zeros(last - self._first, dtype=bool)

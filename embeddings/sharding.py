@@ -1,7 +1,7 @@
-"""Plan which rank holds each piece of each table, and give each table its optimizer.
+"""Plan which rank holds each shard of each table, and give each table its optimizer.
 
-With C copies of the tables on W ranks, lookups travel among the W / C ranks of a copy, and the
-copies are set to their mean every few steps (TorchRec's 2D parallelism).
+With C copies of the tables on W ranks, the W / C ranks of a copy exchange lookups. The copies are
+averaged every few steps (TorchRec's 2D parallelism).
 """
 
 import os
@@ -33,7 +33,7 @@ from embeddings.hardware import Hardware, hardware_of
 from embeddings.table_sharders import sharders
 from embeddings.tables import Kernel, TableConfig, check_tables
 
-# The planner makes no column shards narrower than this: every shard looks up all ids.
+# Least width of column shards under sharding `auto`, because every column shard looks up all ids.
 MIN_COLUMNS = 32
 
 KERNELS: dict[Kernel, EmbeddingComputeKernel] = {
@@ -44,17 +44,17 @@ KERNELS: dict[Kernel, EmbeddingComputeKernel] = {
 
 
 def constraints(table: TableConfig, world_size: int, prefetch: bool) -> ParameterConstraints:
-    """Return the constraints of one table, for the ranks that share a copy of it."""
+    """Return the planner's constraints of one table, for the ranks that share a copy of it."""
     cache, is_auto = None, table.sharding == "auto"
     sharding_types = None if is_auto else [table.sharding]
     if is_auto and world_size == 1:
         sharding_types = [ShardingType.TABLE_WISE.value]
     elif is_auto and table.kernel != "fused":
-        # The planner would fill one host: it weighs the time of lookups, and sees room for all.
+        # The planner minimises lookup time alone, so it would put all such tables on one host.
         sharding_types = [ShardingType.ROW_WISE.value]
     if table.kernel == "uvm_caching":
         cache = CacheParams(load_factor=table.cache_load_factor, prefetch_pipeline=prefetch)
-    # Equal column shards, as many as possible up to one per rank.
+    # Column shards have equal widths; there are as many as possible, up to one per rank.
     dim, least = table.embedding_dim, MIN_COLUMNS if is_auto else 1
     widths = (dim // shards for shards in range(world_size, 1, -1) if dim % (4 * shards) == 0)
     width = next((width for width in widths if width >= least), dim)
@@ -98,14 +98,14 @@ def machine_topology(
     host_memory_bytes: int | None = None,
     hardware: Hardware | None = None,
 ) -> Topology:
-    """Describe the machines, all like this one, for the planner: ranks, memory and bandwidths."""
+    """Return the planner's topology of machines that all equal this one."""
     hardware = hardware or Hardware()
     if host_memory_bytes is None:
         host_memory_bytes = free_host_memory() // local_world_size
     if device_memory_bytes is None and device.type == "cuda":
         device_memory_bytes = torch.cuda.get_device_properties(device).total_memory
     if device.type == "cpu":
-        # The planner's storage reservation takes its share from device memory alone.
+        # The planner's storage reservation reduces device memory only, not host memory.
         host_memory_bytes = int(host_memory_bytes * (1.0 - hardware.reserved_share))
     return TopologyFactory.create_topology(
         trainer_config=TrainerConfig(world_size=world_size, local_world_size=local_world_size),
@@ -139,9 +139,9 @@ def plan_sharding(
     """Plan on rank 0 how ``module``'s tables are sharded. A collective: all ranks get the plan.
 
     `module` has its collections on meta, after `fuse_table_optimizers`. `batch_size` is rows per
-    rank and step. The plan is that of the ranks that share one of the `copies`. `topology` is by
-    default that of this machine, with figures of `hardware` before those by the name of its GPU;
-    without a process group, of any cluster. Without a possible plan all ranks raise a ValueError.
+    rank and step. The plan covers the ranks that share one of the `copies`. `topology` describes
+    this machine by default; figures of `hardware` replace those known by the GPU's name. Without a
+    process group, `topology` may be of any cluster. If no plan fits, all ranks raise a ValueError.
 
     Example::
 
@@ -172,12 +172,12 @@ def plan_sharding(
                 topology=topology,
                 batch_size=batch_size,
                 storage_reservation=FixedPercentageStorageReservation(figures.reserved_share),
-                constraints={part.name: constraints(part, num_ranks, prefetch) for part in tables},
+                constraints={t.name: constraints(t, num_ranks, prefetch) for t in tables},
                 stats=NoopEmbeddingStats(),
                 debug=False,
             )
             outcome[0] = planner.plan(module, module_sharders or sharders())
-        except Exception as error:  # of any type: the other ranks wait for the outcome
+        except Exception as error:  # any exception, because the other ranks wait for the outcome
             cause, outcome[1] = error, _reason(error, tables)
     if group is not None:
         dist.broadcast_object_list(outcome, src=dist.get_global_rank(group, 0), group=group)
@@ -228,7 +228,7 @@ def table_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def parameters_of(module: nn.Module, tables: Sequence[TableConfig]) -> dict[str, nn.Parameter]:
-    """Return the parameter of each table; one that only one side has is a ValueError."""
+    """Return each table's parameter; raise a ValueError if model and `tables` differ in tables."""
     parameters = dict(table_parameters(module))
     for name in sorted(parameters.keys() ^ {table.name for table in tables}):
         place = "the model" if name in parameters else "the configuration"
@@ -251,7 +251,7 @@ def _reason(error: Exception, tables: Sequence[TableConfig]) -> str:
 def fuse_table_optimizers(module: nn.Module, tables: Sequence[TableConfig]) -> None:
     """Give every table of the unsharded ``module`` its optimizer in backward; call before planning.
 
-    A table that is in the model or in the configuration only is a ValueError.
+    Raises a ValueError for a table that only the model or only the configuration has.
 
     Example::
 
@@ -269,9 +269,9 @@ def fuse_table_optimizers(module: nn.Module, tables: Sequence[TableConfig]) -> N
 def _step_in_backward(
     parameter: nn.Parameter, kind: type[torch.optim.Optimizer], arguments: dict[str, Any]
 ) -> None:
-    """Step an own optimizer when a table has its gradient, and name it to TorchRec.
+    """Give a table an optimizer that steps in backward, and tell TorchRec its class.
 
-    `_apply_optimizer_in_backward` of torch compiles eight optimizers on import: half a second.
+    It replaces torch's `_apply_optimizer_in_backward`, whose import compiles optimizers for 0.5 s.
     """
     optimizer = kind([parameter], **arguments)
 
@@ -282,13 +282,13 @@ def _step_in_backward(
     parameter.register_post_accumulate_grad_hook(step)
     attributes: Any = parameter
     attributes._in_backward_optimizers = [optimizer]
-    attributes._optimizer_classes = [kind]  # sharded tables read this and the next
+    attributes._optimizer_classes = [kind]  # sharded tables read these classes and arguments
     attributes._optimizer_kwargs = [arguments]
 
 
 def _table_optimizer(table: TableConfig) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     if table.frozen:
-        # requires_grad=False would not keep the fused kernel from updating it.
+        # The fused kernel would update a weight even with requires_grad=False.
         return torch.optim.SGD, {"lr": 0.0}
     arguments: dict[str, Any] = {"lr": table.learning_rate}
     if table.optimizer == "sgd":
@@ -299,25 +299,25 @@ def _table_optimizer(table: TableConfig) -> tuple[type[torch.optim.Optimizer], d
     arguments["weight_decay"] = table.weight_decay
     if table.optimizer == "adam":
         return torch.optim.Adam, arguments
-    # Without a mode the fused kernel ignores the weight decay.
+    # The fused kernel ignores weight decay unless a mode is set.
     arguments["weight_decay_mode"] = WeightDecayMode.L2
     return RowWiseAdagrad, arguments
 
 
 class CopiesMean:
-    """Sets the copies of all tables to their mean every few steps. Each call is a collective."""
+    """Averages the copies of all tables every few steps. Each method is a collective."""
 
     def __init__(self, model: DMPCollection, every: int) -> None:
         self.model, self.every, self._since = model, every, 0
 
     def step(self) -> None:
-        """Count a training step, after which a mean may be due. A collective."""
+        """Count a training step, and average the copies if `every` steps have passed."""
         self._since += 1
         if self._since >= self.every:
             self.settle()
 
     def settle(self) -> None:
-        """Take the mean unless no step was made since the last one. A collective."""
+        """Average the copies if there was a step since the last average. A collective."""
         if self._since:
             self.model.sync()
             self._since = 0

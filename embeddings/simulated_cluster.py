@@ -1,6 +1,6 @@
-"""Bytes of tables on each rank, and how to make them fit; simulated clusters, and steps' times.
+"""Memory of tables on each rank, changes that make them fit, and step times on simulated clusters.
 
-A laptop can so plan tables for devices that it does not have.
+With it a laptop can plan tables for devices that it does not have.
 """
 
 from collections.abc import Sequence
@@ -21,12 +21,12 @@ from embeddings.tables import TableConfig
 
 GIB = 2**30
 FLOAT = 4  # bytes
-# FBGEMM's cache keeps an int32 per row of the table and two int64 per row of the cache.
+# FBGEMM's cache stores an int32 per row of the table and two int64 per row of the cache.
 CACHE_INDEX_BYTES, CACHE_SLOT_BYTES = 4, 16
 
 
 class PlannedShard(NamedTuple):
-    """A piece of a table."""
+    """The rank and the size of one shard of a table."""
 
     rank: int
     rows: int
@@ -43,6 +43,7 @@ class TableMemory:
     shards: list[PlannedShard]
 
     def on_rank(self, rank: int) -> tuple[int, int]:
+        """Return a rank's bytes of weights and of optimizer state."""
         sizes = self._sizes(rank)
         weights = self.table.bytes_of_weight * sum(rows * columns for rows, columns in sizes)
         return weights, sum(state_bytes(self.table, *size) for size in sizes)
@@ -51,7 +52,7 @@ class TableMemory:
         return sum(device_bytes(self.table, *size) for size in self._sizes(rank))
 
     def on_host_of(self, rank: int) -> int:
-        """Return the bytes in host memory beside a rank's GPU."""
+        """Return the bytes that a rank with a GPU holds in host memory."""
         return 0 if self.table.kernel == "fused" else sum(self.on_rank(rank))
 
     def _sizes(self, rank: int) -> list[tuple[int, int]]:
@@ -59,7 +60,7 @@ class TableMemory:
 
 
 def device_bytes(table: TableConfig, rows: int, columns: int) -> int:
-    """Return the bytes that a piece of a table takes of the device's memory."""
+    """Return the bytes of device memory that a shard of a table takes."""
     if table.kernel == "uvm":
         return 0
     weights = table.bytes_of_weight * rows * columns
@@ -70,7 +71,7 @@ def device_bytes(table: TableConfig, rows: int, columns: int) -> int:
 
 
 def state_bytes(table: TableConfig, rows: int, columns: int) -> int:
-    """Return the bytes that the fused optimizer keeps for a piece of a table."""
+    """Return the bytes of the fused optimizer's state for a shard of a table."""
     if table.frozen or table.optimizer == "sgd":
         return 0
     per_row = {"rowwise_adagrad": 1, "adagrad": columns, "adam": 2 * columns}[table.optimizer]
@@ -104,7 +105,7 @@ def what_does_not_fit(
 ) -> list[str]:
     """List the tables that do not fit, the largest first, and changes that would make all fit.
 
-    `world_size` ranks share one copy of the tables; `host_bytes` per rank are beside a GPU.
+    `world_size` ranks share one copy of the tables; a rank with a GPU also has `host_bytes`.
     """
     room = int(bytes_per_rank * (1 - reserved_share))
     total = sum(map(_on_devices, tables))
@@ -150,7 +151,7 @@ def _fixes(tables: Sequence[TableConfig], room: int, world_size: int, host_bytes
     where, ranks = f"for table '{largest.name}'", -(-total // room)
     fixes = [f"{ranks:,} ranks"] if _fit(tables, room, ranks) else []
     for name, value in changes.items():
-        after = [replace(part, **{name: value}) if part is largest else part for part in tables]
+        after = [replace(table, **{name: value}) if table is largest else table for table in tables]
         if _fit(after, room, world_size):
             fixes.append(f"{name} '{value}' {where}")
     room_left = world_size * room - (total - _on_devices(largest))
@@ -172,7 +173,7 @@ def _fit(tables: Sequence[TableConfig], room: int, world_size: int) -> bool:
 
 @dataclass(frozen=True)
 class Device:
-    """One device of a rank, and its share of the host's memory."""
+    """The device of one rank, and the rank's share of the host's memory."""
 
     name: str
     kind: Literal["cuda", "cpu"]
@@ -181,7 +182,7 @@ class Device:
     hardware: Hardware = field(default_factory=Hardware)
 
 
-# Memory as the driver reports it, rounded down, in the makers' eight-GPU machines.
+# Memory that the driver reports, rounded down, in the manufacturers' eight-GPU machines.
 DEVICES = {
     "a100": Device("a100", "cuda", 79 * GIB, 128 * GIB, hardware_of("a100")),
     "h100": Device("h100", "cuda", 79 * GIB, 256 * GIB, hardware_of("h100")),
@@ -216,10 +217,10 @@ class Cluster:
 
 
 class RankTime(NamedTuple):
-    """Milliseconds of a step: lookups, updates and exchanges, and those over the host link."""
+    """A rank's estimated milliseconds of embedding work in one step."""
 
-    total: float
-    host_link: float
+    total: float  # lookups, updates and exchanges
+    host_link: float  # of these, lookups and updates of rows in host memory
 
 
 def slowest_rank(
@@ -231,7 +232,7 @@ def slowest_rank(
     batch_size: int = 512,
     prefetch: bool = False,
 ) -> RankTime:
-    """Return the times of the rank that takes longest: all ranks wait for it."""
+    """Return the times of the slowest rank, for which all others wait."""
     limits = {table.name: constraints(table, topology.world_size, prefetch) for table in tables}
     options = EmbeddingEnumerator(topology, batch_size, limits).enumerate(module, module_sharders)
     times = [[0.0, 0.0] for _ in range(topology.world_size)]

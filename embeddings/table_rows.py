@@ -16,12 +16,12 @@ BLOCK_ROWS = 2**16
 
 @dataclass(frozen=True)
 class TableShard:
-    """A rectangle of a table on this rank."""
+    """A shard of a table on this rank: a rectangle of rows and columns."""
 
-    weight: Tensor  # [rows, columns], the memory of the model
-    states: list[Tensor]  # of the fused optimizer, [rows] or [rows, columns]; none under SGD
-    row: int  # offset in the table
-    column: int  # offset in the table
+    weight: Tensor  # [rows, columns], shares memory with the model
+    states: list[Tensor]  # fused optimizer state, [rows] or [rows, columns]; empty under SGD
+    row: int  # first row, counted in the table
+    column: int  # first column, counted in the table
 
     @property
     def columns(self) -> slice:
@@ -31,13 +31,13 @@ class TableShard:
         return (rows >= self.row) & (rows < self.row + len(self.weight))
 
     def write(self, rows: Tensor, values: Tensor) -> None:  # int64 [N], [N, D]
-        """Write the part of the rows that lies in the rectangle."""
+        """Write those rows and columns of `values` that this shard holds."""
         inside = self.contains(rows)
         places = (rows[inside] - self.row).to(self.weight.device)
         self.weight[places] = values[inside, self.columns].to(self.weight)
 
     def is_trained(self) -> Tensor:  # bool [rows], on the host
-        """Return which rows an optimizer with state has updated: their moments are not zero."""
+        """Return which rows were updated: their optimizer state is not zero."""
         trained = torch.zeros(len(self.weight), dtype=torch.bool)
         for state in self.states:
             rows = state != 0 if state.dim() == 1 else (state != 0).any(dim=1)
@@ -58,7 +58,7 @@ def local_shards(model: DistributedModelParallel) -> Iterator[tuple[str, TableSh
 
 
 class TableRows:
-    """One table of a sharded model, and which of its rows were trained before."""
+    """One table of a sharded model, and which of its rows have been trained."""
 
     def __init__(
         self, model: DistributedModelParallel, table: str, group: dist.ProcessGroup
@@ -93,7 +93,7 @@ class TableRows:
 class RowReset:
     """Sets rows of a sharded model to initial weights and zeroes their optimizer state.
 
-    Weights are the same on every rank and plan; `seed` is that before the tables were built.
+    Weights do not depend on rank or plan. `seed` is torch's seed from when the tables were built.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
-"""TorchRec's sharders, in which no table is data-parallel and initial weights fit every plan.
+"""TorchRec's sharders without data-parallel tables; initial weights do not depend on the plan.
 
-Vectors and gradients may travel in 16 bits (DLRM with quantised collectives, Yang et al. 2020).
+Collectives may send vectors and gradients in 16 bits (DLRM, Yang et al. 2020).
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ CommunicationType = Literal["fp32", "fp16", "bf16"]
 
 
 class _TableSharder:
-    """Shards a collection; a base beside one of TorchRec's sharders."""
+    """Mixin for one of TorchRec's sharders that sets sharding types and initial weights."""
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         types = super().sharding_types(compute_device_type)  # type: ignore[misc]
@@ -41,7 +41,7 @@ class _TableSharder:
         configs = module.embedding_bag_configs() if is_pooled else module.embedding_configs()
         initializers = {config.name: config.init_fn for config in configs}
         try:
-            for config in configs:  # TorchRec would pass `init_fn` a shard without its offsets
+            for config in configs:  # TorchRec calls `init_fn` without the shard's offsets
                 config.init_fn = lambda weight: None
             sharded = super().shard(module, *arguments, **options)  # type: ignore[misc]
         finally:
@@ -101,11 +101,11 @@ def sharders(
 
 
 def _local_pieces(table: ShardedTensor | DTensor) -> Iterator[tuple[torch.Tensor, Sequence[int]]]:
-    """Yield the shards on this rank with their offsets; of several copies TorchRec has DTensors."""
+    """Yield this rank's shards with their offsets; copies of tables are DTensors."""
     if isinstance(table, ShardedTensor):
         for shard in table.local_shards():
             yield shard.tensor, shard.metadata.shard_offsets
     else:
         pieces = cast(LocalShardsWrapper, table.to_local())
-        # A rank without a shard has the offsets of none.
+        # A rank without a shard may have offsets nevertheless, hence no strict zip.
         yield from zip(pieces.local_shards(), pieces.local_offsets(), strict=False)

@@ -1,7 +1,7 @@
-"""Tables and the state of their optimizers as named tensors that fit every sharding plan.
+"""Tables and their optimizers' state as named tensors that load under every sharding plan.
 
-TorchRec's tensors do not: shards are read whole, moments differ by column shard, and copies are
-DTensors. Shapes: R rows, D dimension.
+TorchRec's own tensors do not: a shard is read as a whole, moments differ by column shard, and
+copies are DTensors. Shapes: R rows, D dimension.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -20,14 +20,14 @@ from torchrec.distributed.types import EmbeddingModuleShardingPlan, ParameterSha
 from embeddings.torchrec_internals import group_of_copies, table_kernels
 
 BLOCK_BYTES = 64 * 2**20
-MAX_BLOCKS = 64  # of a shard: checks inside torch are quadratic in their number
+MAX_BLOCKS = 64  # per shard, as torch's checks take time quadratic in the number of blocks
 
 State = dict[str, Tensor | ShardedTensor]
 Columns = tuple[int, int]  # first, and one after the last
 
 
 def current_state(model: nn.Module) -> dict[str, Any]:
-    """Return the model's `state_dict`, tables as ShardedTensors, after caches are written back."""
+    """Write caches back and return the model's `state_dict`, with tables as ShardedTensors."""
     state = model.state_dict()  # TorchRec writes cached rows back
     for kernel in table_kernels(model):
         kernel.reset_cache_states()
@@ -58,7 +58,7 @@ def local_tensors(value: ShardedTensor | DTensor) -> list[Tensor]:
 def _as_sharded_tensor(
     value: DTensor, shards: list[ShardMetadata], group: dist.ProcessGroup
 ) -> ShardedTensor:
-    """Return a table as its copy on some of the ranks; all copies are equal."""
+    """Return the copy of a table that the plan's ranks hold; all copies are equal."""
     rank = dist.get_rank(group)
     local_shards = [shard for shard in shards if shard.placement.rank() == rank]  # type: ignore[union-attr]
     tensors = local_tensors(value)
@@ -86,9 +86,9 @@ def sharded_in_blocks(
     dtype: torch.dtype,
     group: dist.ProcessGroup | None,
 ) -> ShardedTensor:
-    """Build a ShardedTensor of `size` whose shards are blocks of rows of the given ones.
+    """Build a ShardedTensor of `size` by splitting the given shards into blocks of rows.
 
-    `placed` are the shards of all ranks, with their tensors where they are on this rank.
+    `placed` lists the shards of all ranks, each with its tensor if it is on this rank.
     """
     metadata: list[ShardMetadata] = []
     local: list[Shard] = []
@@ -109,22 +109,23 @@ def sharded_in_blocks(
     )
 
 
-def _alone_in_storage(part: Tensor) -> Tensor:
-    """Return the same memory as a storage that ends with it.
+def _alone_in_storage(view: Tensor) -> Tensor:
+    """Return a tensor over the same memory whose storage has nothing else.
 
-    torch's writer of checkpoints copies parts of larger storages, and keeps all copies to the end.
+    torch's checkpoint writer copies views of larger storages and holds all copies until it ends.
     """
-    if part.device.type != "cpu" or not part.is_contiguous() or not part.numel():
-        return part
-    return torch.from_numpy(part.detach().view(torch.uint8).numpy()).view(part.dtype)
+    if view.device.type != "cpu" or not view.is_contiguous() or not view.numel():
+        return view
+    return torch.from_numpy(view.detach().view(torch.uint8).numpy()).view(view.dtype)
 
 
 def _placed(
     tensor: ShardedTensor, local: Iterable[Tensor] | None = None
 ) -> list[tuple[ShardMetadata, Tensor | None]]:
-    own_shards = tensor.local_shards()
-    offsets = [tuple(shard.metadata.shard_offsets) for shard in own_shards]
-    tensors = [shard.tensor for shard in own_shards] if local is None else local
+    """Return the shards of all ranks, each with its tensor, or that of `local`, if it is here."""
+    local_shards = tensor.local_shards()
+    offsets = [tuple(shard.metadata.shard_offsets) for shard in local_shards]
+    tensors = [shard.tensor for shard in local_shards] if local is None else local
     local_by_offsets = dict(zip(offsets, tensors))
     shards = tensor.metadata().shards_metadata
     return [(shard, local_by_offsets.get(tuple(shard.shard_offsets))) for shard in shards]
@@ -135,7 +136,7 @@ def in_blocks(
     group: dist.ProcessGroup | None = None,
     local: Sequence[Tensor] | None = None,
 ) -> ShardedTensor:
-    """Return a tensor in blocks of rows that share its memory, or that of `local` on this rank."""
+    """Return a tensor in blocks of rows that share its memory, or that of `local` if given."""
     size, dtype = tensor.metadata().size, tensor.metadata().tensor_properties.dtype
     return sharded_in_blocks(_placed(tensor, local), size, dtype, group)
 
@@ -169,7 +170,7 @@ class TableOptimizerState:
         # A rank without a shard of a table does not know its moments, but must join the collective.
         for key, values in model.fused_optimizer.state_dict()["state"].items():
             for name, value in values.items():
-                # ShardedTensor.size warns in every run that it will be replaced.
+                # `metadata().size`, because ShardedTensor.size() logs a deprecation warning.
                 is_sharded = isinstance(value, ShardedTensor)
                 row_wise = len(value.metadata().size if is_sharded else value.size()) == 1
                 moment = _Moment(key, name.rsplit(".", 1)[-1], row_wise)
@@ -180,9 +181,9 @@ class TableOptimizerState:
         self._unfinished: list[Callable[[], None]] = []
 
     def state_dict(self, stored: Iterable[str] | None = None) -> State:
-        """Return tensors to save; with the names `stored` in a checkpoint, tensors to load into.
+        """Return tensors to save; given the names `stored` in a checkpoint, tensors to load into.
 
-        A moment with one number per row has one entry [R] per range of columns.
+        A row-wise moment has one entry [R] per range of columns.
         """
         names = None if stored is None else list(stored)
         self._unfinished = []
@@ -237,24 +238,24 @@ class TableOptimizerState:
         """Return empty tensors [R] for stored column ranges; `finish_loading` combines them."""
         local = self._tensors_of(moment)
         rows: dict[Columns, Tensor | ShardedTensor] = {}
-        rooms: dict[Columns, list[Tensor]] = {}  # by range, for each shard of this rank
+        buffers: dict[Columns, list[Tensor]] = {}  # by range, for each shard of this rank
         for columns in ranges:
             if len(plan_ranges) == 1:
-                rooms[columns] = [torch.zeros_like(tensor) for tensor in local]
-                rows[columns] = self._rows_of(moment, plan_ranges[0], rooms[columns])
+                buffers[columns] = [torch.zeros_like(tensor) for tensor in local]
+                rows[columns] = self._rows_of(moment, plan_ranges[0], buffers[columns])
             elif local:
-                rows[columns] = room = torch.zeros(self.weights[moment.key].metadata().size[0])
-                rooms[columns] = [room] * len(local)
+                rows[columns] = buffer = torch.zeros(self.weights[moment.key].metadata().size[0])
+                buffers[columns] = [buffer] * len(local)
 
         def combine() -> None:
             shards = self.weights[moment.key].local_shards()
             for number, (shard, tensor) in enumerate(zip(shards, local)):
                 first, last = _columns(shard.metadata)
                 tensor.zero_()
-                for (stored_first, stored_last), room in rooms.items():
+                for (stored_first, stored_last), buffer in buffers.items():
                     shared = min(last, stored_last) - max(first, stored_first)
                     if shared > 0:
-                        loaded = room[number].to(tensor.device)
+                        loaded = buffer[number].to(tensor.device)
                         tensor.add_(loaded, alpha=shared / (last - first))
 
         self._unfinished.append(combine)

@@ -1,6 +1,6 @@
 """Embedding tables from configuration, on the meta device by default.
 
-Initial weights depend on the seed, the table and the row alone, never on the sharding plan.
+Initial weights depend only on the seed, the table and the row, never on the sharding plan.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ class TableConfig:
     """One embedding table; fields out of range, or that contradict each other, are a ValueError.
 
     Weight decay acts on the rows in the batch: L2 (``rowwise_adagrad``) or decoupled (``adam``).
-    Column shards of ``rowwise_adagrad`` keep own moments, so updates differ from unsharded ones.
+    Each column shard has its own ``rowwise_adagrad`` moments, so its updates differ from unsharded.
 
     Example::
 
@@ -44,16 +44,16 @@ class TableConfig:
     name: str  # unique over all collections of a model
     num_embeddings: int  # rows; ids run from 0 to num_embeddings - 1
     embedding_dim: int
-    features: list[str]  # features that look up in this table; sharing costs nothing
+    features: list[str]  # features that look up in this table; sharing a table is free
     pooling: Pooling = "none"  # none: one vector per id; sum, mean: one vector per list of ids
-    sharding: Sharding = "auto"  # auto: the planner chooses; one rank has whole tables
+    sharding: Sharding = "auto"  # auto: the planner chooses; with one rank, whole tables
     optimizer: TableOptimizer = "rowwise_adagrad"  # adam runs on CUDA only
     learning_rate: float = 0.05
     weight_decay: float = 0.0
     eps: float = 1e-8  # added to the root of the second moment
     init_std: float = 0.01  # standard deviation of the normal initial weights
     frozen: bool = False  # never updated, no optimizer state; training settings are ignored
-    # Memory of the rows: the device's, the host's (CUDA), or the host's with a cache on the device.
+    # Where rows are stored: on the device, on the host (CUDA), or on the host with a device cache.
     kernel: Kernel = "fused"
     cache_load_factor: float = CACHE_LOAD_FACTOR  # share of the rows in the cache of uvm_caching
     # Mean ids per row of a feature, for the planner's estimate of the load; default 1.
@@ -90,10 +90,10 @@ class TableConfig:
         for name in self.features:
             if self.features.count(name) > 1:
                 yield f"feature '{name}' is listed twice; list it once"
-        for part in fields(self):
-            value, allowed = getattr(self, part.name), get_args(part.type)
-            if get_origin(part.type) is Literal and value not in allowed:
-                yield f"{part.name} is {value!r}; choose one of {', '.join(allowed)}"
+        for config_field in fields(self):
+            value, allowed = getattr(self, config_field.name), get_args(config_field.type)
+            if get_origin(config_field.type) is Literal and value not in allowed:
+                yield f"{config_field.name} is {value!r}; choose one of {', '.join(allowed)}"
 
     def _number_problems(self) -> Iterator[str]:
         for field_name in ("num_embeddings", "embedding_dim"):
@@ -121,7 +121,7 @@ class TableConfig:
 class NormalInitializer:
     """Writes a table's initial weights, or any rectangle of them, from the seed alone.
 
-    Each block of rows has a generator of its own, so shards get the unsharded table's numbers.
+    Each block of rows has its own generator, so shards get the same numbers as an unsharded table.
     """
 
     def __init__(self, table: TableConfig) -> None:
@@ -165,7 +165,7 @@ class NormalInitializer:
 
 
 def check_tables(tables: Sequence[TableConfig]) -> None:
-    """Refuse repeated names or features, and different dimensions without pooling: ValueError."""
+    """Raise a ValueError for repeated names or features, or unpooled tables of two dimensions."""
     table_of_feature: dict[str, str] = {}
     names = [table.name for table in tables]
     unpooled = [table for table in tables if table.pooling == "none"]

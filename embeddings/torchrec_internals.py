@@ -1,7 +1,7 @@
 """All private parts of TorchRec that the tables use, written for TorchRec 1.8.
 
-`tests/embeddings/test_table_internals.py` says which of them an upgrade has changed. On CPU,
-lookups without pooling run as bags of one id each, in about 60 % of the time.
+`tests/embeddings/test_table_internals.py` shows which of them an upgrade has changed. On CPU,
+unpooled lookups run as bags of one id each, which takes about 60 % of the time.
 Shapes: T features, B batch, N ids of all features, D dimension.
 """
 
@@ -22,7 +22,7 @@ TORCHREC_VERSION = "1.8"
 
 
 def table_kernels(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
-    """Yield the modules of FBGEMM that hold the shards of this rank."""
+    """Yield the FBGEMM modules that hold this rank's shards."""
     for collection in model.modules():
         for lookup in getattr(collection, "_lookups", []):
             for module in lookup.modules():
@@ -31,15 +31,15 @@ def table_kernels(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCo
 
 
 def unlock_cached_rows(model: nn.Module) -> None:
-    """Let caches of `uvm_caching` give up their rows, while no batch is in flight.
+    """Make the rows in `uvm_caching` caches evictable; call it while no batch is in flight.
 
-    A batch fetched ahead locks its rows until its backward, which validation does not have.
+    A prefetched batch locks its rows until its backward pass, which validation does not have.
     """
     for kernel in table_kernels(model):
         locks = cast(Tensor, kernel.lxu_cache_locking_counter)
         if not locks.numel():
             continue
-        # Rows are fetched on another stream, which neither end may overtake.
+        # Another stream prefetches rows: wait for it, and let it start only after the reset.
         if locks.is_cuda:
             torch.cuda.synchronize(locks.device)
         locks.zero_()
@@ -48,21 +48,21 @@ def unlock_cached_rows(model: nn.Module) -> None:
 
 
 def group_of_copies(model: nn.Module) -> dist.ProcessGroup:
-    """Return the group of all ranks, whose numbers the plan of a model with copies has."""
+    """Return the process group whose rank numbers the plan of a model with copies uses."""
     group = cast(DistributedModelParallel, model)._env.process_group
     assert group is not None
     return group
 
 
 def look_up_as_bags(collection: nn.Module) -> None:
-    """Change the CPU lookups of a sharded collection in place."""
+    """Turn the CPU lookups of a sharded collection into `SingleIdBags`, in place."""
     for lookup in table_kernels(collection):
         if lookup.use_cpu:
             SingleIdBags.take_over(lookup)
 
 
 class SingleIdBags(SplitTableBatchedEmbeddingBagsCodegen):
-    """A lookup of ids [N] without pooling, by the kernels for bags; its results stay [N, D]."""
+    """An unpooled lookup of ids [N] with the kernels for bags; it returns [N, D]."""
 
     @staticmethod
     def take_over(lookup: SplitTableBatchedEmbeddingBagsCodegen) -> None:
@@ -78,14 +78,14 @@ class SingleIdBags(SplitTableBatchedEmbeddingBagsCodegen):
         edges = [0, *accumulate(features_of_tables)]
         bounds = offsets[:: (len(offsets) - 1) // edges[-1]][edges].tolist()
         ids_of_tables = [indices[start:end] for start, end in pairwise(bounds)]
-        # The features of a table take its ids in turn: its bags are in the order of the ids.
+        # Each feature of a table gets every count-th id, so the bags keep the order of the ids.
         ids = [
             table_ids[place::count]
             for table_ids, count in zip(ids_of_tables, features_of_tables)
             for place in range(count)
         ]
         counts = torch.tensor([len(feature_ids) for feature_ids in ids])
-        # The same number of bags for each feature; those after its last id are empty.
+        # Each feature has the same number of bags; bags after its last id are empty.
         most = max(int(counts.max()), 1)
         places = torch.minimum(torch.arange(most), counts.unsqueeze(1))
         places += (counts.cumsum(0) - counts).unsqueeze(1)
@@ -96,6 +96,6 @@ class SingleIdBags(SplitTableBatchedEmbeddingBagsCodegen):
         vectors = []
         for table_bags, table_ids in zip(bags_of_tables, ids_of_tables):
             rows = table_bags.reshape(-1, self.max_D)
-            # A slice of all rows would cost a copy of their gradient.
+            # Slicing, even of all rows, would copy the gradient in backward.
             vectors.append(rows if len(rows) == len(table_ids) else rows[: len(table_ids)])
         return vectors[0] if len(vectors) == 1 else torch.cat(vectors)

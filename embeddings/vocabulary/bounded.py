@@ -1,6 +1,6 @@
 """Map raw ids to rows of a table of fixed size while ids appear and disappear.
 
-A hash gives each id a set of about a hundred rows; each rank serves some of the sets.
+A hash assigns each id to a set of about a hundred rows; each rank holds some of the sets.
 Shapes: N ids or rows, U distinct ids, S sets, R rows per set.
 """
 
@@ -38,8 +38,8 @@ class RowSets:
         self.protect_steps = protect_steps
         self.ids = np.zeros(shape, np.int64)
         self.last_used = np.full(shape, -1, np.int64)  # step; -1 where a row is free
-        self.scores = np.zeros(shape, np.float64)  # halved count of uses, as of `last_used`
-        # Ids not yet seen often enough wait in slots chosen by hash; a new id overwrites the slot.
+        self.scores = np.zeros(shape, np.float64)  # decayed count of uses at step `last_used`
+        # Ids with fewer than `admit_after` uses wait in slots chosen by hash; a new id overwrites.
         waiting = shape if admit_after > 1 else (0, 0)
         self.waiting_ids = np.zeros(waiting, np.int64)
         self.waiting_counts = np.zeros(waiting, np.int64)
@@ -48,8 +48,8 @@ class RowSets:
         """Return the row of each id in its set, -1 for ids without a row: int64 [N]."""
         rows = np.empty(len(ids), np.int64)
         for start in range(0, len(ids), BLOCK):
-            part = slice(start, start + BLOCK)
-            rows[part] = (self.ids[sets[part]] == ids[part, None]).argmax(axis=1)
+            block = slice(start, start + BLOCK)
+            rows[block] = (self.ids[sets[block]] == ids[block, None]).argmax(axis=1)
         # argmax gives 0 if nothing is equal, and a free row holds id 0: both mean no row.
         has_row = (self.ids[sets, rows] == ids) & (self.last_used[sets, rows] >= 0)
         return np.where(has_row, rows, -1)
@@ -57,10 +57,10 @@ class RowSets:
     def use(
         self, sets: np.ndarray, ids: np.ndarray, counts: np.ndarray, step: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Count a step's uses of ids and assign rows to the ids that are due for one.
+        """Count a step's uses of distinct ids, and assign rows to ids that have been used enough.
 
-        All are [N]: sets, distinct ids and their counts -> row in its set or -1; whether it is new;
-        whether another id lost it. `step` never falls.
+        Returns the row of each id in its set or -1, whether the row is new for the id, and whether
+        another id lost the row. All arrays are [N]. `step` must not decrease between calls.
         """
         rows = self.find(sets, ids)
         has_row = rows >= 0
@@ -82,7 +82,7 @@ class RowSets:
     def _give_rows(
         self, sets: np.ndarray, occurrences: np.ndarray, step: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Assign rows to ids of sets [N]; those most often `seen` [N] first."""
+        """Return positions of ids that get a row, and the rows; ids with most occurrences first."""
         order = np.lexsort((-occurrences, sets))
         set_numbers, first, numbers = np.unique(sets[order], return_index=True, return_counts=True)
         turn = np.arange(len(order)) - np.repeat(first, numbers)  # 0, 1, 2 ... within each set
@@ -126,7 +126,7 @@ class RowSets:
 
 @dataclass(frozen=True)
 class VocabularyCounts:
-    """Counts of events in a bounded vocabulary, over all ranks."""
+    """Lookups, admissions and evictions of a bounded vocabulary, summed over all ranks."""
 
     lookups: int
     unknown: int  # lookups of ids without a row
@@ -138,15 +138,15 @@ class VocabularyCounts:
 class BoundedVocabulary:
     """A map of at most ``num_embeddings - 1`` raw ids, learned during training.
 
-    A new id takes a free row of its set, or the least used one. Ids without a row of their own map
-    to ``unknown_row``, the last row. With a process group every method is a collective. Arguments
-    out of range are a ValueError.
+    A new id takes a free row of its set, or the least used row. Ids without a row map to
+    ``unknown_row``, the last row. With a process group every method is a collective. Arguments out
+    of range are a ValueError.
 
     Args:
         num_embeddings: rows of the table, up to one in 64 of which is unused.
         admit_after: occurrences in training after which an id gets a row.
         half_life: steps in which a count of uses halves; ``float("inf")`` for plain counts.
-        protect_steps: rows used in these last steps are kept; at least the batches mapped ahead.
+        protect_steps: steps for which a used row is not evicted; at least the batches mapped ahead.
 
     Example::
 
@@ -183,7 +183,7 @@ class BoundedVocabulary:
         self._sets = RowSets(shape, admit_after, half_life, protect_steps)
         self._evicted: list[Tensor] = []
         self._counts = np.zeros(4, np.int64)  # lookups, unknown, admitted, evicted
-        # Ids [A] of this rank's sets that got a row in the last training call, and these rows [A].
+        # Ids [A] of this rank's sets that got a row in the last training call, and their rows [A].
         self.admitted = np.zeros(0, np.int64), np.zeros(0, np.int64)
 
     @property
@@ -209,16 +209,16 @@ class BoundedVocabulary:
         return torch.from_numpy(rows[inverse]).to(ids.device)
 
     def find(self, ids: Tensor) -> Tensor:  # int64 [N], raw -> int64 [N]
-        """Return the row of each id, -1 where it has none of its own; not counted. A collective."""
-        before = self._counts.copy()
+        """Return the row of each id, -1 for ids without one; `counts` ignores it. A collective."""
+        saved_counts = self._counts.copy()
         rows = self.rows_of(ids, step=0, training=False)
-        self._counts = before
+        self._counts = saved_counts
         return rows.where(rows != self.unknown_row, -1)
 
     def _serve(
         self, ids: np.ndarray, counts: np.ndarray, step: int, training: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return (rows of distinct ids [U] in sets of this rank, rows taken from other ids)."""
+        """Return the rows of distinct ids [U] in sets of this rank, and rows that ids lost."""
         sets = self._set_of(ids) - self._first_set
         if training:
             rows, admitted, evicted = self._sets.use(sets, ids, counts, step)
@@ -233,13 +233,13 @@ class BoundedVocabulary:
     def _ask(
         self, ids: np.ndarray, counts: np.ndarray, step: int, training: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return (rows of distinct ids [U], rows taken from others on any rank). A collective."""
+        """Return the rows of distinct ids [U], and rows that ids lost on any rank. A collective."""
         owner = np.searchsorted(self._bounds, self._set_of(ids), side="right") - 1
         order = np.argsort(owner, kind="stable")
         sizes = np.bincount(owner, minlength=self._world_size).tolist()
         pairs = torch.from_numpy(np.stack([ids, counts], axis=1)[order])
         requests, asked_sizes = self._send(pairs, sizes)
-        # The same id may come from several ranks.
+        # Several ranks may request the same id.
         distinct, inverse = np.unique(requests[:, 0].numpy(), return_inverse=True)
         totals = np.zeros(len(distinct), np.int64)
         np.add.at(totals, inverse, requests[:, 1].numpy())
@@ -252,13 +252,13 @@ class BoundedVocabulary:
         return rows, evicted
 
     def _send(self, values: Tensor, sizes: list[int]) -> tuple[Tensor, list[int]]:
-        """Send each rank the next values; return those received, and their sizes. A collective."""
+        """Send rank r its `sizes[r]` values; return received values and sizes. A collective."""
         one_each = [1] * self._world_size
         received_sizes = exchange(torch.tensor(sizes), one_each, one_each, self._group).tolist()
         return exchange(values, sizes, received_sizes, self._group), received_sizes
 
     def take_evicted_rows(self) -> Tensor:
-        """Return the rows [N] taken from other ids since the last call; equal on all ranks."""
+        """Return the rows [N] that ids lost since the last call, the same on all ranks."""
         rows = torch.cat([torch.zeros(0, dtype=torch.int64), *self._evicted])
         self._evicted = []
         return rows
@@ -272,7 +272,7 @@ class BoundedVocabulary:
         return VocabularyCounts(*totals.tolist())
 
     def state_dict(self) -> dict[str, Tensor | ShardedTensor]:
-        """Return the map, the use of its rows and the waiting ids: [S, R] each. A collective."""
+        """Return ids, last uses and scores of all rows, and waiting ids: [S, R]. A collective."""
         sets = self._sets
         arrays = {"ids": sets.ids, "last_used": sets.last_used, "scores": sets.scores}
         if sets.admit_after > 1:
@@ -286,7 +286,7 @@ class BoundedVocabulary:
 
 @dataclass(frozen=True)
 class UsedRows:
-    """A range of rows of the old table, with the entries of `BoundedVocabulary.state_dict`."""
+    """A range of rows of the old table, with their entries in `BoundedVocabulary.state_dict`."""
 
     first: int
     ids: np.ndarray  # int64 [N]
@@ -297,14 +297,14 @@ class UsedRows:
 def rows_in_resized(
     ranges: Iterable[UsedRows], num_embeddings: int, half_life: float, start: int, stop: int
 ) -> np.ndarray:
-    """Return the old row of each row `[start, stop)` of the new table, -1 where none: int64."""
+    """Return the old row of each row in `[start, stop)` of the new table, or -1: int64."""
     num_sets, rows_per_set = rows_of_sets(num_embeddings)
     first, last = start // rows_per_set, min(-(-stop // rows_per_set), num_sets)
     places, sets, worth = [], [], []
     for rows in ranges:
         id_sets = (mix64(rows.ids) % np.uint64(num_sets)).astype(np.int64)
         inside = np.flatnonzero((rows.last_used >= 0) & (id_sets >= first) & (id_sets < last))
-        with np.errstate(divide="ignore"):  # a use long ago may have faded to 0
+        with np.errstate(divide="ignore"):  # an old score may have decayed to 0
             faded = np.log2(rows.scores[inside]) + rows.last_used[inside] / half_life
         places.append(rows.first + inside)
         sets.append(id_sets[inside])

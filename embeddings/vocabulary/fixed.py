@@ -1,4 +1,4 @@
-"""Maps raw 64-bit integers or strings to rows of a table. Shapes: N ids, K hash functions."""
+"""Vocabularies for 64-bit integer or string ids. Shapes: N ids, K hash functions."""
 
 import hashlib
 from collections.abc import Iterable
@@ -13,11 +13,11 @@ from pyarrow.fs import FileSystem
 GOLDEN = 0x9E3779B97F4A7C15
 # Integer that stands for null among raw ids; any constant that is unlikely to be an id.
 NULL_ID = GOLDEN - 2**64
-FEW_IDS = 1024  # below it, finding equal ids costs more than it saves
+FEW_IDS = 1024  # with fewer ids, deduplication costs more time than it saves
 
 
 def mix64(keys: np.ndarray) -> np.ndarray:
-    """Scatter 64-bit integers [N] by a bijection, the finaliser of splitmix64: uint64 [N]."""
+    """Hash 64-bit integers [N] with the finaliser of splitmix64, a bijection: uint64 [N]."""
     mixed = keys.astype(np.uint64) + np.uint64(GOLDEN)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -72,14 +72,14 @@ def _fingerprints(texts: pa.Array) -> np.ndarray:  # [N] -> int64 [N]
 
 
 def integer_ids(ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """Return raw ids as int64 [N], strings by a fingerprint; a ValueError if one cannot be."""
+    """Return raw ids as int64 [N], strings as fingerprints; a ValueError for other ids or null."""
     return _keys(_plain_ids(ids))
 
 
 class ExactVocabulary:
-    """A map from raw ids to rows, built from data, stored as Parquet, and only ever extended.
+    """A map from raw ids to rows, built from data and stored as Parquet; it never drops an id.
 
-    It holds ``num_embeddings - 1`` ids in order of arrival; others map to the last row.
+    It holds up to ``num_embeddings - 1`` ids in order of arrival; others map to the last row.
 
     Example::
 
@@ -91,7 +91,7 @@ class ExactVocabulary:
         vocabulary.rows_of(pa.array(["eve", "joe"]))  # [2, 3]; 3 is unknown_row
     """
 
-    is_limited = True  # to the ids that have rows of their own
+    is_limited = True  # whether more than `num_embeddings - 1` ids are an error
 
     def __init__(self, num_embeddings: int) -> None:
         self.num_embeddings = check_num_embeddings(num_embeddings)
@@ -107,8 +107,8 @@ class ExactVocabulary:
         return len(self.ids)
 
     def extend(self, chunks: Iterable[pa.Array | pa.ChunkedArray]) -> int:
-        """Add the new ids of chunks and return their number; if they do not fit, a ValueError."""
-        before = self.ids, self._ordered_keys, self._row_in_order
+        """Add the new ids of chunks and return their number; a ValueError if they do not fit."""
+        saved = self.ids, self._ordered_keys, self._row_in_order
         try:
             for chunk in chunks:
                 self._add(_plain_ids(chunk))
@@ -118,9 +118,9 @@ class ExactVocabulary:
                     f"the last row is that of unknown ids; set it to at least {len(self) + 1}"
                 )
         except Exception:
-            self.ids, self._ordered_keys, self._row_in_order = before
+            self.ids, self._ordered_keys, self._row_in_order = saved
             raise
-        return len(self) - len(before[0])
+        return len(self) - len(saved[0])
 
     def _add(self, ids: pa.Array) -> None:
         ids = pc.unique(ids)
@@ -133,9 +133,9 @@ class ExactVocabulary:
         self._ordered_keys = np.insert(self._ordered_keys, place, keys[order])
         self._row_in_order = np.insert(self._row_in_order, place, len(self) + order)
         self.ids = pa.concat_arrays([self.ids, new]) if len(self) else new
-        twins = np.flatnonzero(np.diff(self._ordered_keys) == 0)
-        if len(twins):
-            pair = self._row_in_order[twins[0] : twins[0] + 2]
+        collisions = np.flatnonzero(np.diff(self._ordered_keys) == 0)
+        if len(collisions):
+            pair = self._row_in_order[collisions[0] : collisions[0] + 2]
             first, second = (self.ids[int(row)].as_py() for row in pair)
             raise ValueError(f"ids '{first}' and '{second}' have one fingerprint; rename one")
 
@@ -158,7 +158,7 @@ class ExactVocabulary:
         if len(keys) < FEW_IDS:
             place = np.searchsorted(self._ordered_keys, keys)
         else:
-            distinct, inverse = np.unique(keys, return_inverse=True)  # five times as fast
+            distinct, inverse = np.unique(keys, return_inverse=True)  # the search is 5 x as fast
             place = np.searchsorted(self._ordered_keys, distinct)[inverse]
         place[place == len(self)] = 0
         is_known = self._ordered_keys[place] == keys
@@ -176,7 +176,7 @@ class ExactVocabulary:
         return len(other) == 0 or self.ids.slice(0, len(other)).equals(other.ids)
 
     def resized(self, num_embeddings: int) -> "ExactVocabulary":
-        """Return the map for a table of other size, without the last ids if they do not fit."""
+        """Return the map for a table of another size, without the last ids if they do not fit."""
         resized = ExactVocabulary(num_embeddings)
         if len(self) <= resized.unknown_row:
             resized.ids, resized._ordered_keys = self.ids, self._ordered_keys
@@ -193,7 +193,7 @@ class ExactVocabulary:
     def load(
         path: str, num_embeddings: int, filesystem: FileSystem | None = None
     ) -> "ExactVocabulary":
-        """Read a map written by :meth:`save`; one that does not fit the table is a ValueError."""
+        """Read a map written by :meth:`save`; a ValueError if it does not fit the table."""
         try:
             table = pq.read_table(path, filesystem=filesystem, columns=["id", "row"])
         except (pa.ArrowException, OSError) as error:
@@ -212,7 +212,7 @@ class ExactVocabulary:
 
 
 class HashVocabulary:
-    """Rows of raw ids by K hash functions; two ids share all with probability ``n ** -K``.
+    """Maps an id to rows by K hash functions; two ids share all rows with probability ``n ** -K``.
 
     Hashing trick with several functions: arXiv 1709.03933.
 
@@ -229,7 +229,7 @@ class HashVocabulary:
             if value < 1:
                 raise ValueError(f"{name} is {value}; set at least 1")
         self.num_embeddings, self.num_hashes = num_embeddings, num_hashes
-        # Far apart: otherwise one seed would share hash functions with the next seed.
+        # Mixing the seed first keeps adjacent seeds from sharing hash functions.
         self._offsets = mix64(mix64(np.array([seed])) + np.arange(num_hashes, dtype=np.uint64))
 
     def rows_of(self, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
@@ -240,7 +240,7 @@ class HashVocabulary:
 
 
 def check_num_embeddings(num_embeddings: int) -> int:
-    """Require at least two rows: one for unknown ids and another for a known one."""
+    """Return `num_embeddings`; below 2, a ValueError, as the last row is that of unknown ids."""
     if num_embeddings < 2:
         raise ValueError(
             f"num_embeddings is {num_embeddings}; set at least 2, as the last row is that of "

@@ -1,7 +1,7 @@
-"""The commands of `recsys`: a function each, whose signature and docstring are its options.
+"""The commands of `recsys`: each is a function whose signature and docstring define its options.
 
-A command's module imports no torch, so that help and errors of arguments appear at once: functions
-import it after their arguments are checked.
+A command's module does not import torch, so that help and argument errors appear at once. Functions
+import torch after they check their arguments.
 """
 
 # By name: the function, and the command's line in `recsys --help`.

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 DISTRIBUTION = "recsys-em3"
 CARD = "README.md"
 HUB_FILES = (CARD, ".gitattributes", ".cache")  # in a repository, but not in a run or package
-LOCAL_FILES = (".job.json", ".lock")  # of the machine that trained or added items
+LOCAL_FILES = (".job.json", ".lock")  # files that only the machine that wrote the folder needs
 COMPILED = "compiled.pt2"
 ITEMS = ("warm", "cold", "unseen")
 
@@ -87,7 +87,7 @@ def pull(repository: str, /, out: Path, revision: str = "main", compiled: bool =
 
 
 def model_card(folder: Path, repository: str) -> str:
-    """Return the page of a run or package: metrics, commands and settings, as Markdown."""
+    """Return a run's or package's model card: metrics, commands and settings, as Markdown."""
     from huggingface_hub import ModelCard, ModelCardData
 
     data = ModelCardData(library_name=DISTRIBUTION, tags=["recommender", "ranking", "torchrec"])
@@ -142,7 +142,7 @@ def _is_package(folder: Path) -> bool:
 
 
 def _require_whole(folder: Path) -> None:
-    """Refuse a package with a file that differs from its hash, and a folder of another kind."""
+    """Raise for a package with a file that differs from its hash, or a folder of another kind."""
     if _is_package(folder):
         from recsys.serving.package import read_manifest
 
@@ -153,7 +153,7 @@ def _require_whole(folder: Path) -> None:
 
 @contextmanager
 def _explained(repository: str) -> Iterator[None]:
-    """Turn an error of the Hub or of the network into one that names the repository and fixes."""
+    """Turn an error of the Hub or the network into a ValueError with the repository and a fix."""
     from huggingface_hub.errors import HTTPError
 
     try:

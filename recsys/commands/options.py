@@ -1,6 +1,6 @@
-"""The options of commands, from signatures and docstrings, their completion, and checks of folders.
+"""Options of commands from signatures and docstrings, shell completion, and checks of folders.
 
-Folders are checked before torch is imported.
+Folders are checked before torch is imported, so that errors appear at once.
 """
 
 import inspect
@@ -32,7 +32,7 @@ LOG_OPTIONS = {
 def command_parser(name: str, words: Sequence[str]) -> tuple[Command, Parser]:
     """Return a command of COMMANDS and its parser.
 
-    Its command line `words` chooses the ranking model, and so the settings under `ranking`.
+    The command line `words` chooses the ranking model, and thereby the settings under `ranking`.
     """
     module, _, attribute = COMMANDS[name][0].partition(":")
     path = module if "." in module else f"recsys.commands.{module}"
@@ -86,7 +86,7 @@ def options_of(command: Command, arguments: Namespace) -> tuple[list[Any], dict[
 
 
 def _local(key: str, value: Any) -> Any:
-    """Expand `~` in a path, which shells do not in `--out=~/run`; one that is a URL is refused."""
+    """Expand `~` in a path, as shells do not in `--out=~/run`; a URL is a ValueError."""
     if isinstance(value, list):
         return [_local(key, item) for item in value]
     if not isinstance(value, Path):
@@ -98,15 +98,15 @@ def _local(key: str, value: Any) -> Any:
 
 
 def _element(hint: Any) -> Any:
-    """Return the type of the elements of a list, which is an option of several words, or None."""
-    lists = (part for part in (hint, *get_args(hint)) if get_origin(part) is list)
-    return next((get_args(part)[0] for part in lists), None)
+    """Return the element type of an option that takes a list, else None."""
+    lists = (inner for inner in (hint, *get_args(hint)) if get_origin(inner) is list)
+    return next((get_args(list_hint)[0] for list_hint in lists), None)
 
 
 def require_schema(data: str) -> None:
     """Raise a ValueError for a dataset without a valid schema.
 
-    The ranks of a job later read it together, so that all of them end with its error.
+    In a job of several ranks do nothing: they read the schema later, and all raise its error.
     """
     from recsys.data.schema import load_schema
     from recsys.storage.location import Location
@@ -116,7 +116,7 @@ def require_schema(data: str) -> None:
 
 
 def require_finished(run: Path) -> Path:
-    """Refuse a folder without a finished run; of a continual one, return its newest partition's."""
+    """Return the finished run in a folder, or of a continual run's newest partition."""
     from recsys.checkpoint.partitions import newest_run
 
     run = newest_run(run)

@@ -60,7 +60,7 @@ def serve(package: Path, /, settings: ServerSettings) -> None:
 
         require_installation()
         require_working_installation(imports_torchrec=False)
-        threads = len(os.sched_getaffinity(0)) // settings.workers  # that together use all cores
+        threads = len(os.sched_getaffinity(0)) // settings.workers  # all workers use all cores
         settings = replace(
             settings,
             package=str(package),
@@ -132,11 +132,11 @@ def package_delta(base: Path, new: Path, /, out: Path) -> None:
 
 
 def package_apply(package: Path, /, delta: Path, out: Path) -> None:
-    """Make the newer package of the older one and a delta.
+    """Make the newer package from the older package and a delta.
 
     Args:
         package: the older package
-        delta: what `package delta` wrote
+        delta: file that `package delta` wrote
         out: folder of the newer package
     """
     from recsys.serving.delta import apply_delta

@@ -101,7 +101,7 @@ def continual(
     follow: bool = False,
     warm_start: Path | None = None,
 ) -> int:
-    """Walk the partitions; return the exit code. A collective.
+    """Train on partitions in time order, each scored before; return the exit code. A collective.
 
     Args:
         config: the settings.
@@ -153,8 +153,8 @@ def search(
         data: datasets: folders or URLs; a trial's value is the mean over them
         space: YAML file of settings and their values
         out: folder of the search
-        trials: number of trials, those of earlier commands on the folder included
-        jobs: trials side by side
+        trials: number of trials, including those of earlier commands on the folder
+        jobs: trials that run at the same time
         seeds: runs of each trial and dataset
         nproc: ranks of each run
         sampler: rule that proposes values: tpe learns from earlier trials, grid tries all
@@ -238,7 +238,7 @@ def describe(
     Args:
         config: the settings.
         data: dataset: folder or URL
-        device: a100, h100, h200 or b200, present or not; auto, cpu or cuda: as this machine
+        device: a100, h100, h200 or b200, present or not; auto, cpu or cuda: that of this machine
         nodes: machines
         gpus_per_node: ranks of each machine; default: the GPUs of this machine, or 1
         rows: TABLE=NUMBER: other numbers of rows than in schema.yaml

@@ -85,7 +85,7 @@ class ModalitySettings:
 
     def check(self, name: str) -> None:
         make_kind = find_part(f"{name}.kind", "recsys.data.items.kind:make_kind", {})
-        make_kind(name, self)  # checks the settings of its kind
+        make_kind(name, self)  # raises for settings that the kind refuses
         if self.module and self.training in ("lora", "side"):
             raise ValueError(
                 f"{name}: training {self.training} needs a transformers `encoder`; a `module` is "

@@ -43,7 +43,7 @@ class TableSettings:
     embedding_dim: Width | None = None
     """Width of the vectors; pooled tables only, as sequence tables share `embedding.dim`."""
     sharding: Sharding | None = None
-    """Division of the table over the ranks."""
+    """How the table is sharded over the ranks."""
     optimizer: TableOptimizer | None = None
     """Optimizer of the table."""
     learning_rate: NonNegativeFloat | None = None
@@ -51,15 +51,15 @@ class TableSettings:
     weight_decay: NonNegativeFloat | None = None
     """Weight decay of the table."""
     id_dropout: Dropout = 0.0
-    """Share of a training batch's rows whose vector is dropped, so that the model learns to rank
-    without it, as it must for new ids; pooled tables, and that of the target item, whose vector in
-    histories stays. Up to `neighbours.dropout`, the same rows lack statistics of neighbours."""
+    """Share of a training batch's rows whose vector is replaced by zeros, so that the model learns
+    to rank new ids. For pooled tables, and for that of the target item, whose vectors in histories
+    stay; as far as both shares allow, `neighbours.dropout` takes the same rows."""
     frozen: bool = False
     """Keep the initial weights, such as those of `init_from`."""
     kernel: Kernel = "fused"
-    """Memory of the table's rows and their optimizer state. fused: the device's; uvm: the host's,
-    read by the GPU at each lookup; uvm_caching: the host's, with a cache of rows on the GPU. uvm
-    and uvm_caching need CUDA."""
+    """Where the table's rows and optimizer state are stored. fused: device memory; uvm: host memory
+    that the GPU reads at each lookup; uvm_caching: host memory, with a cache of rows on the GPU.
+    uvm and uvm_caching need CUDA."""
     precision: TablePrecision | None = None
     """Type of the table's rows."""
     cache_load_factor: PositiveShare | None = None
@@ -87,17 +87,17 @@ class ParallelSettings:
     """Several copies of the tables, each on some of the ranks (2D parallelism); needs CUDA."""
 
     copies: PositiveInt = 1
-    """Number of copies. Lookups of a rank stay among the ranks of its copy; ranks of a node hold
-    the same part of different copies, so it must divide the ranks of a node."""
+    """Number of copies. A rank looks up ids only on the ranks of its copy. Ranks of a node hold the
+    same shards of different copies, so the number must divide the ranks of a node."""
     sync_every_steps: PositiveInt = 1
-    """Steps from one mean over the copies, of weights and optimizer state, to the next."""
+    """Steps between two averages of the copies' weights and optimizer state."""
 
 
 @dataclass
 class HardwareSettings:
-    """Figures that the planner computes with; None: by the GPU's name, else TorchRec's default.
+    """Hardware figures for the planner; None: those known by the GPU's name, or TorchRec's default.
 
-    Bandwidths are in GB a second and one direction.
+    Bandwidths are one-directional, in GB/s.
     """
 
     memory_gb_per_s: PositiveFloat | None = None
@@ -109,7 +109,7 @@ class HardwareSettings:
     inter_node_gb_per_s: PositiveFloat | None = None
     """Bandwidth between nodes, per GPU."""
     reserved_share: Dropout = 0.15
-    """Share of memory that the tables leave to dense parts, activations and batches."""
+    """Share of memory reserved for dense parts, activations and batches."""
 
 
 @dataclass
@@ -119,7 +119,7 @@ class EmbeddingSettings:
     dim: Width = 32
     """Width of the vectors."""
     sharding: Sharding = "auto"
-    """Division of the tables over ranks; auto: the planner chooses, on one rank whole tables."""
+    """How tables are sharded over ranks; auto: the planner chooses; with one rank, whole tables."""
     optimizer: TableOptimizer = "rowwise_adagrad"
     """Optimizer of the tables, applied in the backward pass."""
     learning_rate: NonNegativeFloat = 0.05
@@ -129,9 +129,9 @@ class EmbeddingSettings:
     init_std: NonNegativeFloat = 0.01
     """Standard deviation of the initial weights."""
     precision: TablePrecision = "fp32"
-    """Type of the tables' rows; the state of their optimizers stays fp32. fp16 takes half the
-    memory and reads half the bytes; on GPUs its updates are rounded up or down by chance, so that
-    small ones count on the average, on CPU to the nearest number."""
+    """Type of the tables' rows; optimizer state stays fp32. fp16 takes half the memory and reads
+    half the bytes. GPUs round its updates stochastically, so that small updates count on average;
+    CPUs round them to the nearest number."""
     tables: dict[str, TableSettings] = field(default_factory=dict)
     """Settings of single tables, by column name."""
     skip: list[str] = field(default_factory=list)

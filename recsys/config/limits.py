@@ -1,4 +1,4 @@
-"""Types of numbers with limits, and the check of any tree of settings against them."""
+"""Number types with limits, and a check of nested settings against the limits."""
 
 import math
 import re
@@ -18,7 +18,7 @@ def _limited(name: str, kind: type, *limits: tuple[str, float]) -> Any:
     return typing.restricted_number_type(name, kind, list(limits), docstring=words)
 
 
-# Larger values are typing errors, which end in an allocator's error or in hours of building.
+# Larger values are typos, which would end in an out-of-memory error or take hours to build.
 Width = Annotated[int, _limited("Width", int, (">", 0), ("<=", 2**20))]
 NumLayers = Annotated[int, _limited("NumLayers", int, (">=", 0), ("<=", 1000))]
 Pixels = Annotated[int, _limited("Pixels", int, (">", 0), ("<=", 8192))]
@@ -35,9 +35,9 @@ PositiveShare = Annotated[float, _limited("PositiveShare", float, (">", 0), ("<=
 
 
 def check_settings(value: Any, name: str = "", hint: Any = None) -> None:
-    """Check every number against its limit, and every part by its own method `check(name)`.
+    """Check every number against its limit, and call the method `check(name)` of every dataclass.
 
-    `name` is the setting in full, empty for all; `hint` is the annotation of a plain value.
+    `name` is the setting's full name, empty at the top; `hint` is the annotation of a plain value.
     """
     if is_dataclass(value):
         for field, field_hint in get_type_hints(type(value), include_extras=True).items():
@@ -63,13 +63,13 @@ def check_settings(value: Any, name: str = "", hint: Any = None) -> None:
 def _limits(hint: Any) -> Iterator[type]:
     if get_origin(hint) is Annotated:
         yield from hint.__metadata__
-    for part in get_args(hint):
-        if get_origin(part) is not None:
-            yield from _limits(part)
+    for inner_hint in get_args(hint):
+        if get_origin(inner_hint) is not None:
+            yield from _limits(inner_hint)
 
 
 def refuse_options(name: str, part: str, options: dict[str, Any]) -> None:
-    """Raise a ValueError for options of a built-in part, which has settings instead."""
+    """Raise a ValueError for options of a built-in part: only user-defined classes have options."""
     if options and ":" not in part:
         raise ValueError(
             f"{name}.options are for a class of your own, but {name}.name is '{part}'; remove them"

@@ -1,4 +1,4 @@
-"""Reads, checks and writes the configuration of a run: YAML and the command line.
+"""Read, check and write the configuration of a run: YAML and the command line.
 
 Every field of `Config` is a setting of recipes, and an option `--any.setting VALUE`.
 """
@@ -32,11 +32,11 @@ from recsys.config.run import CONFIG_NAMES, Config, content_settings
 
 logger = logging.getLogger(__name__)
 
-SEARCH_METRICS = ("recall", "ndcg", "mrr")  # of lists of each of `ranking.depths`
+SEARCH_METRICS = ("recall", "ndcg", "mrr")  # measured at each of `ranking.depths`
 
 
 def validate(config: Config) -> None:
-    """Check every setting, then those that exclude each other; a ValueError names them."""
+    """Raise a ValueError for a setting out of range, or for settings that exclude each other."""
     check_settings(config)
     _check_search(config.best_model_by, config.ranking)
     _check_metric_names(config)
@@ -58,7 +58,7 @@ def validate(config: Config) -> None:
 
 
 def _check_search(best_model_by: str, ranking: RankingSettings) -> None:
-    """Refuse a choice of the best model by a search that is not made."""
+    """Raise if the best model is chosen by retrieval metrics that no validation computes."""
     if best_model_by not in ("recall", "ndcg"):
         return
     if not isinstance(ranking, RetrievalSettings):
@@ -74,7 +74,7 @@ def _check_search(best_model_by: str, ranking: RankingSettings) -> None:
 
 
 def _check_metric_names(config: Config) -> None:
-    """Refuse a further metric with the name of one of a search, in whose place it would count."""
+    """Raise for a further metric with the name of a retrieval metric, which it would replace."""
     if not isinstance(config.ranking, RetrievalSettings):
         return
     for name in config.metrics:
@@ -87,7 +87,7 @@ def _check_metric_names(config: Config) -> None:
 
 
 def _check_averages(config: Config) -> None:
-    """Refuse averages of tables without a decay, or whose current rows are not in one place."""
+    """Raise for table averages without a decay, of fp16 rows, or of rows in caches or copies."""
     if config.optimizer.ema_decay is None:
         raise ValueError(
             "optimizer.ema_tables is true, but optimizer.ema_decay is not set; give a decay, such "
@@ -114,12 +114,12 @@ def _check_averages(config: Config) -> None:
 def add_config_arguments(
     parser: Parser, words: Sequence[str], skip: frozenset[str] = frozenset()
 ) -> None:
-    """Add `--config FILE` and every setting of `Config` but `skip` as `--name.of.setting`.
+    """Add `--config FILE` and every setting of `Config` except `skip` as `--name.of.setting`.
 
-    The command line `words` chooses the ranking model, and so its settings; an unknown model, or
-    one without such a key under `ranking`, is a ValueError.
+    The command line `words` chooses the ranking model, and thereby its settings. An unknown model,
+    or a key under `ranking` that the model lacks, is a ValueError.
     """
-    # Docstrings of settings are parsed from source files, and only a help text shows them.
+    # Only the help text needs docstrings of settings, which are parsed from source files.
     shows_help = not {"-h", "--help"}.isdisjoint(words)
     set_parsing_settings(docstring_parse_attribute_docstrings=shows_help)
     hints = get_type_hints(Config, include_extras=True)
@@ -150,7 +150,7 @@ def config_from(namespace: Namespace) -> Config:
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """Read a recipe; `overrides` are command-line words such as `["--epochs", "1"]`.
+    """Read a recipe; `overrides` are command-line arguments such as `["--epochs", "1"]`.
 
     A missing file, an unknown key or a wrong type is a ValueError that names it.
     """
@@ -169,7 +169,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
 @cached_copy
 def config_of_plain(plain: dict[str, Any]) -> Config:
-    """Invert `to_plain`, with defaults for missing settings; a wrong one is a ValueError."""
+    """Return the `Config` of a `to_plain` result, with defaults; raise for a wrong setting."""
     name = _ranking_name([("--config", plain)])
     parser = Parser(exit_on_error=False)
     add_config_arguments(parser, ["--ranking.name", name])
@@ -200,29 +200,29 @@ def to_plain(value: Any) -> Any:
 def _remove_modalities(
     options: Sequence[tuple[str, str]], recipes: dict[str, Any]
 ) -> frozenset[str]:
-    """Take modalities that options set to null out of the recipes; return these settings."""
+    """Remove modalities that options set to null from the recipes; return the options' names."""
     prefix = "content.modalities."
     settings = [option.removeprefix("--") for option, value in options if value == "null"]
     removed = frozenset(name for name in settings if re.fullmatch(rf"{prefix}[^.]+", name))
     modalities: list[dict[str, Any]] = []
     for recipe in recipes.values():
         match recipe:
-            case {"content": {"modalities": {} as part}}:
-                modalities.append(part)
+            case {"content": {"modalities": {} as recipe_modalities}}:
+                modalities.append(recipe_modalities)
     for name in (setting.removeprefix(prefix) for setting in sorted(removed)):
-        if not any(name in part for part in modalities):
+        if not any(name in recipe_modalities for recipe_modalities in modalities):
             suggestion = meant(name, itertools.chain(*modalities))
             raise ValueError(
                 f"{prefix}{name} is null, but the recipe has no such modality{suggestion}"
             )
-        for part in modalities:
-            part.pop(name, None)
+        for recipe_modalities in modalities:
+            recipe_modalities.pop(name, None)
     return removed
 
 
 def _recipe_action(name: str, recipes: dict[str, Any]) -> type[ActionConfigFile]:
     class Recipe(ActionConfigFile):
-        """Reads a recipe as plain data, and keeps only the model's own keys under `ranking`."""
+        """Reads a recipe as plain data, and keeps only the model's keys under `ranking`."""
 
         def __call__(
             self, parser: Any, cfg: Any, values: Any, option_string: str | None = None
@@ -245,7 +245,7 @@ def _read_recipe(recipe: str) -> Any:
         content = load_plain_yaml(file.read_bytes() if os.path.isfile(file) else recipe.encode())
         if not isinstance(content, dict):
             return content
-        if "config" in content:  # the parser would read that file, too
+        if "config" in content:  # jsonargparse would read the named file
             raise RefusedYaml("config is no setting; give several --config")
         return without_removed_settings(content)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -253,7 +253,7 @@ def _read_recipe(recipe: str) -> Any:
 
 
 def _ranking_name(mappings: Sequence[tuple[str, dict[str, Any]]]) -> str:
-    """Return the last name of a ranking model in options and recipes; check its other options."""
+    """Return the last ranking model named in options or recipes; check keys that options set."""
     name, keys = DEFAULT_MODEL, list[str]()
     for option, mapping in mappings:
         section = mapping.get("ranking")
@@ -269,7 +269,7 @@ def _ranking_name(mappings: Sequence[tuple[str, dict[str, Any]]]) -> str:
 def _as_mapping(
     option: str, value: str, settings: Container[str], recipes: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the settings that an option sets, as a mapping; empty for another option."""
+    """Return the settings that an option sets, as a mapping; empty if it sets none."""
     name = option.removeprefix("--")
     if name == "config":
         recipe = recipes[value]
@@ -287,9 +287,9 @@ def _option(group: Sequence[str]) -> tuple[str, str]:
 
 
 def without_removed_settings(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return a recipe of an earlier release as this one reads it.
+    """Return a recipe without settings that only earlier releases had.
 
-    A FutureWarning names a setting that was in use, and what applies instead.
+    A FutureWarning names each removed setting that was in use, and what applies instead.
     """
     neighbours, embedding = recipe.get("neighbours"), recipe.get("embedding")
     if isinstance(neighbours, dict) and "decay" in neighbours:

@@ -1,6 +1,6 @@
-"""Parts that a configuration names: built in, or a user's own as `package.module:Class`.
+"""Parts that a configuration names: built in, or user-defined as `package.module:Class`.
 
-Built-in parts are named by import path, so that a package lists parts of packages above it.
+Built-in parts are listed by import path, so that a module can list parts of higher packages.
 """
 
 import importlib
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def find_part(setting: str, name: str, paths: Mapping[str, str]) -> Any:
-    """Import the part that a setting names: a key of `paths`, or `package.module:Class`.
+    """Import and return the part that a setting names: a key of `paths`, or `package.module:Class`.
 
     An unknown name, or one that cannot be imported, is a ValueError.
     """
@@ -38,9 +38,9 @@ def make_part(
     *arguments: Any,
     **keywords: Any,
 ) -> T:
-    """Import the class or function that a setting names (`find_part`), call it, check its result.
+    """Call the class or function that a setting names (`find_part`), and return its result.
 
-    A part that cannot be made, or is not a `kind`, is a ValueError.
+    An exception of the call, or a result that is not a `kind`, is a ValueError.
     """
     build = find_part(setting, name, paths)
     try:

@@ -1,4 +1,4 @@
-"""The parser of commands and settings: plain data, and errors that name setting, value and fix."""
+"""The command-line parser: values are plain data; errors name setting, value and fix."""
 
 import os
 import re
@@ -18,18 +18,18 @@ from recsys.config.plain_yaml import MODE, RefusedYaml, load_plain_yaml
 WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 WORDS |= {list: "a list", dict: "a mapping"}
 _WORDS_BY_NAME = {kind.__name__: words for kind, words in WORDS.items()}
-LONGEST = 300  # characters of a value in a message
+LONGEST = 300  # largest number of characters of a value in a message
 
 
 class Parser(ArgumentParser):
-    """Parser that reads values as plain data and takes no abbreviations."""
+    """A jsonargparse parser that reads values as plain data and accepts no abbreviated options."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**{"allow_abbrev": False, "parser_mode": MODE, **arguments})
-        self.settings: dict[str, Any] = {}  # dataclass or type of each setting at the top level
-        self.options: dict[str, Any] = {}  # types of the options beside them
-        self.values: list[dict[str, Any]] = []  # as the user wrote them: a wrong one is looked up
-        self.removed: frozenset[str] = frozenset()  # settings that the option's null leaves out
+        self.settings: dict[str, Any] = {}  # dataclass or type of each top-level setting
+        self.options: dict[str, Any] = {}  # types of options that are no settings
+        self.values: list[dict[str, Any]] = []  # settings as users wrote them, for error messages
+        self.removed: frozenset[str] = frozenset()  # modalities that options set to null
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         required = message.partition("the following arguments are required: ")[2]
@@ -46,7 +46,7 @@ class Parser(ArgumentParser):
         self.exit(2)
 
     def parse_args(self, args: Sequence[str], *arguments: Any, **options: Any) -> Any:  # type: ignore[override]
-        """Parse the words of a command line; options override recipes wherever these stand."""
+        """Parse command-line arguments; options override recipes, whatever their order."""
         groups = option_groups(with_underscores(args))
         if self.settings:
             groups = config_first(groups)
@@ -72,13 +72,13 @@ class Parser(ArgumentParser):
         return {action.dest: Any for action in self._actions} | self.settings
 
     def _check_keys(self) -> None:
-        """Refuse unknown keys and nulls, which jsonargparse ignores if they are empty."""
+        """Raise for unknown keys and for nulls, as jsonargparse ignores empty ones."""
         for mapping in self.values:
             if problem := problem_of_keys(self._hints(), mapping, "", with_values=False):
                 self.error(problem)
 
     def instantiate(self, *arguments: Any, **options: Any) -> Any:
-        """Build the settings; a mapping of a wrong type is detected only here."""
+        """Build the settings; only this step detects a mapping of a wrong type."""
         try:
             return super().instantiate(*arguments, **options)
         except TypeError as error:
@@ -102,14 +102,14 @@ class Parser(ArgumentParser):
         return f"{match[1]} is {short(match[3])}; it must be {prefix}{allowed}"
 
 
-# Settings whose keys users choose, which keep their spelling.
+# Settings whose keys users choose; these keys keep their hyphens.
 CHOSEN_BY_USERS = (
     r"(content\.modalities|embedding\.tables|auxiliary|metrics|ranking\.label_weights)"
 )
 
 
 def with_underscores(words: Sequence[str]) -> list[str]:
-    """Spell options as settings are spelled: `--batch-size 8` as `--batch_size 8`."""
+    """Replace hyphens in option names by underscores: `--batch-size 8` becomes `--batch_size 8`."""
     return [_with_underscores(word) if word.startswith("--") else word for word in words]
 
 
@@ -117,13 +117,13 @@ def _with_underscores(word: str) -> str:
     option, equals, value = word[2:].partition("=")
     spelled = option.replace("-", "_")
     if name := re.match(CHOSEN_BY_USERS + r"\.([^.]+)", spelled):
-        start, end = name.span(2)  # of the part that keeps its spelling
+        start, end = name.span(2)  # span of the key that keeps its hyphens
         spelled = spelled[:start] + option[start:end] + spelled[end:]
     return f"--{'from_' if spelled == 'from' else spelled}{equals}{value}"
 
 
 def with_hyphens(text: str) -> str:
-    """Spell the options in a text with hyphens."""
+    """Replace underscores in the option names of a text by hyphens."""
     return re.sub(r"--[a-z][\w.]*", lambda match: match[0].rstrip("_").replace("_", "-"), text)
 
 
@@ -141,12 +141,12 @@ def _hint_at(hints: dict[str, Any], path: Sequence[str]) -> Any:
 
 def _allows(kind: Any, hint: Any) -> bool:
     if get_origin(hint) in (Union, UnionType, Annotated):
-        return any(_allows(kind, part) for part in get_args(hint))
+        return any(_allows(kind, inner_hint) for inner_hint in get_args(hint))
     return hint is kind or (kind is NoneType and hint in (Any, None))
 
 
 def option_groups(words: Sequence[str]) -> list[list[str]]:
-    """Split a command line ahead of each option."""
+    """Split a command line into groups that each start with an option."""
     groups: list[list[str]] = []
     for word in words:
         if word.startswith("--") or not groups:
@@ -156,18 +156,18 @@ def option_groups(words: Sequence[str]) -> list[list[str]]:
 
 
 def config_first(groups: list[list[str]]) -> list[list[str]]:
-    """Return options with the recipes before all others, which then override them."""
+    """Return the options sorted so that `--config` comes first and others override it."""
     return sorted(groups, key=lambda group: group[0].partition("=")[0] != "--config")
 
 
 def settings_of(kind: type, values: Any) -> Any:
-    """Return the dataclass of the settings in a file; a wrong or missing one is a ValueError."""
+    """Build the dataclass `kind` from plain values; a wrong or missing setting is a ValueError."""
     if problem := problem_of_value(kind, values, "", with_required=True):
         raise ValueError(problem)
     parser = Parser(exit_on_error=False)
     parser.add_class_arguments(kind, None)
     namespace = parser.instantiate(parser.parse_object(values))
-    return kind(**{part.name: namespace[part.name] for part in fields(kind) if part.init})
+    return kind(**{item.name: namespace[item.name] for item in fields(kind) if item.init})
 
 
 def problem_of_keys(
@@ -177,10 +177,10 @@ def problem_of_keys(
     with_values: bool = True,
     with_required: bool = False,
 ) -> str | None:
-    """Return what is wrong in a mapping of settings, None if nothing is.
+    """Return an error message on a mapping of settings, None if it is valid.
 
-    `hints` are the types by key. Unknown keys and nulls are always wrong, `with_values` also values
-    of another type, and `with_required` a mapping inside that lacks a required setting.
+    `hints` are the types by key. Unknown keys and nulls are errors. `with_values` also reports
+    values of another type, and `with_required` nested mappings that lack a required setting.
     """
     for key, value in values.items():
         hint, full = hints.get(str(key).removesuffix("+")), f"{name}.{key}".lstrip(".")
@@ -194,11 +194,11 @@ def problem_of_keys(
 def problem_of_value(
     hint: Any, value: Any, name: str, with_values: bool = True, with_required: bool = False
 ) -> str | None:
-    """Return what is wrong with the value of a setting, as `problem_of_keys` does."""
+    """Return an error message on the value of a setting, as `problem_of_keys` does."""
     kind = dataclass_in(hint)
     if hint is not str and isinstance(value, str):
         try:
-            # Only settings may stand in a file of their own; other values may be names of files.
+            # A file's name stands for its content only where a mapping of settings is expected.
             is_file = kind is not None and os.path.isfile(value)
             inside = load_plain_yaml(Path(value).read_bytes() if is_file else value.encode())
         except RefusedYaml as error:
@@ -226,19 +226,19 @@ def problem_of_value(
 
 
 def is_plainly_of(hint: Any, value: Any) -> bool:
-    """Return whether a value needs no parser to be of a type; `is_parsed_as` takes milliseconds."""
-    origin, parts = get_origin(hint), get_args(hint)
+    """Return whether a value is of a simple type, a fast check before the slow `is_parsed_as`."""
+    origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        return any(is_plainly_of(part, value) for part in parts)
+        return any(is_plainly_of(part, value) for part in arguments)
     if origin is Literal:
-        return type(value) is str and value in parts
+        return type(value) is str and value in arguments
     if origin is list:
-        return type(value) is list and all(is_plainly_of(parts[0], part) for part in value)
+        return type(value) is list and all(is_plainly_of(arguments[0], part) for part in value)
     return hint in (bool, int, float, str, NoneType) and type(value) is hint
 
 
 def is_parsed_as(hint: Any, value: Any) -> bool:
-    """Return whether the parser of settings takes a value for a type."""
+    """Return whether the parser accepts a value for a type."""
     parser = ArgumentParser(exit_on_error=False, parser_mode=MODE)
     parser.add_argument("--value", type=hint)
     try:
@@ -274,7 +274,7 @@ def short(value: Any) -> str:
 
 
 def dataclass_in(hint: Any) -> type | None:
-    """Return the dataclass that a type is, may be (union) or has as values (dict), or None."""
+    """Return the dataclass that a type is, or that a union, list or dict type contains, or None."""
     if isinstance(hint, type) and is_dataclass(hint):
         return hint
     return next((kind for part in get_args(hint) if (kind := dataclass_in(part))), None)

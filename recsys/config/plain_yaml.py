@@ -1,6 +1,6 @@
-"""YAML that stays data, for schemas and configurations from other people.
+"""A safe YAML loader for schemas and configurations from untrusted people.
 
-Refused are `class_path`, which imports modules, aliases, which expand, and duplicate keys.
+It refuses duplicate keys, `class_path`, which imports modules, and aliases, which can expand.
 """
 
 import copy
@@ -16,11 +16,11 @@ from jsonargparse import get_loader, set_loader
 TEXT = "tag:yaml.org,2002:str"
 LARGEST = 4 * 2**20  # bytes of a text; a larger one would be parsed for many seconds
 RECIPES = Path(__file__).parents[1] / "recipes"
-MODE = "plain_yaml"  # of parsers that read values by `_load_value`
+MODE = "plain_yaml"  # name of the parser mode that reads values with `_load_value`
 
 
 class RefusedYaml(yaml.YAMLError, TypeError):
-    """YAML that is more than data. The argument parser reports a TypeError with its setting."""
+    """Raised for YAML that is more than data; as a TypeError, jsonargparse adds the setting."""
 
 
 def load_plain_yaml(text: bytes) -> Any:
@@ -88,7 +88,7 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def recipe_file(path: str | Path) -> Path:
-    """Return a file's path; an installed recipe for `tiny`, or for `recsys/recipes/tiny.yaml`."""
+    """Return a path, or the installed recipe for `tiny` or `recsys/recipes/tiny.yaml`."""
     name = str(path).removeprefix("recsys/recipes/").removesuffix(".yaml")
     installed = RECIPES / f"{name}.yaml"
     is_short = str(path) == name or str(path).startswith("recsys/")
@@ -98,16 +98,16 @@ def recipe_file(path: str | Path) -> Path:
 
 P = ParamSpec("P")
 T = TypeVar("T")
-NUM_RESULTS = 8  # results of a function
+NUM_RESULTS = 8  # results that `cached_copy` keeps for a function
 
 
 def cached_copy(parse: Callable[P, T]) -> Callable[P, T]:
-    """Return a function of plain values that keeps its last results, and returns copies of them."""
+    """Cache the last results of a function of plain values; each call returns a deep copy."""
     results: dict[str, T] = {}
 
     @wraps(parse)
     def wrapped(*arguments: P.args, **keywords: P.kwargs) -> T:
-        key = repr((arguments, keywords))  # tells the key 1 from "1", and true from 1
+        key = repr((arguments, keywords))  # distinguishes 1 from "1" and from true
         if key not in results:
             result = parse(*arguments, **keywords)
             if len(results) >= NUM_RESULTS:

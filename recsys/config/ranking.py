@@ -1,7 +1,4 @@
-"""Settings of the ranking model, `ranking` in a recipe: the common ones, and their resolution.
-
-The attribute `Settings` of a model's class is the dataclass of its settings.
-"""
+"""Settings of the ranking model, `ranking` in a recipe; a model's class names its `Settings`."""
 
 from __future__ import annotations
 
@@ -29,7 +26,7 @@ RANKING_MODELS = {
     "two_tower": "recsys.ranking.two_tower:TwoTower",
     "generative": "recsys.ranking.generative:Generative",
 }
-# The attribute `Settings` of each of these models, such as DinSettings, without importing torch.
+# Import paths of the models' `Settings`, such as DinSettings; importing these needs no torch.
 RANKING_SETTINGS = {
     name: f"recsys.ranking.settings:{path.partition(':')[2]}Settings"
     for name, path in RANKING_MODELS.items()
@@ -52,8 +49,8 @@ class RankingSettings:
     label_weights: dict[str, NonNegativeFloat] = field(default_factory=dict)
     """Weights of the labels' losses, by column; default 1."""
     scale_inputs: bool = True
-    """Give dense columns and lists of numbers beside histories with a training value outside of
-    [-3, 3] mean 0 and variance 1, those of the training rows. All others are read as they are."""
+    """Standardise dense columns, and lists of numbers beside histories, that have a training value
+    outside of [-3, 3], by the training rows' mean and variance. Other columns stay as they are."""
     further_histories: Literal["attention", "mean"] = "attention"
     """Encoder of each sequence after the first into one vector: the target attention of DIN, or the
     mean of its events."""
@@ -91,9 +88,9 @@ class RetrievalSettings(RankingSettings):
     negatives of softmax losses: for logs where users take an item once."""
     available_from: str | None = None
     """Column of items/*.parquet with the moment, a time or number, from which each item may be
-    retrieved: later items are left out of that search. Null: an item that always may."""
+    retrieved: later items are left out of that search. An item with null is always available."""
     row_time: str = "time"
-    """Column of the rows with their moment, for available_from."""
+    """Column of the rows with the moment of each, to compare with `available_from`."""
 
     def check(self, name: str) -> None:
         super().check(name)
@@ -111,7 +108,7 @@ class RetrievalSettings(RankingSettings):
 
 
 def softmax_settings(ranking: RankingSettings) -> RetrievalSettings | None:
-    """Return the settings of a softmax loss, or None if each label has a loss of its own."""
+    """Return the settings of a loss over items, such as a softmax; None for a loss per label."""
     if isinstance(ranking, RetrievalSettings) and ranking.loss != "pointwise":
         return ranking
     return None
@@ -138,19 +135,19 @@ def settings_class(name: str) -> type[RankingSettings]:
 
 
 def ranking_settings(name: str = DEFAULT_MODEL, **settings: Any) -> RankingSettings:
-    """Return the settings of a ranking model by its name; an unknown one is a ValueError."""
+    """Build the settings of a ranking model; an unknown name or setting is a ValueError."""
     kind = settings_class(name)
     check_keys(settings, name)
     return kind(name=name, **settings)
 
 
 def keys_of(name: str) -> list[str]:
-    """Return the keys that a ranking model has under `ranking`."""
+    """Return the names of a ranking model's settings."""
     return [item.name for item in fields(settings_class(name))]
 
 
 def check_keys(keys: Iterable[str], name: str) -> None:
-    """Raise a ValueError for keys that a ranking model does not have; it lists those it has."""
+    """Raise a ValueError for keys that a ranking model lacks; the message lists its settings."""
     names = keys_of(name)
     for key in keys:
         if (plain := key.removesuffix("+")) not in names:
@@ -161,9 +158,9 @@ def check_keys(keys: Iterable[str], name: str) -> None:
 
 
 def for_model(recipe: Any, name: str) -> Any:
-    """Return a recipe whose `ranking` has only the keys of a run's ranking model.
+    """Return a recipe whose `ranking` has only settings of the ranking model `name`.
 
-    Keys of the recipe's own model are dropped with a warning; others are a ValueError.
+    Settings that only the recipe's own model has are dropped with a warning; others raise.
     """
     section = recipe.get("ranking") if isinstance(recipe, dict) else None
     if not isinstance(section, dict):

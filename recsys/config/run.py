@@ -39,7 +39,7 @@ class NeighbourSettings:
     """Share of a training batch's rows whose item counts as new, so that the model learns to rank
     new items by content."""
     partitions: PositiveInt = 30
-    """Latest earlier partitions whose rows count in the statistics, too, in a continual run."""
+    """In a continual run, number of previous partitions whose rows count in the statistics, too."""
     significance: NonNegativeFloat = 20.0
     """Similarities are multiplied by n / (n + significance), n the users that items share."""
 
@@ -164,18 +164,18 @@ class ContinualSettings:
     model has seen few rows; `passes` after them: [4, 2] is 4 over the first and 2 over the second.
     """
     order: Literal["shuffled", "time"] = "shuffled"
-    """Order of a partition's rows: shuffled by the seed, or that of its files, which are then to
-    be written in the order of time; each rank takes a stretch of them."""
+    """Order of a partition's rows. shuffled: by the seed; time: the order of its files, which must
+    be sorted by time; each rank reads a contiguous range of rows."""
     late: Literal["refuse", "train"] = "refuse"
     """A partition older than one that is trained on, which has arrived since: refuse it by name, or
     train on it next. It has no scores, since the model knows days after it."""
     keep: PositiveInt = 2
     """Number of latest partitions whose models and checkpoints are kept."""
     quiet_seconds: Seconds | None = None
-    """With --follow: a partition without _SUCCESS is whole when none of its files has changed for
-    so many seconds; default: only _SUCCESS counts."""
+    """With --follow: a partition without _SUCCESS is complete if none of its files has changed for
+    this many seconds; default: only _SUCCESS counts."""
     poll_seconds: PositiveFloat = 10.0
-    """With --follow: seconds from one look for a new partition to the next."""
+    """With --follow: seconds between two checks for a new partition."""
     packages: str | None = None
     """Folder that gets a package of each partition's model and, from the second on, a delta from
     the one before (NAME and NAME.delta); the last `keep` packages and all deltas are kept."""
@@ -195,7 +195,7 @@ class Config:
     embedding: EmbeddingSettings = field(default_factory=EmbeddingSettings)
     ranking: RankingSettings = field(default_factory=ranking_settings)
     neighbours: NeighbourSettings | None = None
-    """Numbers made of similar items of the history; default: none."""
+    """Statistics of items that are similar to those of the history; default: none."""
     contrastive: ContrastiveSettings = field(default_factory=ContrastiveSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     auxiliary: dict[str, AuxiliarySettings] = field(default_factory=dict)
@@ -231,8 +231,8 @@ class Config:
     patience: PositiveInt = 2
     """Validations without a better model before training ends."""
     patience_share: NonNegativeFloat = 0.0
-    """Steps without a better model before training ends, too, as a share of the best model's: with
-    0.2 a run costs about 1.2 times the steps to its best model."""
+    """Training also ends after this many steps without a better model, as a share of the best
+    model's step: with 0.2 a run takes about 1.2 times the steps to its best model."""
     seed: Seed = 0
     """Seed of weights, dropout and negatives."""
     on_bad_row: Literal["error", "skip"] = "error"

@@ -7,7 +7,7 @@ from typing import Any
 
 from recsys.config.run import LogFormat, LogLevel
 
-LONGEST_SECONDS = 2_000_000  # gRPC and the system count milliseconds in 32 bits
+LONGEST_SECONDS = 2_000_000  # gRPC and the operating system store milliseconds in 32 bits
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ServerSettings:
     workers: int = 1
     """processes that answer requests"""
     threads: int = 0
-    """threads of each; 0: together all cores"""
+    """threads of each process; 0: all processes together use all cores"""
     features: FeatureSettings = field(default_factory=FeatureSettings)
     """source of the features that are looked up by ids"""
     encoders: bool = False
@@ -53,7 +53,7 @@ class ServerSettings:
     """seconds from SIGTERM, in which the server is not ready but answers all requests; longer than
     load balancers take to notice"""
     grace: int = 30
-    """seconds that open requests have after that"""
+    """seconds after `drain` in which open requests may finish"""
     max_body: int = 4 * 2**20
     """largest number of bytes of a request"""
     max_candidates: int = 10_000

@@ -1,6 +1,6 @@
 """Write the reference of all settings, SETTINGS.md, from the dataclasses of this folder.
 
-With `--check` it only compares, and ends with status 1 if the page differs from the code.
+With `--check` it only compares, and exits with status 1 if the page differs from the code.
 """
 
 import argparse
@@ -26,7 +26,7 @@ generated from the docstrings of `recsys/config`: change them and run
 
 
 def settings_page() -> str:
-    """Return the page: one list for the run, one per component, one per ranking model."""
+    """Return the page as Markdown: a list for the run, and for each component and ranking model."""
     sections = [HEAD, *_sections("", Config)]
     base = {entry.name for entry in fields(RankingSettings)}
     for name in RANKING_MODELS:
@@ -39,7 +39,7 @@ def settings_page() -> str:
 
 
 def _sections(path: str, settings: type) -> Iterator[str]:
-    """Yield the section of a dataclass, then those of the dataclasses that its fields hold."""
+    """Yield the section of a dataclass, then the sections of dataclasses in its fields."""
     hints = get_type_hints(settings)
     inner = {entry.name: dataclass_in(hints[entry.name]) for entry in fields(settings)}
     plain = [entry for entry in fields(settings) if inner[entry.name] is None]

@@ -1,1 +1,1 @@
-"""Datasets: the format, its readers and the adapters that write it."""
+"""Datasets: their format, readers, and adapters that convert logs to the format."""

@@ -1,8 +1,8 @@
-"""Rows whose history items are targets, too: an epoch reads each user's events once.
+"""Train on every position of a history, so that an epoch reads each user's events once.
 
-A row whose history is the user's rows before it stands for these: they are left out, and the row is
-read as one target for each of its items (SASRec, arXiv 1808.09781), each with the history before.
-Shapes: R rows of a split, K histories read, B targets, N items of their histories, T of all K.
+Rows that a later row's history lists are skipped. The targets of that row are its own item and each
+history item, each with the history before (SASRec, arXiv 1808.09781).
+Shapes: R rows of a split, K rows read, B targets, N items of their histories, T of the K rows.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from recsys.distributed.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
-BASE = 0x9E3779B97F4A7C15  # of polynomials modulo 2^64: odd, so that it has an inverse
+BASE = 0x9E3779B97F4A7C15  # base of a polynomial hash modulo 2^64; odd, so that it has an inverse
 
 
-# Tells whether a history is the rows before it: positions, groups and mixed items of rows without
-# padding, lengths of histories, and their hashes, sums of mixed items times BASE ^ age; [R] each.
+# Arrays [R], without padding rows: positions, groups, hashed items, and lengths and hashes of
+# histories. A history's hash is the sum of its hashed items times BASE ^ age.
 Summary = tuple[np.ndarray, ...]
 
 
 def summary_of(table: pa.Table, rows: RowSource, most_items: int) -> Summary:
-    """Summarise some rows; labels other than 1 and too long histories are ValueErrors."""
+    """Return the `Summary` of some rows; a label other than 1 or a long history is a ValueError."""
     schema, columns = rows.schema, RowColumns.of(table)
     assert schema.history is not None
     numbers, lengths = columns.numbers, columns.lengths(schema.history)
@@ -65,9 +65,9 @@ def summary_of(table: pa.Table, rows: RowSource, most_items: int) -> Summary:
 
 
 def targets_before(summaries: Iterable[Summary], num_rows: int) -> np.ndarray:
-    """Return how many history items are targets with each row [R]; -1 for a row left out.
+    """Return how many history items of each row [R] are targets, too; -1 for a skipped row.
 
-    From each user's last row backwards, a row stands for those that its history lists.
+    From each user's last row backwards, a row replaces the rows that its history lists.
     """
     positions, groups, items, lengths, hashes = map(np.concatenate, zip(*summaries, strict=True))
     order = np.lexsort((positions, groups))
@@ -77,28 +77,28 @@ def targets_before(summaries: Iterable[Summary], num_rows: int) -> np.ndarray:
     first = np.maximum.accumulate(np.where(is_first, places, 0))
     begin = places - lengths
     is_whole = begin >= first
-    # The hash of rows [begin, place), as that of a history, by sums of all rows before.
+    # The hash of rows [begin, place), comparable to a history's hash, from prefix sums.
     powers, inverses = _powers(BASE, len(order)), _powers(pow(BASE, -1, 1 << 64), len(order))
     sums = np.cumsum(items[order] * inverses)
     sums = np.concatenate([np.zeros(1, np.uint64), sums])
     expected = (sums[places] - sums[begin.clip(min=0)]) * powers[places - 1]
     is_whole &= hashes[order] == expected
-    stands_for = np.where(is_whole, lengths, 0).tolist()
+    num_replaced = np.where(is_whole, lengths, 0).tolist()
     targets = np.full(num_rows, -1)
     place = len(order) - 1
     while place >= 0:
-        targets[positions[order[place]]] = stands_for[place]
-        place -= stands_for[place] + 1
+        targets[positions[order[place]]] = num_replaced[place]
+        place -= num_replaced[place] + 1
     return targets
 
 
 def _powers(base: int, count: int) -> np.ndarray:
-    """Return the first powers of base modulo 2^64, from 1 on: uint64 [count]."""
+    """Return the first powers of base modulo 2^64, starting with 1: uint64 [count]."""
     return np.cumprod(np.append(np.ones(1, np.uint64), np.full(count, base, np.uint64)))[:count]
 
 
 def check_schema(schema: Schema) -> None:
-    """Raise a ValueError for a dataset whose history items are no targets like any other."""
+    """Raise a ValueError for a dataset whose history items cannot serve as targets."""
     beside = schema.histories[0].ids if schema.history else []
     problems = {
         "no column of kind sequence": not schema.history,
@@ -109,7 +109,7 @@ def check_schema(schema: Schema) -> None:
         "labels that may be null": any(column.nullable for column in schema.columns.values()),
         f"lists of ids beside '{schema.history}'": bool(beside),
     }
-    if wrong := [what for what, is_wrong in problems.items() if is_wrong]:
+    if wrong := [problem for problem, is_present in problems.items() if is_present]:
         raise ValueError(
             f"ranking.target_positions is all, but schema.yaml has {' and '.join(wrong)}, so that "
             "items of a history are not targets like that of the row; set it to last"
@@ -117,11 +117,11 @@ def check_schema(schema: Schema) -> None:
 
 
 def all_positions(rows: RowSource, most_items: int, ranks: Ranks) -> AllPositionRows:
-    """Return the rows that stand for all rows, of histories up to `most_items`. A collective."""
+    """Return a source of the rows to read, of histories up to `most_items`. A collective."""
     with ranks.raise_on_all_ranks():
         check_schema(rows.schema)
         share = rows.read_once(*rows.share(ranks.rank, ranks.world_size))
-        tables = itertools.chain(share, [rows.padding(1)])  # one of the share is held at a time
+        tables = itertools.chain(share, [rows.padding(1)])  # lazy: holds one table at a time
         summaries = [summary_of(table, rows, most_items) for table in tables]
     summaries = list(itertools.chain(*ranks.gather(summaries)))
     read = AllPositionRows(rows, targets_before(summaries, rows.num_rows))
@@ -130,7 +130,7 @@ def all_positions(rows: RowSource, most_items: int, ranks: Ranks) -> AllPosition
 
 
 class AllPositionRows(RowSource):
-    """The rows of a source that are read, with the number of targets before each."""
+    """The rows of a source that are not skipped, with the number of targets before each."""
 
     def __init__(self, source: RowSource, targets_before: np.ndarray) -> None:  # int64 [R]
         self.source, ends = source, np.cumsum([chunk.num_rows for chunk in source.chunks])
@@ -160,10 +160,10 @@ class AllPositionRows(RowSource):
 
 
 def expanded(rows: RowColumns, schema: Schema) -> tuple[RowColumns, WholeHistories | None]:
-    """Return a row for each target [B], and the histories that were read, with ids as index.
+    """Return a row for each target [B], and the histories read, with ids as `index`.
 
-    Each target has the history before it; numbers beside it are zeros, as those of the row were
-    measured from its moment. Rows of other sources stay as they are.
+    Each target has the history before it. Lists of numbers beside a history become zeros, as they
+    were measured at the time of the row. Rows of other sources are returned unchanged, with None.
     """
     if TARGETS_BEFORE not in rows.numbers:
         return rows, None

@@ -1,8 +1,8 @@
 """Batch: everything one training step needs, moved and pinned as one object.
 
-Shapes: B batch, N history items of the whole batch, U unique ones, E items to encode, C of them
-that run through trained encoders, F dense features, P parallel lists, W whole histories, T their
-items, X columns of kind extra, K sampled negatives, C labels, V width of a content vector.
+Shapes: B batch, N history items of the whole batch, U unique history items, E items to encode, C
+labels, or items that run through trained encoders, F dense features, P parallel lists, W whole
+histories, T their items, X columns of kind extra, K sampled negatives, V width of a content vector.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ Part = TypeVar("Part")
 class Rows:
     """The rows of a batch, without their features."""
 
-    positions: Tensor  # int64 [B], of each row in its files; -1 for a padding row
+    positions: Tensor  # int64 [B], index of each row in its split; -1 for a padding row
     groups: Tensor  # int64 [B]
     weights: Tensor | None = None  # [B], the column of kind weight; mean 1 over ranks in training
-    label_weights: Tensor | None = None  # [B, C], 0 where a label is null; None: none can be
-    extra: Tensor | None = None  # [B, X], NaN where a row has no value
+    label_weights: Tensor | None = None  # [B, C], 0 for a null label; None: no label may be null
+    extra: Tensor | None = None  # [B, X], NaN for a missing value
 
     @property
     def loss_weights(self) -> Tensor:
@@ -57,21 +57,21 @@ class TargetItems:
 
     @property
     def frequency_keys(self) -> Tensor:
-        """Ranked items as their training rows are counted [B]: raw ids if those were not rows."""
+        """Keys of the ranked items in `ItemCounts` [B]: raw ids with a bounded vocabulary."""
         return self.items if self.keys is None else self.keys
 
 
 @dataclass
 class FurtherHistory:
-    """The events of a sequence after the first one, without their ids."""
+    """The events of a further sequence (not the first), without their ids."""
 
     lengths: Tensor  # int64 [B], summing to N
-    values: Tensor  # float32 [N, P], the lists of floats beside it
+    values: Tensor  # float32 [N, P], the parallel lists of floats
     longest: int  # maximum of `lengths`
     index: Tensor  # int64 [N], positions in `History.items` if content is read; else empty
 
     def content_of(self, content: Content, num_items: int) -> tuple[Content, JaggedHistory]:
-        """Return the content vectors of a batch, and the history as an index into its U items."""
+        """Return `content` unchanged, and the history as an index into its `num_items` items."""
         return content, JaggedHistory.of(self.index, self.lengths, num_items, self.longest)
 
     def jagged(self) -> JaggedHistory:
@@ -81,17 +81,17 @@ class FurtherHistory:
 
 @dataclass
 class WholeHistories:
-    """Histories of which those of a batch are beginnings: W with T items, each read once."""
+    """W whole histories with T items, of which the batch's histories are prefixes."""
 
     index: Tensor  # int64 [T], positions in `History.items`
     lengths: Tensor  # int64 [W]
-    places: Tensor  # int64 [N], the place among T of each item of the batch's histories
-    rows: Tensor  # int64 [B], the whole history of each target
+    places: Tensor  # int64 [N], position among T of each item of the batch's histories
+    rows: Tensor  # int64 [B], index of each target's whole history
     longest: int  # maximum of `lengths`
-    host_lengths: np.ndarray  # `lengths`, which stay on the host
+    host_lengths: np.ndarray  # copy of `lengths` that stays on the host
 
     def among(self, items: np.ndarray) -> WholeHistories:  # int64 [U], ascending
-        """Return the histories of ids in `index` with their positions among `items` in place."""
+        """Return a copy in which `index` holds positions in `items` instead of ids."""
         return replace(self, index=torch.searchsorted(torch.from_numpy(items), self.index))
 
     def jagged(self, num_items: int) -> JaggedHistory:
@@ -110,13 +110,13 @@ class History:
     index: Tensor  # int64 [N], positions in `items`
     items: Tensor  # int64 [U], unique items of the histories whose content is read
     unscaled_values: Tensor | None = None  # [N, P], as recorded, if a model standardised them
-    host_lengths: np.ndarray | None = None  # `lengths`, which stay on the host
+    host_lengths: np.ndarray | None = None  # copy of `lengths` that stays on the host
     further: list[FurtherHistory] = field(default_factory=list)
-    whole: WholeHistories | None = None  # of which all are beginnings, if several are of one row
+    whole: WholeHistories | None = None  # set if rows yield several targets (`all_positions`)
 
     @property
     def recorded_values(self) -> Tensor:
-        """The parallel lists as they were recorded [N, P], whether standardised since or not."""
+        """The parallel lists as recorded [N, P], before any standardisation."""
         return self.values if self.unscaled_values is None else self.unscaled_values
 
     def jagged(self) -> JaggedHistory:
@@ -127,49 +127,49 @@ class History:
 
 @dataclass
 class EncodedPlaces:
-    """The items for which trained encoders run, where that is a share: chosen ahead of the step."""
+    """The items for which trained encoders run if `encoder_share` is below 1."""
 
-    places: Tensor  # int64 [C], ascending, among the E items
-    reads: BankRoute | None = None  # of the E items' last outputs
-    writes: BankRoute | None = None  # of the C new outputs
+    places: Tensor  # int64 [C], ascending positions among the E items
+    reads: BankRoute | None = None  # route of the E items' last outputs
+    writes: BankRoute | None = None  # route of the C new outputs
 
 
 @dataclass
 class BatchContent:
-    """Items whose content this rank encodes, and the way of their vectors."""
+    """Items whose content this rank encodes, and where their vectors go."""
 
     items: Tensor  # int64 [E], unique; the first `with_gradient` are encoded with gradient
     target_index: Tensor  # int64 [B], row of each ranked item in the rank's item vectors
-    history_index: Tensor  # int64 [U], likewise for history items if they are encoded; else empty
+    history_index: Tensor  # int64 [U], same for history items if they are encoded; else empty
     inputs: dict[str, ContentInput] = field(default_factory=dict)  # by modality
-    vectors: Tensor | None = None  # [E, V], in place of `inputs` in a pass without training
+    vectors: Tensor | None = None  # [E, V], replaces `inputs` in a pass without training
     with_gradient: int | None = None  # None: all
-    negative_index: Tensor | None = None  # int64 [K], likewise for drawn negatives, if any are
-    bank_rows: Tensor | None = None  # int64 [K] of items with a row in the bank; None: the items
-    write_index: Tensor | None = None  # int64 [K], places of these items among all E
-    bank_reads: BankRoute | None = None  # of `history.items`; None: computed in the step
-    bank_writes: BankRoute | None = None  # of `bank_write_rows`; None: computed in the step
-    encoded: EncodedPlaces | None = None  # None: chosen in the step, if encoders run for a share
+    negative_index: Tensor | None = None  # int64 [K], same for sampled negatives, if any
+    bank_rows: Tensor | None = None  # int64 [at most E], rows in the bank; None: `items`
+    write_index: Tensor | None = None  # int64, positions of these items among all E
+    bank_reads: BankRoute | None = None  # route of `history.items`; None: computed in the step
+    bank_writes: BankRoute | None = None  # route of `bank_write_rows`; None: computed in the step
+    encoded: EncodedPlaces | None = None  # None: chosen in the step, if `encoder_share` is below 1
     exchange: ItemExchange | None = None  # None: each rank encodes its own items
 
     @property
     def bank_write_rows(self) -> Tensor:
-        """Rows of the memory bank to which vectors of `items` are written [at most E]."""
+        """Rows of the memory bank that get the vectors of `items`, int64 [at most E]."""
         return self.items if self.bank_rows is None else self.bank_rows
 
 
 @dataclass
 class ItemExchange:
-    """Routes of item vectors; `rows` int64 [sum of send_counts] are grouped by receiving rank."""
+    """The item vectors that ranks exchange with each other."""
 
-    rows: Tensor
+    rows: Tensor  # int64 [sum of send_counts], grouped by receiving rank
     send_counts: list[int]
     receive_counts: list[int]
 
 
 @dataclass
 class Negatives:
-    """Sampled negatives of retrieval, whose ids are a feature of `sequence_features`, too."""
+    """Sampled negatives of retrieval; their ids are also a feature of `sequence_features`."""
 
     items: Tensor  # int64 [K]
     log_q: Tensor  # [K], log-probability of sampling each
@@ -179,8 +179,8 @@ class Negatives:
 class Batch(Pipelineable):
     """Impressions of one step on one rank, with the content of their items.
 
-    It has the fields of `torchrec.datasets.utils.Batch`. `TrainPipelineSparseDist` needs sharded
-    features as attributes of the batch, to send their ids ahead of the step.
+    A batch has the fields of `torchrec.datasets.utils.Batch`. `TrainPipelineSparseDist` needs
+    sharded features as attributes of the batch, to send their ids ahead of the step.
 
     Example::
 
@@ -200,9 +200,9 @@ class Batch(Pipelineable):
 
     dense_features: Tensor  # [B, F]
     sparse_features: KeyedJaggedTensor | None  # ids of the pooled tables, if there are any
-    labels: Tensor  # [B, C], NaN where one is null
-    # Ids of the target item (length 1 each), of the history (all, or its unique ones), of further
-    # histories, and of lists of ids beside them.
+    labels: Tensor  # [B, C], NaN for null
+    # Ids of the target item (length 1 each), of the history (all, or the unique ids), of further
+    # histories, and of lists of ids beside histories.
     sequence_features: KeyedJaggedTensor
     rows: Rows
     target: TargetItems
@@ -221,7 +221,7 @@ class Batch(Pipelineable):
 
     @property
     def contrastive_weights(self) -> Tensor:
-        """Weight of each row in losses of an item's own ID vector [B]: 0 if it has none."""
+        """Weight of each row in losses on item ID vectors [B]: 0 if the item has no own vector."""
         weights, has_row = self.rows.loss_weights, self.target.has_row
         return weights if has_row is None else weights * has_row
 
@@ -231,6 +231,7 @@ class Batch(Pipelineable):
 
 
 def _mapped(part: Part, function: Callable[[Any], Any]) -> Part:
+    """Return a copy of a part of a batch in which `function` has replaced every tensor."""
     if isinstance(part, Tensor | KeyedJaggedTensor):
         mapped: Part = function(part)
         return mapped

@@ -1,4 +1,4 @@
-"""Rows of impressions -> `Batch`, with each item of the batch once.
+"""Build a `Batch` from rows of impressions, with each item of the batch once.
 
 Shapes: B batch, N history items of the whole batch, U unique items, n ids, C columns.
 """
@@ -19,7 +19,7 @@ from recsys.data.parquet.values import RAW_GROUP, ROW_POSITION, TARGETS_BEFORE
 from recsys.data.schema import Schema
 from recsys.data.schema_columns import HistoryColumns
 
-# Largest table of all items, in all and per id, that is scanned faster than ids are hashed.
+# Up to this many items, in total and per id of a call, scanning all items is faster than hashing.
 MOST_MARKS, MARKS_PER_ID = 1 << 22, 256
 
 
@@ -28,11 +28,11 @@ class UniqueItems:
 
     def __init__(self, num_items: int) -> None:
         self.num_items = num_items
-        # For each thread, whether each possible item occurs (unset between calls), and its place.
+        # Reused buffers of threads: whether each item occurs (False between calls), and its place.
         self._spare: list[tuple[np.ndarray, np.ndarray]] = []
 
     def __call__(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [n]
-        """Return the distinct items [U], ascending, and the place of each id among them [n]."""
+        """Return the distinct items [U], ascending, and each id's position among them [n]."""
         if self.num_items > min(MOST_MARKS, MARKS_PER_ID * len(items)):
             return unique_by_hashing(items)
         try:
@@ -49,7 +49,7 @@ class UniqueItems:
 
 
 def unique_by_hashing(items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [n] -> [U], [n]
-    """Do the same as `UniqueItems` by a hash table: only the distinct items are sorted."""
+    """Do the same as `UniqueItems` with a hash table, which sorts only the distinct items."""
     encoded = pa.array(items, pa.int64()).dictionary_encode()
     distinct = encoded.dictionary.to_numpy()
     order = distinct.argsort()
@@ -63,7 +63,7 @@ def keyed_jagged(
     values: Sequence[np.ndarray],  # ids of each feature, [sum of its lengths]
     lengths: Sequence[np.ndarray],  # of each feature, [B]
 ) -> KeyedJaggedTensor:
-    """Do `KeyedJaggedTensor.from_lengths_sync`, with its sums computed from the arrays."""
+    """Return the `KeyedJaggedTensor` of these arrays, with its sums computed by numpy."""
     sizes = [len(ids) for ids in values]
     return KeyedJaggedTensor(
         keys=names,
@@ -79,7 +79,7 @@ class BatchBuilder:
     """Turns rows of impressions into a `Batch`; several threads may call it at once.
 
     `pooled_features` have the order of the model. With `encode_history`, history items are encoded
-    instead of read from the bank. The content of `content_histories`, further ones, is read.
+    instead of read from the bank. `content_histories` are further histories whose content is read.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class BatchBuilder:
         self.unique_items = UniqueItems(schema.item_id_limit or 2**63)  # raw ids have no limit
 
     def __call__(self, rows: RowColumns | pa.Table) -> Batch:
-        """Return the batch of these rows: it keeps `RowColumns`, and copies a table."""
+        """Return the batch of these rows; it shares memory with `RowColumns`, but copies tables."""
         if isinstance(rows, pa.Table):
             rows = RowColumns.of(rows).take(np.arange(rows.num_rows))
         schema, read = self.schema, rows
@@ -149,7 +149,7 @@ class BatchBuilder:
         rows = Rows(positions, torch.from_numpy(columns.numbers[group]))
         if not self.with_labels:
             return rows
-        if TARGETS_BEFORE in columns.numbers:  # ranks have unlike numbers of targets
+        if TARGETS_BEFORE in columns.numbers:  # ranks have different numbers of targets
             rows.weights = (positions >= 0).float()
         if schema.weight:
             rows.weights = torch.from_numpy(columns.numbers[schema.weight])
@@ -171,23 +171,23 @@ class BatchBuilder:
     def _pooled(self, rows: RowColumns) -> KeyedJaggedTensor | None:
         if not (names := self.pooled_features):
             return None
-        parts = ((rows.values(name), rows.lengths(name)) for name in names)
-        return keyed_jagged(names, *zip(*parts))
+        values_lengths = ((rows.values(name), rows.lengths(name)) for name in names)
+        return keyed_jagged(names, *zip(*values_lengths))
 
     def _sequences(
         self, rows: RowColumns, target: np.ndarray, history: np.ndarray
     ) -> KeyedJaggedTensor:  # target [B], history [U]
-        """Return the ids of target and events; those of the history are unique."""
-        # Unique ids belong to no row; a KeyedJaggedTensor needs every id in one: the first.
+        """Return the ids of targets and events; ids of the first history are unique."""
+        # Unique ids belong to no row, but a KeyedJaggedTensor needs a row for each: the first.
         lengths = np.zeros(rows.num_rows, np.int64)
         lengths[0] = len(history)
         names = [self.schema.target_item, *self.schema.event_columns]
-        parts = {name: (rows.values(name), rows.lengths(name)) for name in names}
+        values_lengths = {name: (rows.values(name), rows.lengths(name)) for name in names}
         if TARGETS_BEFORE in rows.numbers:
-            parts[self.schema.target_item] = target, rows.numbers[TARGETS_BEFORE] + 1
+            values_lengths[self.schema.target_item] = target, rows.numbers[TARGETS_BEFORE] + 1
         if self.schema.history:
-            parts[self.schema.history] = history, lengths
-        return keyed_jagged(names, *zip(*parts.values()))
+            values_lengths[self.schema.history] = history, lengths
+        return keyed_jagged(names, *zip(*values_lengths.values()))
 
 
 def _columns(rows: RowColumns, names: list[str]) -> Tensor:  # [B, C]

@@ -1,4 +1,4 @@
-"""Impressions -> the batches of one rank, which threads build ahead of the trainer, in order."""
+"""Batches of impressions for one rank, which threads build in order ahead of the trainer."""
 
 import os
 from bisect import bisect_left, bisect_right
@@ -19,17 +19,17 @@ from recsys.data.parquet.columns import RowColumns
 from recsys.data.row_source import RowSource, Slice, Stage, Window, between, rank_shares
 
 T = TypeVar("T")
-# Accepts a job and returns the function that waits for its result or raises its error: `cache`,
-# which runs the job at the first call, or that of a pool of `threads`.
+# Submits a job and returns a function that waits for its result or raises its error. Either
+# `cache`, which runs the job when the result is first asked for, or a pool's, from `threads`.
 Submit = Callable[[Callable[[], Any]], Callable[[], Any]]
-WindowRows = tuple[RowColumns, np.ndarray]  # a window that was read, and the order of its rows
+WindowRows = tuple[RowColumns, np.ndarray]  # rows of a window, and the order in which to use them
 AHEAD = 2  # batches in progress per building thread
-MOST_THREADS = 4  # that `auto` takes beside a GPU, whose steps are shorter than those of a CPU
+MOST_THREADS = 4  # largest number of threads that `auto` uses with a GPU
 
 
 @contextmanager
 def threads(count: int, name: str) -> Generator[Submit]:
-    """Run jobs in a pool; on exit, drop those that have not begun and wait for the others."""
+    """Yield a function that runs jobs in a pool; on exit, drop waiting jobs, wait for running."""
     initializer: tuple[Any, ...] = ()
     if torch.cuda.is_initialized():  # new threads would use GPU 0
         initializer = torch.cuda.set_device, (torch.cuda.current_device(),)
@@ -52,7 +52,7 @@ def in_order(jobs: Iterable[Callable[[], T]], submit: Submit, ahead: int) -> Gen
 
 
 class Interactions:
-    """Batches of one rank's share of a split: as many on all ranks, and of the same sizes.
+    """Batches of one rank's share of a split; all ranks have equally many, of the same sizes.
 
     A rank with fewer rows adds a padding row. `seed` shuffles the rows, differently in each epoch.
     """
@@ -76,13 +76,13 @@ class Interactions:
         self.begin(0)
 
     def begin(self, epoch: int, stages: Sequence[Stage] = (), first_batch: int = 0) -> None:
-        """Go to batch `first_batch` of the rows that `stages`, with other ranks or sizes, left."""
+        """Go to batch `first_batch` of the epoch's rows that earlier `stages` did not read."""
         self.epoch, self.first_batch = epoch, first_batch
         self.shuffle_seed = None if self.seed is None else (self.seed, epoch)
         shares = rank_shares(self.rows, stages, self.world_size, self.shuffle_seed)
-        self.slices, self.remaining = shares[self.rank], sum(len(part) for part in chain(*shares))
-        self.share_rows = -(-self.remaining // self.world_size)  # of the largest share
-        self.num_batches = -(-self.share_rows // self.batch_size)  # of nearly equal sizes
+        self.slices, self.remaining = shares[self.rank], sum(map(len, chain(*shares)))
+        self.share_rows = -(-self.remaining // self.world_size)  # rows of the largest share
+        self.num_batches = -(-self.share_rows // self.batch_size)  # their sizes differ by at most 1
 
     def batches_until(self, part: int, parts: int) -> int:
         """Return the number of batches of this share in the first `part` of `parts` of an epoch."""
@@ -100,21 +100,21 @@ class Interactions:
         return in_order(self.jobs(cache), cache, ahead=0)
 
     def jobs(self, submit: Submit) -> Iterator[Callable[[], Batch]]:
-        """Yield one job per batch. While a window is in use, the next is being read."""
+        """Yield one job per batch; the next window of rows is read while one is in use."""
         slices, starts = self.slices, [0, *accumulate(map(len, self.slices))]
         windows: dict[Window, Callable[[], WindowRows]] = {}
         for batch in range(self.first_batch, self.num_batches):
             low = self.share_rows * batch // self.num_batches
             high = self.share_rows * (batch + 1) // self.num_batches
             first, last = bisect_right(starts, low) - 1, bisect_left(starts, high)
-            parts = between(slices[first:last], low - starts[first], high - starts[first])
-            if parts:
+            pieces = between(slices[first:last], low - starts[first], high - starts[first])
+            if pieces:
                 windows = {
                     window: windows.get(window) or submit(partial(self._read, window))
-                    for window in dict.fromkeys(part.window for part in slices[first : last + 1])
+                    for window in dict.fromkeys(piece.window for piece in slices[first : last + 1])
                 }
-            sources = [(windows[part.window], part) for part in parts]
-            yield partial(self._build, sources, high - low - sum(map(len, parts)))
+            sources = [(windows[piece.window], piece) for piece in pieces]
+            yield partial(self._build, sources, high - low - sum(map(len, pieces)))
 
     def _read(self, window: Window) -> WindowRows:
         table = self.rows.read_window(window, self.shuffle_seed)
@@ -124,16 +124,16 @@ class Interactions:
         self, sources: Sequence[tuple[Callable[[], WindowRows], Slice]], padding: int
     ) -> Batch:
         rows = []
-        for window, part in sources:
+        for window, piece in sources:
             columns, order = window()
-            rows.append(columns.take(order[part.low : part.high]))
+            rows.append(columns.take(order[piece.low : piece.high]))
         if padding:
             rows.append(RowColumns.of(self.rows.padding(padding)).take(np.arange(padding)))
         return self.build(RowColumns.concat(rows))
 
 
 def builder_threads(for_gpu: bool) -> int:
-    """Return the threads that `num_workers: auto` stands for: beside a GPU a rank's free cores."""
+    """Return the number of threads for `num_workers: auto`: with a GPU, a rank's free cores."""
     if not for_gpu:
         return 1
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

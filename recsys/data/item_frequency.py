@@ -1,6 +1,6 @@
-"""Counts the training rows of each item, and ranges of numbers, as rows are read.
+"""Count the training rows of each item, and collect ranges of numeric columns, as rows are read.
 
-Unscaled numbers dominate all other inputs. Shapes: N rows, U items with training rows.
+Ranges show unscaled numbers, which dominate all other inputs. Shapes: N rows, U items with rows.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 COLD_BELOW = 5  # an item with fewer training rows is cold
 PARTS = ("all", "warm", "cold", "unseen")
-BLOCK = 1 << 24  # ids that ranks add up at once: 128 MiB of counts
+BLOCK = 1 << 24  # ids whose counts ranks sum in one collective, 128 MiB
 LEAST_MERGED = 1 << 20  # least number of counted items that are merged at once
 BLOCK_VALUES = 1 << 16
-LARGEST = 1000.0  # absolute value from which on a dense column is reported as unscaled
-WIDE = 3.0  # absolute value from which on numbers outweigh vectors, whose values are below 1
+LARGEST = 1000.0  # a dense column with a larger absolute value is reported as unscaled
+WIDE = 3.0  # numbers of larger absolute value outweigh vectors, whose values are below 1
 
 
 def frequency_masks(item_counts: np.ndarray) -> dict[str, np.ndarray]:  # [N], int -> [N], bool each
-    """Return the rows of each of `PARTS` by training rows of the item; unseen is cold, too."""
+    """Return masks of rows by part of the items; unseen items are also cold."""
     cold = item_counts < COLD_BELOW
     every = np.ones(len(item_counts), dtype=bool)
     return {"all": every, "warm": ~cold, "cold": cold, "unseen": item_counts == 0}
@@ -41,7 +41,7 @@ def frequency_masks(item_counts: np.ndarray) -> dict[str, np.ndarray]:  # [N], i
 
 @dataclass(frozen=True)
 class ItemCounts:
-    """Numbers of training rows by item. Items without rows take no memory."""
+    """Number of training rows of each item; items without rows take no memory."""
 
     items: np.ndarray  # int64 [U], ascending
     counts: np.ndarray  # int64 [U]
@@ -74,15 +74,15 @@ class ItemCounts:
         return np.where(self.items[place] == items, self.counts[place], 0)
 
     def sum_of_ranks(self, num_items: int | None, ranks: Ranks) -> ItemCounts:
-        """Return the sums over all ranks on rank 0, and nothing on the others. A collective."""
+        """Return the sums over all ranks on rank 0, and empty counts elsewhere. A collective."""
         import torch
         import torch.distributed as dist
 
         from recsys.distributed.gather import gather_rows_to_first
 
         if num_items is None:
-            mine = torch.from_numpy(np.stack([self.items, self.counts], axis=1))
-            gathered = ItemCounts(*gather_rows_to_first(mine, ranks.group).numpy().T)
+            rank_counts = torch.from_numpy(np.stack([self.items, self.counts], axis=1))
+            gathered = ItemCounts(*gather_rows_to_first(rank_counts, ranks.group).numpy().T)
             return ItemCounts.sum_of([gathered] if ranks.is_first else [])
         items, counts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         occupied = torch.zeros(-(-num_items // BLOCK), dtype=torch.uint8)
@@ -103,11 +103,11 @@ class ItemCounts:
 def target_counts(
     counts: ItemCounts, items: np.ndarray, schema: Schema
 ) -> np.ndarray:  # int64 [N] -> int64 [N]
-    """Return the training rows of target items: none for unknown ids, which share a table row."""
-    vocabulary, own_counts = schema.vocabulary_of(schema.target_item), counts.of(items)
+    """Return each target item's number of training rows; 0 for the shared row of unknown ids."""
+    vocabulary, row_counts = schema.vocabulary_of(schema.target_item), counts.of(items)
     if vocabulary is None or vocabulary.kind != "exact":
-        return own_counts
-    return np.where(items == schema.limit(schema.target_item) - 1, 0, own_counts)
+        return row_counts
+    return np.where(items == schema.limit(schema.target_item) - 1, 0, row_counts)
 
 
 def rows_that_count(table: pa.Table, schema: Schema) -> np.ndarray:  # table R rows -> bool [R]
@@ -119,7 +119,7 @@ def rows_that_count(table: pa.Table, schema: Schema) -> np.ndarray:  # table R r
 def count_items(
     rows: RowSource, rank: int, world_size: int, also: Callable[[pa.Table], None] | None = None
 ) -> ItemCounts:
-    """Count the items of a rank's rows that count and were not drawn; `also` gets each chunk."""
+    """Count the items of a rank's rows that count and are not sampled; pass chunks to `also`."""
     schema, counts, waiting = rows.schema, ItemCounts.sum_of([]), list[ItemCounts]()
     for table in rows.read_once(*rows.share(rank, world_size)):
         if also is not None:
@@ -135,17 +135,17 @@ def count_items(
 
 @dataclass
 class NumberRange:
-    """Least and greatest of some numbers, and their sums."""
+    """Range, number and sums of the values of a column."""
 
     least: float = math.inf
     greatest: float = -math.inf
     count: int = 0
     total: float = 0.0
-    squares: float = 0.0
+    squares: float = 0.0  # sum of squares
 
     def add(self, values: np.ndarray) -> None:
         total = float(values.sum(dtype=np.float64))
-        # In blocks, as their copies in float64 then stay in the cache.
+        # In blocks, so that their float64 copies stay in the processor's cache.
         blocks = (values[low : low + BLOCK_VALUES] for low in range(0, len(values), BLOCK_VALUES))
         squares = sum(float(np.square(block, dtype=np.float64).sum()) for block in blocks)
         least, greatest = float(values.min(initial=math.inf)), float(values.max(initial=-math.inf))
@@ -183,13 +183,13 @@ class NumberRanges:
         self.by_column = {name: NumberRange() for name in (*self.dense, *lists)}
 
     def add(self, table: pa.Table) -> None:
-        """Include rows; padding rows are left out."""
+        """Include the rows of a table, except padding rows."""
         is_row, rows = table[ROW_POSITION].to_numpy() >= 0, RowColumns.of(table)
         for name, column in self.by_column.items():
             column.add(table[name].to_numpy()[is_row] if name in self.dense else rows.values(name))
 
     def gather(self, ranks: Ranks) -> dict[str, NumberRange]:
-        """Return the ranges over the rows of all ranks, on each. A collective."""
+        """Return the ranges over the rows of all ranks, on every rank. A collective."""
         gathered = ranks.gather(self.by_column)
         self.by_column = {name: NumberRange() for name in self.by_column}
         for name, column in self.by_column.items():
@@ -201,9 +201,9 @@ class NumberRanges:
 def dense_finding(column: str, least: float, greatest: float) -> tuple[str, str] | None:
     """Return the problem of a column of this range and its fix; None without a problem."""
     if least == greatest:
-        what = f"dense column '{column}' is {least:g} in all training rows"
-        return what, "it is no help; take it out of schema.yaml"
+        problem = f"dense column '{column}' is {least:g} in all training rows"
+        return problem, "it is no help; take it out of schema.yaml"
     if max(abs(least), abs(greatest)) > LARGEST:
-        what = f"dense column '{column}' goes from {least:g} to {greatest:g}"
-        return what, "take its logarithm or scale it to about 1, or it drowns all else"
+        problem = f"dense column '{column}' goes from {least:g} to {greatest:g}"
+        return problem, "take its logarithm or scale it to about 1, or it drowns all else"
     return None

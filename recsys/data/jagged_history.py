@@ -1,7 +1,7 @@
-"""Histories as an index into their unique items, and the arithmetic on it, without padding.
+"""Histories as an index into their unique items, and differentiable operations without padding.
 
-`dot` and `weighted_sum` allocate no [N, D]; their kernels are those of `embedding_bag`.
-Shapes: B batch, U unique items, N items of all histories, P some of them, D dimension, K any width.
+`dot` and `weighted_sum` use kernels of `embedding_bag` and allocate no [N, D] tensor. Shapes: B
+batch, U unique items, N places (items of all histories), P some places, D dimension, K any width.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from embeddings.host import is_on_host
 
 @dataclass
 class JaggedHistory:
-    """Histories of a batch, one row after the other."""
+    """Histories of a batch, concatenated row by row."""
 
     index: Tensor  # int64 [N], the unique item at each place
     lengths: Tensor  # int64 [B]
     offsets: Tensor  # [B + 1]
-    rows: Tensor  # [N], the row of the batch that each item belongs to
+    rows: Tensor  # [N], the batch row of each place
     longest: int  # maximum of lengths, at least 1
     num_items: int  # U
-    host_lengths: np.ndarray | None = None  # `lengths`, if the host has them
+    host_lengths: np.ndarray | None = None  # copy of `lengths` on the host, if there is one
     _computed: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     @staticmethod
@@ -40,7 +40,7 @@ class JaggedHistory:
         longest: int | None = None,
         host_lengths: np.ndarray | None = None,
     ) -> JaggedHistory:
-        """Build a history; `longest` is computed if absent, which synchronises with a GPU."""
+        """Build a `JaggedHistory`; without `longest` it is computed, which waits for a GPU."""
         offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(lengths)
         batch = torch.arange(len(lengths), device=lengths.device)
         rows = torch.repeat_interleave(batch, lengths, output_size=len(index))
@@ -49,23 +49,23 @@ class JaggedHistory:
 
     @property
     def is_shared(self) -> bool:
-        """Whether all rows have the same history, as in `recsys.serving`: here, rows differ."""
+        """Whether all rows have the same history; False here, True in a class of `serving`."""
         return False
 
     def of_one_row(self, values: Tensor) -> Tensor:
-        """Map [N, K] of a shared history to its places in one row; here, no history is shared."""
+        """Map [N, K] of a shared history to the places of one row; a TypeError here."""
         raise TypeError("rows have histories of their own")
 
     def one_row(self) -> JaggedHistory:
-        """Return a shared history of one row; here, no history is shared."""
+        """Return a shared history as one row; a TypeError here."""
         raise TypeError("rows have histories of their own")
 
     def unindexed(self) -> JaggedHistory:
-        """Return the same histories over N items, one for each position."""
+        """Return the same histories over N items, a separate item for each place."""
         return replace(self, index=self.places, num_items=len(self.places))
 
     def select(self, places: Tensor, count: int | None = None) -> JaggedHistory:
-        """Return the histories of places [P], ascending; `count`: each row keeps up to so many."""
+        """Return histories of ascending places [P]; at most `count` of a row are among these."""
         lengths, host_lengths = _counts(self.rows[places], len(self.lengths)), None
         if count is not None and self.host_lengths is not None:
             host_lengths = self.host_lengths.clip(max=count)
@@ -73,7 +73,7 @@ class JaggedHistory:
         return JaggedHistory.of(index, lengths, self.num_items, self.longest, host_lengths)
 
     def highest(self, scores: Tensor, count: int) -> Tensor:  # [N] -> [P], ascending
-        """Return the places of the `count` highest scores of each row; later ones win ties."""
+        """Return the places of each row's `count` highest scores; later places win ties."""
         last = len(scores) - 1
         order = last - scores.flip(0).argsort(descending=True, stable=True)
         order = order[_stable_order(self.rows[order], len(self.lengths))]  # by row, then by score
@@ -81,11 +81,11 @@ class JaggedHistory:
         return order[self._marked(position < count, count)].sort().values
 
     def newest(self, count: int) -> Tensor:
-        """Return the places [P] of the newest `count` items of each row, or of all it has."""
+        """Return the places [P] of each row's newest `count` items, or all if it has fewer."""
         return self._marked(self.ages < count, count)
 
     def _marked(self, mask: Tensor, count: int) -> Tensor:  # bool [N] -> [P]
-        """Return the marked places, of which each row has `count`, or all if it has fewer."""
+        """Return the places where `mask` is True: `count` in each row, or all if it has fewer."""
         if is_on_host(mask) or self.host_lengths is None:
             return mask.nonzero().squeeze(1)
         size = int(self.host_lengths.clip(max=count).sum())
@@ -93,19 +93,19 @@ class JaggedHistory:
 
     @property
     def places(self) -> Tensor:
-        """Numbers of the places of all rows: int64 [N]."""
+        """All places, 0 to N - 1: int64 [N]."""
         count, device = self.rows.shape[0], self.rows.device
-        return self._kept("places", lambda: torch.arange(count, device=device))
+        return self._cached("places", lambda: torch.arange(count, device=device))
 
     @property
     def ages(self) -> Tensor:
-        """Number of newer (that is, later) items of the same row: int64 [N]."""
-        return self._kept("ages", lambda: self.offsets[1:][self.rows] - 1 - self.places)
+        """Number of newer (later) items of the same row, for each place: int64 [N]."""
+        return self._cached("ages", lambda: self.offsets[1:][self.rows] - 1 - self.places)
 
     @property
     def by_item(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Index by item: places [N] ordered by item, their rows [N], item offsets [U + 1]."""
-        return self._kept("by_item", self._index_by_item)
+        """Index by item: places [N] sorted by item, their rows [N], offsets of items [U + 1]."""
+        return self._cached("by_item", self._index_by_item)
 
     def _index_by_item(self) -> tuple[Tensor, Tensor, Tensor]:
         counts = _counts(self.index, self.num_items)
@@ -113,8 +113,8 @@ class JaggedHistory:
         order = _stable_order(self.index, self.num_items)
         return order, self.rows[order], offsets
 
-    def _kept(self, name: str, compute: Callable[[], Any]) -> Any:
-        """Compute once. torch.compile does so by itself, and cannot trace `cached_property`."""
+    def _cached(self, name: str, compute: Callable[[], Any]) -> Any:
+        """Return a value that is computed once; torch.compile cannot trace `cached_property`."""
         if torch.compiler.is_compiling():
             return compute()
         if name not in self._computed:
@@ -129,15 +129,15 @@ class JaggedHistory:
         return result
 
     def gather(self, items: Tensor) -> Tensor:
-        """Map [U, K] -> [N, K]: the item of each place, with gradient."""
+        """Return the row of `items` for each place, with gradient: [U, K] -> [N, K]."""
         return self._apply("gather", items)
 
     def spread(self, rows: Tensor) -> Tensor:
-        """Map [B, K] -> [N, K]: the row of each place, with gradient."""
+        """Repeat each batch row's values for its places, with gradient: [B, K] -> [N, K]."""
         return self._apply("spread", rows)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum [N, K] over the items of each row: [B, K], with gradient."""
+        """Sum values over the places of each row, with gradient: [N, K] -> [B, K]."""
         return self._apply("sum", values)
 
     def dot(self, queries: Tensor, items: Tensor) -> Tensor:  # [B, D], [U, D] -> [N]
@@ -149,23 +149,23 @@ class JaggedHistory:
         return self._apply("weighted_sum", weights, items)
 
     def softmax(self, scores: Tensor) -> Tensor:
-        """Normalise [N, K] or [N] over the items of each row."""
+        """Return the softmax of [N, K] or [N] over the places of each row."""
         columns = scores if scores.dim() == 2 else scores.unsqueeze(1)
         return self._apply("softmax", columns.contiguous()).view(scores.shape)
 
     def maximum(self, values: Tensor, if_empty: float) -> Tensor:
         """Return maxima of [N, K] by row: [B, K]; `if_empty` for an empty row."""
         detached = values.detach()
-        # `unsafe`: checks of the lengths would wait for a GPU.
+        # `unsafe` skips checks of the lengths, which would wait for a GPU.
         maxima = torch.segment_reduce(
             detached, "max", lengths=self.lengths, initial=if_empty, unsafe=True
         )
         if not values.requires_grad:
             return maxima
-        # Equal maxima share the gradient; segment_reduce (2.13) would share positive ones alone.
+        # Equal maxima share the gradient; segment_reduce (torch 2.13) shares only positive ones.
         highest = (detached == self.spread(maxima)).to(values.dtype)  # [N, K]
         shares = highest / self.spread(self.sum(highest).clamp(min=1))
-        return maxima + self.sum((values - detached) * shares)  # a sum of zeros, for its gradient
+        return maxima + self.sum((values - detached) * shares)  # adds 0, but has the gradient
 
     def padded(self, values: Tensor, fill: float) -> Tensor:
         """Pad [N] to [B, longest] with `fill`."""
@@ -177,20 +177,20 @@ class JaggedHistory:
 def _stable_order(numbers: Tensor, limit: int) -> Tensor:
     """Return `numbers.argsort(stable=True)` [N] of numbers [N] in [0, limit)."""
     if is_on_host(numbers) and limit <= 2**16:
-        # numpy sorts 16-bit numbers by radix, ten times as fast as 64-bit ones by comparison.
+        # numpy's radix sort of 16-bit numbers is ten times as fast as its sort of 64-bit numbers.
         return torch.from_numpy(np.argsort(numbers.numpy().astype(np.uint16), kind="stable"))
     return numbers.argsort(stable=True)
 
 
 def _counts(numbers: Tensor, limit: int) -> Tensor:
-    """Return `numbers.bincount(minlength=limit)` of numbers [N] in [0, limit), without a wait."""
+    """Return `numbers.bincount(minlength=limit)`, numbers in [0, limit), without a GPU wait."""
     counts = torch.zeros(limit, dtype=torch.int64, device=numbers.device)
     return counts.scatter_add_(0, numbers, torch.ones_like(numbers))
 
 
 def _bag(index: Tensor, vectors: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
-    """Sum vectors[index] [N, D], weighted, over each bag of the offsets [B + 1]: [B, D]."""
-    if not vectors.shape[1]:  # the kernel refuses width 0
+    """Return weighted sums of vectors[index] [N, D] over the bags of offsets [B + 1]: [B, D]."""
+    if not vectors.shape[1]:  # the kernel does not support width 0
         return vectors.new_zeros(offsets.shape[0] - 1, 0)
     return F.embedding_bag(
         index,
@@ -235,7 +235,7 @@ def _weighted_sum(history: JaggedHistory, weights: Tensor, items: Tensor) -> Ten
 
 
 def _weighted_item_sums(history: JaggedHistory, weights: Tensor, rows: Tensor) -> Tensor:
-    """Sum weights [N] times rows [B, D] over the places of each item: [U, D]."""
+    """Return sums of weights [N] times rows [B, D] over the places of each item: [U, D]."""
     order, rows_of_places, offsets = history.by_item
     return _bag(rows_of_places, rows, offsets, weights[order])
 
@@ -243,7 +243,7 @@ def _weighted_item_sums(history: JaggedHistory, weights: Tensor, rows: Tensor) -
 def _multilinear(apply: Callable[..., Tensor], *gradients: Callable[..., Tensor]) -> Any:
     """Return the autograd function of a map that is linear in each input.
 
-    The gradient of an only input takes the output's; that of one of several takes all, too.
+    Functions `gradients` take the output's gradient and, if there are several inputs, all inputs.
     """
 
     class Multilinear(torch.autograd.Function):
@@ -256,9 +256,9 @@ def _multilinear(apply: Callable[..., Tensor], *gradients: Callable[..., Tensor]
 
         @staticmethod
         def backward(ctx: Any, gradient: Tensor) -> Any:
-            parts = ctx.history, gradient, *ctx.saved_tensors
-            pairs = zip(gradients, ctx.needs_input_grad)  # the history has none
-            return *(function(*parts) if is_needed else None for function, is_needed in pairs), None
+            inputs = ctx.history, gradient, *ctx.saved_tensors
+            pairs = zip(gradients, ctx.needs_input_grad)  # the history, last, has no gradient
+            return *(function(*inputs) if use else None for function, use in pairs), None
 
     return Multilinear
 
@@ -269,7 +269,7 @@ class _Softmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: Tensor, history: JaggedHistory) -> Tensor:
         ctx.history = history
-        # FBGEMM has no kernel for float64, and makes a graph of one longest history alone.
+        # FBGEMM has no kernel for float64, and its graph is valid for one value of `longest`.
         if scores.dtype == torch.float64 or isinstance(history.longest, torch.SymInt):
             shares = (scores - history.spread(history.maximum(scores, 0.0))).exp()
             softmax = shares / history.spread(history.sum(shares))
@@ -281,7 +281,7 @@ class _Softmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (softmax,), history = ctx.saved_tensors, ctx.history
-        # FBGEMM's backward has no derivative: autograd would take it for zero.
+        # FBGEMM's backward has no derivative: autograd would silently use zero.
         is_symbolic = isinstance(history.longest, torch.SymInt)
         if torch.is_grad_enabled() or softmax.dtype == torch.float64 or is_symbolic:
             shares = gradient * softmax
@@ -290,7 +290,7 @@ class _Softmax(torch.autograd.Function):
         return backward(gradient, softmax, history.offsets, history.longest), None
 
 
-# By name, since torch.compile has no types as keys.
+# Keys are names, since torch.compile does not support types as keys.
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
     "gather": _multilinear(_of_items, _item_sums),
     "spread": _multilinear(_of_rows, _row_sums),
@@ -311,6 +311,6 @@ _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
 
 @torch.compiler.allow_in_graph
 def _apply_in_graph(name: str, inputs: list[Tensor], *fields: Any) -> Tensor:
-    """Apply a function where torch.compile does not enter it: it cannot where sizes vary."""
+    """Apply a function that torch.compile does not trace, as it cannot for varying sizes."""
     result: Tensor = _FUNCTIONS[name].apply(*inputs, JaggedHistory(*fields))
     return result

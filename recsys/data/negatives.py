@@ -1,6 +1,6 @@
-"""Negatives of a retrieval model's softmax losses: the items, and their probabilities.
+"""Negatives for a retrieval model's softmax losses: items, and their sampling probabilities Q.
 
-Only items with training rows are negatives. Without `log_q_correction` the logs of Q are zeros.
+Only items with training rows are negatives. Without `log_q_correction`, log Q is 0.
 Shapes: B batch, S sampled negatives, N any items.
 """
 
@@ -16,7 +16,7 @@ from recsys.data.item_frequency import ItemCounts
 
 
 def negatives_feature(settings: RetrievalSettings | None, target_item: str) -> str | None:
-    """Return the feature that looks up negatives; None if they are those of the batch."""
+    """Return the feature that looks up negatives; None if the batch's items are the negatives."""
     is_drawn = settings is not None and settings.loss in ("sampled_softmax", "full_softmax")
     return f"negatives of {target_item}" if is_drawn else None
 
@@ -27,10 +27,10 @@ class NegativeSampler:
     def __init__(self, settings: RetrievalSettings, num_items: int, target_item: str) -> None:
         self.settings, self.num_items = settings, num_items
         self.feature = negatives_feature(settings, target_item)
-        self.counts = ItemCounts.sum_of([])  # of training rows; without, all are drawn alike
+        self.counts = ItemCounts.sum_of([])  # training rows; while empty, all items are drawn
 
     def log_q(self, items: torch.Tensor) -> torch.Tensor:  # int64 [N] -> [N]
-        """Return the log of each item's probability; unknown items count as the rarest."""
+        """Return log Q of each item; an item without training rows counts as one with one row."""
         if not self.settings.log_q_correction or self.settings.loss == "full_softmax":
             return torch.zeros(len(items))
         ids, total = items.numpy(), self.counts.counts.sum()
@@ -45,7 +45,7 @@ class NegativeSampler:
         return len(self.counts.items) or self.num_items
 
     def __call__(self, batch: Batch, draw: tuple[int, int, int], training: bool) -> Batch:
-        """Return a batch, on the host, with log Q and, in training, this draw's negatives."""
+        """Return a batch, on the host, with log Q and, in training, negatives seeded by `draw`."""
         log_q = self.log_q(batch.target.frequency_keys)
         batch = replace(batch, target=replace(batch.target, log_q=log_q))
         if self.feature is None:
@@ -69,9 +69,9 @@ class NegativeSampler:
 def with_ids(
     features: KeyedJaggedTensor, name: str, ids: torch.Tensor
 ) -> KeyedJaggedTensor:  # ids [S]
-    """Return the features with these ids of `name`, new or not, which belong to no row."""
-    # A KeyedJaggedTensor needs every id in a row: the first.
+    """Return the features with these ids for `name`, added or replaced; they belong to no row."""
+    # A KeyedJaggedTensor needs a row for every id: the first.
     lengths = torch.zeros(features.stride(), dtype=features.lengths().dtype)
     lengths[0] = len(ids)
-    parts = {**features.to_dict(compute_offsets=False), name: JaggedTensor(ids, lengths=lengths)}
-    return KeyedJaggedTensor.from_jt_dict(parts)
+    tensors = {**features.to_dict(compute_offsets=False), name: JaggedTensor(ids, lengths=lengths)}
+    return KeyedJaggedTensor.from_jt_dict(tensors)

@@ -1,6 +1,6 @@
-"""`recsys prepare vocabulary` and `transforms`: what a dataset needs once, before any training.
+"""`recsys prepare vocabulary` and `transforms`: prepare a dataset once, before any training.
 
-A map of raw ids that is built again appends new ids, so that earlier models stay valid.
+Building a vocabulary again appends new ids, so that earlier models stay valid.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,17 +32,17 @@ ITEMS = "items"
 
 @dataclass(frozen=True)
 class PreparedVocabulary:
-    """Result of building or extending the map of one column."""
+    """Result of building or extending the vocabulary of one column."""
 
     file: Location
     vocabulary: ExactVocabulary
     num_new: int
-    num_rows: int  # of the table, as training makes it
-    num_embeddings: int | None  # of schema.yaml, if these are too few
+    num_rows: int  # rows of the table in training
+    num_embeddings: int | None  # setting in schema.yaml, if it is too small
 
 
 def prepare_vocabularies(data: str) -> list[PreparedVocabulary]:
-    """Build or extend the maps of the dataset at `data`; on an error, none of them changes."""
+    """Build or extend all vocabularies of the dataset at `data`; an error leaves all unchanged."""
     root = Location.of(data)
     schema = load_schema(root, with_vocabularies=False)
     tables = schema.tables_with("exact")
@@ -60,19 +60,19 @@ def prepare_vocabularies(data: str) -> list[PreparedVocabulary]:
         schema.make_room(table, len(vocabulary))
         num_rows, too_few = schema.limit(table), schema.grown.get(table)
         prepared.append(PreparedVocabulary(file, vocabulary, num_new, num_rows, too_few))
-    for one in prepared:
-        folder, name = one.file.path.rsplit("/", 1)
+    for entry in prepared:
+        folder, name = entry.file.path.rsplit("/", 1)
         unfinished = f"{folder}/.{name}.partial"
-        one.file.filesystem.makedirs(folder, exist_ok=True)
-        one.vocabulary.save(unfinished, one.file.arrow)
-        one.file.filesystem.mv(unfinished, one.file.path)
+        entry.file.filesystem.makedirs(folder, exist_ok=True)
+        entry.vocabulary.save(unfinished, entry.file.arrow)
+        entry.file.filesystem.mv(unfinished, entry.file.path)
     return prepared
 
 
 def new_ids(
     root: Location, schema: Schema, split: str | None, maps: Mapping[str, ExactVocabulary]
 ) -> dict[str, pa.Array]:
-    """Return, by table, the ids of a split (None: of the items) that its map does not have yet."""
+    """Return by table the ids of a split (None: of the items) that `maps` do not have yet."""
     ids = {}
     for table in schema.tables_with("exact"):
         vocabulary = ExactVocabulary(MOST_ROWS)
@@ -85,7 +85,7 @@ def new_ids(
 def _extend(
     root: Location, schema: Schema, table: str, vocabulary: ExactVocabulary, folders: Sequence[str]
 ) -> int:
-    """Add the ids in some folders to the vocabulary of a table; return the number of new ones."""
+    """Add the ids in some folders to the vocabulary of a table; return the number of new ids."""
     with errors_at(f"vocabulary of column '{table}' in {root}/schema.yaml"):
         return vocabulary.extend(_raw_ids(root, schema, table, vocabulary, folders))
 
@@ -93,7 +93,7 @@ def _extend(
 def _raw_ids(
     root: Location, schema: Schema, table: str, vocabulary: ExactVocabulary, folders: Sequence[str]
 ) -> Iterator[pa.Array]:
-    """Yield ids of a table without nulls, one row group of one column at a time."""
+    """Yield the non-null ids of a table, one row group of one column at a time."""
     columns = [name for name in schema.columns if schema.table_of(name) == table]
     splits = [folder for folder in folders if folder != ITEMS]
     places = [(split, name) for split in splits for name in columns]
@@ -107,7 +107,7 @@ def _raw_ids(
         for file in (root / folder).files(".parquet"):
             for chunk in _chunks(file, name, schema if is_of_rows else None):
                 if pa.types.is_null(chunk.type.value_type if is_list(chunk.type) else chunk.type):
-                    continue  # nulls and empty lists alone
+                    continue  # only nulls or empty lists
                 if is_list(chunk.type) != takes_lists:
                     expected = "a list of ids" if takes_lists else "one id per row"
                     raise ValueError(
@@ -137,14 +137,14 @@ def _chunks(file: Location, name: str, schema: Schema | None) -> Iterator[pa.Arr
 
 
 def format_prepared(prepared: list[PreparedVocabulary]) -> str:
-    """Return one line per map."""
+    """Return a line of text for each vocabulary."""
     lines = []
-    for one in prepared:
-        num_ids = len(one.vocabulary)
-        line = f"{one.file}: {num_ids:,} ids, {one.num_new:,} of them new; "
-        if one.num_embeddings is not None:
-            line += f"its table grows from {one.num_embeddings:,} to {one.num_rows:,} rows; "
-        lines.append(f"{line}room for {one.num_rows - 1 - num_ids:,} more")
+    for entry in prepared:
+        num_ids = len(entry.vocabulary)
+        line = f"{entry.file}: {num_ids:,} ids, {entry.num_new:,} of them new; "
+        if entry.num_embeddings is not None:
+            line += f"its table grows from {entry.num_embeddings:,} to {entry.num_rows:,} rows; "
+        lines.append(f"{line}room for {entry.num_rows - 1 - num_ids:,} more")
     return "\n".join(lines)
 
 
@@ -158,7 +158,7 @@ def prepare_transforms(data: str) -> dict[str, Chain]:
 
 
 def fit_transforms(root: Location) -> dict[str, Chain]:
-    """Do `prepare_transforms`; do nothing if no transform needs fitted values."""
+    """Fit and write transforms as `prepare_transforms`; {} if no transform needs fitted values."""
     schema = read_schema(root)
     if not _steps_to_fit(schema.transforms):
         return {}
@@ -168,7 +168,7 @@ def fit_transforms(root: Location) -> dict[str, Chain]:
 
 
 def fit_chains(root: Location, schema: Schema, folder: str) -> None:
-    """Fit the steps of a schema's columns that are not fitted on the rows in a folder."""
+    """Fit all unfitted steps of a schema's transforms to the rows in a folder."""
     chains = schema.transforms
     while steps := _steps_to_fit(chains):
         fits = {name: chains[name].steps[number].start_fit() for name, number in steps.items()}
@@ -188,7 +188,7 @@ def fit_chains(root: Location, schema: Schema, folder: str) -> None:
 
 
 def check_transformed(root: Location) -> None:
-    """Apply the transforms of a dataset to all rows; name a value that training would refuse."""
+    """Raise a ValueError if a transform of any row yields a value that training would refuse."""
     schema = read_schema(root)
     load_fitted(schema.transforms, schema.columns, root, required=True)
     build_hashes(schema)
@@ -218,13 +218,13 @@ def format_fitted(chains: dict[str, Chain]) -> str:
     for name, chain in chains.items():
         for step in chain.steps:
             if step != step.without_fit:
-                parts = [f"{part} {short(step.settings[part])}" for part in step.fitted_settings]
-                lines.append(f"{name}: {step.name}: {', '.join(parts)}")
+                settings = [f"{key} {short(step.settings[key])}" for key in step.fitted_settings]
+                lines.append(f"{name}: {step.name}: {', '.join(settings)}")
     return "\n".join(lines)
 
 
 def _steps_to_fit(chains: Mapping[str, Chain]) -> dict[str, int]:
-    """Return the number of the next step to fit of each chain that reads fitted ones alone."""
+    """Return the next step to fit of each chain whose source chains are all fitted."""
 
     def is_ready(name: str) -> bool:
         sources = transformed_sources(name, chains)

@@ -1,7 +1,7 @@
-"""Rows of a split as chunks that are counted, checked and read in shares.
+"""Rows of a split as chunks, which ranks check and read in shares.
 
 Chunks have one global order, shuffled by seed and epoch in training. A rank's share is a contiguous
-range of it; shares differ by at most one row. Another number of ranks can continue an epoch.
+range of it; shares differ by at most one row. Another number of ranks can resume an epoch.
 """
 
 from __future__ import annotations
@@ -30,31 +30,31 @@ if TYPE_CHECKING:
 
 SOURCES = {"parquet": "recsys.data.parquet.rows:split_rows"}
 
-# Limits of a window, the rows that a rank shuffles together in memory, of at least one chunk. Bytes
-# of Parquet are those of encoded pages; ids need about five times as much memory.
+# Limits of a window, the rows that a rank shuffles together in memory; it has at least one chunk.
+# Bytes of Parquet are of encoded pages; ids need about five times as much memory.
 SHUFFLE_ROWS = 262_144
 SHUFFLE_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows that are read at once."""
+    """A range of rows that are read together."""
 
     place: str  # file, URL or name of the chunk
     num_rows: int
-    first_row: int = 0  # number of its first row at that place
-    num_bytes: int = 0  # size, which limits windows; 0 if unknown
+    first_row: int = 0  # number of the first row in `place`
+    num_bytes: int = 0  # size, for the limit of windows; 0 if unknown
     digest: str = ""  # hash that changes with the content; empty if unknown
 
 
-Window = range  # positions of the epoch's order, whose rows are shuffled together
+Window = range  # positions in the epoch's order whose rows are shuffled together
 
 
 class RowSource(ABC):
-    """Rows of one split. Subclasses define its chunks, in the order of their rows, and read them.
+    """Rows of one split. A subclass lists the chunks, in the order of their rows, and reads them.
 
     Without `with_labels`, rows need no labels. With `on_bad_row` skip, bad rows become padding.
-    `recsys/training/README.md` has one of your own.
+    `recsys/training/README.md` has an example of a user-defined source.
     """
 
     def __init__(
@@ -67,10 +67,10 @@ class RowSource(ABC):
         self.schema, self.chunks = schema, chunks
         self.bad_rows = BadRows(on_bad_row)
         self.names = columns_to_read(schema, with_labels)  # columns of the schema
-        self.columns = schema.file_columns(self.names)  # from which they are read
+        self.columns = schema.file_columns(self.names)  # columns of files that `names` need
         self._first_positions = [0, *accumulate(chunk.num_rows for chunk in chunks)]
         self.num_rows = self._first_positions.pop()
-        self._kept: dict[int, pa.Table | None] = {}
+        self._cache: dict[int, pa.Table | None] = {}  # chunks to keep; None until they are read
         self.null_groups = 0  # differs between folders of training rows: see `usable_table`
         if not self.num_rows:
             raise ValueError(f"{type(self).__name__}: a split without rows; it needs some")
@@ -80,7 +80,7 @@ class RowSource(ABC):
         """Return the rows of chunk `number`: at least the columns `self.columns`."""
 
     def read_chunks(self, numbers: Sequence[int]) -> Iterator[pa.Table]:
-        """Yield the checked rows of some chunks, given in ascending order."""
+        """Yield the checked rows of these chunks; `numbers` are ascending."""
         for number in numbers:
             table, chunk = self.read_chunk(number), self.chunks[number]
             place, names = chunk.place, table.column_names
@@ -97,7 +97,7 @@ class RowSource(ABC):
             yield self.usable(number, table)
 
     def usable(self, number: int, table: pa.Table) -> pa.Table:
-        """Return a chunk's rows in canonical types; bad rows are reported and become padding."""
+        """Return a chunk's rows in canonical types; report bad rows and replace them by padding."""
         chunk = self.chunks[number]
 
         def report(name: str, bad: np.ndarray, reason: str, message: Callable[[int], str]) -> None:
@@ -111,7 +111,7 @@ class RowSource(ABC):
         return usable_table(columns, self.schema, positions, report, self.null_groups)
 
     def describe_range(self, positions: np.ndarray) -> str:
-        """Describe the positions of the first and last of some rows [n] for messages."""
+        """Return the places of the first and the last of some rows [n] as text for messages."""
         if not len(positions):
             return "no rows"
         ends = []
@@ -122,15 +122,15 @@ class RowSource(ABC):
         return " and ".join(ends)
 
     def fingerprint(self) -> str:
-        """Return a hash of the order of the rows, then a dash and a hash of any chunk digests."""
+        """Return a hash of the rows' order, and after a dash a hash of chunk digests, if any."""
         names = [chunk.place.rsplit("/", 1)[-1] for chunk in self.chunks]
         sizes = [(chunk.num_rows, chunk.num_bytes) for chunk in self.chunks]
         digests = [chunk.digest for chunk in self.chunks]
-        parts = [(names, sizes), *([digests] if any(digests) else [])]
-        return "-".join(map(digest_of, parts))
+        contents = [(names, sizes), *([digests] if any(digests) else [])]
+        return "-".join(map(digest_of, contents))
 
     def skipped(self, ranks: Ranks, what: str) -> dict[str, Any]:
-        """Return and log the rows skipped so far, an error if all are. A collective."""
+        """Return and print the rows skipped so far; a ValueError if all are. A collective."""
         summary = self.bad_rows.summary(ranks, what)
         if summary["rows"] == self.num_rows:
             raise no_row_left(self.num_rows, what, summary["found"])
@@ -145,7 +145,7 @@ class RowSource(ABC):
     ) -> list[Window]:
         """Split the positions `[start, stop)` into windows of chunks that are shuffled together.
 
-        `shuffle_seed` (seed, epoch) permutes chunks, alike on all ranks, and the rows of windows.
+        `shuffle_seed` (seed, epoch) permutes chunks, the same on all ranks, and rows of windows.
         """
         windows: list[Window] = []
         place, num_bytes = start, 0
@@ -163,17 +163,17 @@ class RowSource(ABC):
         return windows
 
     def keep(self, window: Window, shuffle_seed: tuple[int, int] | None = None) -> None:
-        """Keep the chunks of a window once they have been read, for their next use."""
+        """Cache the chunks of a window from their next read on; drop other chunks."""
         pieces = self._pieces(window.start, window.stop, shuffle_seed)
-        self._kept = dict.fromkeys(number for number, _, _ in pieces)
+        self._cache = dict.fromkeys(number for number, _, _ in pieces)
 
     def _chunks(self, numbers: Sequence[int]) -> Iterator[pa.Table]:
-        read = self.read_chunks([number for number in numbers if self._kept.get(number) is None])
+        read = self.read_chunks([number for number in numbers if self._cache.get(number) is None])
         for number in numbers:
-            if (table := self._kept.get(number)) is None:
+            if (table := self._cache.get(number)) is None:
                 table = next(read)
-                if number in self._kept:
-                    self._kept[number] = table
+                if number in self._cache:
+                    self._cache[number] = table
             yield table
 
     def read_window(self, window: Window, shuffle_seed: tuple[int, int] | None = None) -> pa.Table:
@@ -188,7 +188,7 @@ class RowSource(ABC):
     def _pieces(
         self, start: int, stop: int, shuffle_seed: tuple[int, int] | None = None
     ) -> list[tuple[int, int, int]]:
-        """Return the chunks with rows at positions `[start, stop)`, and their rows [low, high)."""
+        """Return (chunk, low, high): rows [low, high) of the chunk are in `[start, stop)`."""
         order: Sequence[int] = range(len(self.chunks))
         if shuffle_seed is not None:
             order = np.random.default_rng(shuffle_seed).permutation(len(order)).tolist()
@@ -202,7 +202,7 @@ class RowSource(ABC):
         return pieces
 
     def read_once(self, start: int, stop: int) -> Iterator[pa.Table]:
-        """Yield the rows at positions `[start, stop)` chunk by chunk, without a copy of them."""
+        """Yield the rows at positions `[start, stop)` chunk by chunk, without copying them."""
         pieces = self._pieces(start, stop)
         tables = self._chunks([number for number, _, _ in pieces])
         for table, (_, low, high) in zip(tables, pieces, strict=True):
@@ -229,7 +229,7 @@ class RowSource(ABC):
 
 
 def columns_to_read(schema: Schema, with_labels: bool) -> list[str]:
-    """Return the columns of the rows; without labels, columns that only losses need are omitted."""
+    """Return the columns to read; without labels, omit columns that only losses need."""
     omitted = () if with_labels else ("label", "extra", "weight", "sampled")
     columns = [name for name, column in schema.columns.items() if column.kind not in omitted]
     return columns + [name for history in schema.histories for name in history.numbers]
@@ -243,7 +243,7 @@ def open_rows(
     on_bad_row: OnBadRow = "error",
 ) -> RowSource:
     """Return the rows of a split from the source that the settings name."""
-    kind: Any = RowSource  # mypy takes no abstract class here
+    kind: Any = RowSource  # Any, because mypy rejects an abstract class here
     rows: RowSource = make_part(
         "source.name", settings.name, SOURCES, kind, root, split, schema, **settings.options
     )
@@ -253,7 +253,7 @@ def open_rows(
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of an epoch read by one number of ranks: the first `batches` of each rank."""
+    """The part of an epoch that a run with one number of ranks read: `batches` of each rank."""
 
     world_size: int
     batch_size: int
@@ -289,12 +289,12 @@ def rank_shares(
     """Return each rank's share of the rows of an epoch that the `stages` have not read."""
     if not stages:
         ranges = [rows.share(rank, world_size) for rank in range(world_size)]
-        parts = [rows.windows(start, stop, shuffle_seed) for start, stop in ranges]
-        return [[Slice(window, 0, len(window)) for window in part] for part in parts]
+        by_rank = [rows.windows(start, stop, shuffle_seed) for start, stop in ranges]
+        return [[Slice(window, 0, len(window)) for window in windows] for windows in by_rank]
     *earlier, last = stages
     shares = rank_shares(rows, earlier, last.world_size, shuffle_seed)
     largest = max(sum(map(len, share)) for share in shares)
-    num_batches = max(-(-largest // last.batch_size), 1)  # of nearly equal sizes
+    num_batches = max(-(-largest // last.batch_size), 1)  # as in `Interactions.begin`
     rows_read = largest * last.batches // num_batches
     rest = [piece for share in shares for piece in between(share, rows_read, largest)]
     num_rows = sum(map(len, rest))

@@ -1,4 +1,4 @@
-"""A dataset's `schema.yaml`, whose format `README.md` describes: the meaning of its columns.
+"""A dataset's `schema.yaml`, which describes its columns; `README.md` documents the format.
 
 A dataset is a folder or fsspec URL with `schema.yaml`, `train/ valid/ test/*.parquet` (one row per
 impression) and `items/*.parquet` (one row per item). Other columns of the files are ignored.
@@ -31,7 +31,7 @@ from recsys.data.schema_columns import (
 from recsys.data.transforms.chain import Chain, chains_of, file_columns, load_fitted
 from recsys.storage.location import Location, errors_at
 
-FREE_SHARE = 4  # a table that grows has one free row for so many ids
+FREE_SHARE = 4  # a table that grows gets one free row for every four ids
 
 
 @dataclass
@@ -42,16 +42,15 @@ class Schema:
     group: str  # the column of kind id whose AUC is averaged in GAUC
     columns: dict[str, Column]
     items: Items | None = None
-    features: list[FeatureTable] = field(default_factory=list)  # requests may leave them out
-    # By table: exact maps and hashes, which exist before training.
+    features: list[FeatureTable] = field(default_factory=list)  # requests may omit their columns
+    # By table: exact and hash vocabularies, which exist before training.
     vocabularies: dict[str, ExactVocabulary | HashVocabulary] = field(
         default_factory=dict, init=False
     )
     # By table with a vocabulary: the type of its raw ids, set when a file with them is opened.
     id_types: dict[str, IdType] = field(default_factory=dict, init=False)
-    # By column that is transformed.
-    transforms: dict[str, Chain] = field(default_factory=dict, init=False)
-    # By table with more rows than in schema.yaml, as its ids need them: num_embeddings of the file.
+    transforms: dict[str, Chain] = field(default_factory=dict, init=False)  # by column
+    # By table that grew because its ids need more rows: num_embeddings in schema.yaml.
     grown: dict[str, int] = field(default_factory=dict, init=False)
 
     def of_kind(self, kind: str) -> list[str]:
@@ -59,7 +58,7 @@ class Schema:
 
     @property
     def histories(self) -> list[HistoryColumns]:
-        """The sequences of past events; backbones and content read the items of the first."""
+        """The sequences of past events; backbones and content read items of the first sequence."""
         columns = self.columns
         return [
             HistoryColumns(
@@ -78,7 +77,7 @@ class Schema:
 
     @property
     def fills(self) -> dict[str, int | float | str]:
-        """Replacements of null, by column of the files and by list beside a sequence."""
+        """Values that replace null, by column of the files and by list beside a sequence."""
         fills: dict[str, int | float | str] = {}
         for name, column in self.columns.items():
             if column.fill is not None:
@@ -108,24 +107,24 @@ class Schema:
 
     @property
     def has_bounded_items(self) -> bool:
-        """Whether training learns the rows of items, so that counts and content know raw ids."""
+        """Whether items have a bounded vocabulary, so that counts and content use raw ids."""
         return self.target_item in self.tables_with("bounded")
 
     @property
     def item_id_limit(self) -> int | None:
-        """Bound of the ids that counts and content know items by; None: any 64-bit integers."""
+        """Upper bound of item ids in counts and content; None: any 64-bit integers."""
         return None if self.has_bounded_items else self.num_items
 
     def lookup_of(self, name: str) -> FeatureTable | None:
-        """Return the table in which a column of the files is looked up, if it is."""
+        """Return the feature table in which a column is looked up, or None."""
         return next((table for table in self.features if name in table.columns), None)
 
     def lookup_beside(self, name: str) -> FeatureTable | None:
-        """Return the table in which a list beside a history is looked up by its items, if it is."""
+        """Return the feature table in which a list beside a history is looked up, or None."""
         return next((table for table in self.features if name in table.beside), None)
 
     def is_of_items(self, name: str) -> bool:
-        """Whether a column is the ranked item or looked up by it, so that candidates differ."""
+        """Return whether a column is the target item or looked up by it: it varies by candidate."""
         ids = table.by if (table := self.lookup_of(name)) else []
         return name == self.target_item or any(map(self.is_of_items, ids))
 
@@ -156,7 +155,7 @@ class Schema:
         return self.histories[0].numbers if self.history else []
 
     def make_room(self, table: str, num_ids: int) -> None:
-        """Enlarge a table with an exact map that has too few rows, by more than it needs today."""
+        """Enlarge a table with too few rows for `num_ids` ids, with free rows for later ids."""
         rows = self.limit(table)
         if num_ids >= rows:
             self.grown.setdefault(table, rows)
@@ -166,7 +165,7 @@ class Schema:
         return file_columns(names, self.transforms)
 
     def require_id_type(self, name: str, kind: pa.DataType, place: str, table: str) -> None:
-        """Require raw ids of the same type as in the other files and columns of their table."""
+        """Raise a ValueError if raw ids have another type than in other files of their table."""
         first = self.id_types.setdefault(table, IdType(id_type(kind), place))
         if first.name != id_type(kind):
             raise ValueError(
@@ -177,19 +176,19 @@ class Schema:
 
 
 def vocabulary_file(root: Location, table: str) -> Location:
-    """Return the file with a dataset's map of raw ids to rows of a table."""
+    """Return the file with a dataset's exact vocabulary of a table."""
     return root / "vocabulary" / f"{table}.parquet"
 
 
 def features_folder(root: Location, table: FeatureTable) -> Location:
-    """Return the folder with a dataset's last known values of a table."""
+    """Return the folder with the last known values of a dataset's feature table."""
     return root / "features" / table.name
 
 
 def load_schema(root: Location, with_vocabularies: bool = True) -> Schema:
     """Read and check `schema.yaml` of the dataset at `root`, its vocabularies and transforms.
 
-    Without vocabularies, maps of ids and fitted values need not be prepared yet.
+    Without `with_vocabularies`, vocabularies and fitted values need not exist yet.
     """
     schema = read_schema(root)
     load_fitted(schema.transforms, schema.columns, root, required=with_vocabularies)
@@ -199,7 +198,7 @@ def load_schema(root: Location, with_vocabularies: bool = True) -> Schema:
 
 
 def read_schema(root: Location) -> Schema:
-    """Read and check `schema.yaml` alone."""
+    """Read and check only `schema.yaml`, without vocabularies and fitted values."""
     path = root / "schema.yaml"
     if not path.exists():
         raise ValueError(f"{path}: no such file; write it, or correct the path of the dataset")
@@ -209,7 +208,7 @@ def read_schema(root: Location) -> Schema:
 
 
 def parse_schema(content: Any, place: str) -> Schema:
-    """Return the schema of plain values, as `schema.yaml` has them; `place` names their file."""
+    """Return the schema of the content of a `schema.yaml`; `place` names the file in errors."""
     with errors_at(place, Exception):
         schema = _schema_of(content)
     _validate(schema, place)
@@ -226,10 +225,10 @@ def _schema_of(content: Any) -> Schema:
 def load_vocabularies(
     schema: Schema, root: Location, fix: str | None = None, is_of_run: bool = False
 ) -> dict[str, int]:
-    """Load exact maps from `root`, and build hashes; `fix` ends the error about a missing map.
+    """Load exact vocabularies from `root`, and build hash vocabularies.
 
-    Tables that are too small for their maps grow. Those of a run keep their rows, and later ids of
-    the maps are unknown to it; returns the number of these by table.
+    `fix` ends the error about a missing file. Tables that are too small grow. A run's tables keep
+    their size, and ids that do not fit are unknown: returns the number of these by table.
     """
     fix = fix or f"run `recsys prepare vocabulary --data {root}`"
     num_later: dict[str, int] = {}
@@ -250,7 +249,7 @@ def load_vocabularies(
 
 
 def advice_on_unknown(schema: Schema, table: str, root: Location) -> str:
-    """Return what gives the unknown ids of a table with an exact map rows of their own."""
+    """Return how to give unknown ids rows, for a table with an exact vocabulary."""
     ids, command = schema.vocabularies[table], f"run `recsys prepare vocabulary --data {root}`"
     assert isinstance(ids, ExactVocabulary)
     if len(ids) < ids.unknown_row:
@@ -259,7 +258,7 @@ def advice_on_unknown(schema: Schema, table: str, root: Location) -> str:
 
 
 def format_growth(schema: Schema) -> list[str]:
-    """Return a line for each table with more rows than `schema.yaml` has."""
+    """Return a line for each table that has more rows than in `schema.yaml`."""
     return [
         f"table '{table}' has {schema.limit(table):,} rows: num_embeddings of schema.yaml, "
         f"{rows:,}, is too few for {len(ids):,} ids"
@@ -269,7 +268,7 @@ def format_growth(schema: Schema) -> list[str]:
 
 
 def build_hashes(schema: Schema) -> None:
-    """Build the vocabularies that need no file."""
+    """Build the hash vocabularies of a schema, which need no file."""
     for table in schema.tables_with("hash"):
         settings, num_rows = schema.vocabulary_of(table), schema.limit(table)
         assert settings is not None
@@ -281,8 +280,8 @@ def _validate(schema: Schema, path: str) -> None:
     with errors_at(path):
         for role, name in (("target_item", target), ("group", schema.group)):
             if name not in id_columns:
-                what = f"{role} is '{name}', which is no column of kind id"
-                raise ValueError(f"{what}; name one of {id_columns}")
+                cause = f"{role} is '{name}', which is no column of kind id"
+                raise ValueError(f"{cause}; name one of {id_columns}")
         if columns[target].num_embeddings is None:
             raise ValueError(f"target_item '{target}' needs its own num_embeddings")
         if problem := label_problem(columns):

@@ -8,11 +8,11 @@ import pyarrow as pa
 
 from recsys.data.events.times import duration
 
-# Columns of tables in memory beside those of the schema.
-ROW_POSITION = "__row_position"  # position of a row in the split, files in order of name
-RAW_GROUP = "__raw_group"  # raw ids of the group: a vocabulary may map several to one row
-TARGETS_BEFORE = "__targets_before"  # history items of a row that are targets, too
-# Public attributes of torch.nn.ModuleDict, in which the tables are; known here without torch.
+# Columns that tables in memory have besides the schema's columns.
+ROW_POSITION = "__row_position"  # position of a row in the split, with files sorted by name
+RAW_GROUP = "__raw_group"  # raw ids of the group, as a vocabulary may map several ids to one row
+TARGETS_BEFORE = "__targets_before"  # number of history items of a row that are targets, too
+# Public attributes of torch.nn.ModuleDict, which holds the tables; a list avoids importing torch.
 _ATTRIBUTES = """
     T_destination add_module apply bfloat16 buffers call_super_init children clear compile cpu
     cuda double dump_patches eval extra_repr float forward get_buffer get_extra_state get_parameter
@@ -31,10 +31,10 @@ MOST_ROWS = 2**48  # rows of a table: more than any cluster holds
 
 @dataclass
 class VocabularySettings:
-    """Mapping of a table's raw ids, integers or strings, to its rows."""
+    """How raw ids of a table, integers or strings, map to its rows."""
 
-    # exact: by the map that `recsys prepare vocabulary` wrote; hash: by hash functions; bounded: by
-    # a map that learns ids while training.
+    # exact: by the file that `recsys prepare vocabulary` wrote; hash: by hash functions; bounded:
+    # by a map that is learned in training.
     kind: Literal["exact", "hash", "bounded"]
     num_hashes: int = 1  # hash: rows that are summed per id
     seed: int = 0  # hash: seed of the functions
@@ -54,19 +54,19 @@ VOCABULARY_SETTINGS: dict[str, list[str]] = {
 class Column:
     """One column of the impressions."""
 
-    # extra: a float for auxiliary losses only, null if a row has none; weight: the row's weight;
-    # sampled: 1 in rows whose item was drawn as a negative, which are no rows of the item.
+    # extra: a float for auxiliary losses only, may be null; weight: the row's weight; sampled: 1 in
+    # rows whose item was drawn as a negative, which do not count as rows of the item.
     kind: Literal["id", "ids", "sequence", "dense", "label", "extra", "weight", "sampled"]
     num_embeddings: int | None = None  # rows of its table: ids lie in [0, num_embeddings)
     shares: str | None = None  # column whose table this one shares
     # Lists parallel to a sequence: ids if they are columns of kind ids, else floats.
     parallel: list[str] = field(default_factory=list)
-    vocabulary: VocabularySettings | None = None  # ids are raw; None: they are rows
+    vocabulary: VocabularySettings | None = None  # of raw ids; None: ids are rows of the table
     column: str | list[str] | None = None  # columns to transform; default: the column of this name
     transform: list[Any] = field(default_factory=list)  # steps, see recsys.data.transforms.steps
-    # Stands for null and NaN of the file, before any step; of a sequence, by list of numbers.
+    # Replaces null and NaN of the file, before any step. For a sequence: by list of numbers.
     fill: int | float | str | dict[str, float] | None = None
-    nullable: bool = False  # label besides others: null if unknown
+    nullable: bool = False  # for one of several labels: null if unknown
     # Label: bce (default, 0 or 1), mse or huber (a number), or poisson (a count).
     loss: Literal["bce", "mse", "huber", "poisson"] | None = None
 
@@ -76,7 +76,7 @@ class Column:
 
 @dataclass(frozen=True)
 class HistoryColumns:
-    """A sequence of past events, and the lists of `numbers` and of `ids` beside it."""
+    """A sequence of past events, and its parallel lists of `numbers` and of `ids`."""
 
     name: str
     numbers: list[str]
@@ -86,7 +86,7 @@ class HistoryColumns:
 def check_histories(
     columns: dict[str, Column], histories: list[HistoryColumns], target_item: str
 ) -> None:
-    """Check the sequences, the lists beside them, and which columns share their tables."""
+    """Raise a ValueError for unusable sequences, parallel lists, or shared tables."""
     lists = [name for history in histories for name in (*history.numbers, *history.ids)]
     for name in {ROW_POSITION, RAW_GROUP, TARGETS_BEFORE} & {*columns, *lists}:
         raise ValueError(f"column '{name}' has a name of this program's; rename it")
@@ -118,10 +118,10 @@ def check_histories(
 class ItemColumn:
     """One column of the items."""
 
-    # other: read by a modality kind of your own.
+    # other: read by a user-defined modality kind.
     kind: Literal["text", "image", "feature", "category", "other"]
     # For features: a .npy file [items, W] or [items, T, W], relative to the dataset, instead of a
-    # column. Its rows are those of the items' files, or of the ids in another .npy file.
+    # column. Its rows follow the items' files, or the ids in another .npy file.
     file: str | None = None
     ids: str | None = None
 
@@ -136,14 +136,14 @@ class Items:
 
 @dataclass
 class FeatureTable:
-    """Columns of the files that ids decide; `features/NAME` has the last values of each id."""
+    """Columns whose values depend on ids; `features/NAME` has the last values of each id."""
 
     by: list[str]  # columns of ids
     columns: list[str]
-    # By column whose values have a time, `COLUMN@` in microseconds: the duration after which a
-    # value is too old and null; all: never.
+    # By column with a column of times, `COLUMN@` in microseconds: the duration after which a value
+    # is too old and becomes null; all: never.
     max_age: dict[str, str] = field(default_factory=dict)
-    beside: dict[str, str] = field(default_factory=dict)  # by list beside a history: its items
+    beside: dict[str, str] = field(default_factory=dict)  # list beside a history -> item column
 
     @property
     def name(self) -> str:
@@ -155,13 +155,13 @@ class FeatureTable:
 
     @property
     def max_age_micros(self) -> dict[str, int]:
-        """The age in microseconds from which on values are too old, by column that has one."""
+        """Age in microseconds from which a value is too old, by column with a limit."""
         ages = {name: duration(age) for name, age in self.max_age.items()}
         return {name: age for name, age in ages.items() if age is not None}
 
 
 def check_features(tables: list[FeatureTable], columns: dict[str, Column]) -> None:
-    """Check which columns are looked up by which ids."""
+    """Raise a ValueError for feature tables whose columns or ids are unusable."""
     listed = [name for table in tables for name in table.columns]
     for table in tables:
         where = f"features by {table.by}"
@@ -190,26 +190,26 @@ def check_features(tables: list[FeatureTable], columns: dict[str, Column]) -> No
 
 
 def without_empty(content: Any) -> Any:
-    """Return `content` without empty `columns` and `parallel` keys, which YAML reads as null."""
+    """Return `content` without null `columns`, `parallel` and `transform`: YAML's empty keys."""
     if not isinstance(content, dict):
         return content
     return {
-        key: without_empty(part)
-        for key, part in content.items()
-        if part is not None or key not in ("columns", "parallel", "transform")
+        key: without_empty(value)
+        for key, value in content.items()
+        if value is not None or key not in ("columns", "parallel", "transform")
     }
 
 
 @dataclass(frozen=True)
 class IdType:
-    """Type of the raw ids of a table, or of what `cross` joins; 7 and "7" are two ids."""
+    """Type of the raw ids of a table, or of inputs of `cross`; 7 and "7" are different ids."""
 
     name: Literal["integer", "string", "boolean"]
     place: str  # the file read first, for messages
 
 
 def id_type(kind: pa.DataType) -> Literal["integer", "string", "boolean"]:
-    """Return the kind of raw ids of an Arrow type, which `is_id_type` accepts, or of booleans."""
+    """Return the type of raw ids for an Arrow type that `is_id_type` accepts, or for booleans."""
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if pa.types.is_boolean(kind):
         return "boolean"
@@ -217,22 +217,22 @@ def id_type(kind: pa.DataType) -> Literal["integer", "string", "boolean"]:
 
 
 def check_vocabulary(column: Column, where: str, is_target: bool) -> None:
-    """Check the vocabulary of a column that has one; `where` names file and column."""
+    """Raise a ValueError for unusable vocabulary settings; `where` names file and column."""
     settings = column.vocabulary
     assert settings is not None
     if column.num_embeddings is None:
         raise ValueError(
             f"{where} shares '{column.shares}' and its vocabulary; give the vocabulary there"
         )
-    for part in fields(settings):
-        is_set = getattr(settings, part.name) != part.default
-        if part.name not in ["kind", *VOCABULARY_SETTINGS[settings.kind]] and is_set:
+    for setting in fields(settings):
+        is_set = getattr(settings, setting.name) != setting.default
+        if setting.name not in ["kind", *VOCABULARY_SETTINGS[settings.kind]] and is_set:
             raise ValueError(
-                f"{where}: a vocabulary of kind {settings.kind} has no {part.name}; remove it"
+                f"{where}: a vocabulary of kind {settings.kind} has no {setting.name}; remove it"
             )
-    for setting, most in (("num_hashes", 64), ("admit_after", 2**31)):
-        if not 1 <= (value := getattr(settings, setting)) <= most:
-            raise ValueError(f"{where}: {setting} is {value}; set 1 to {most}")
+    for name, most in (("num_hashes", 64), ("admit_after", 2**31)):
+        if not 1 <= (value := getattr(settings, name)) <= most:
+            raise ValueError(f"{where}: {name} is {value}; set 1 to {most}")
     if not 0 <= settings.seed < 2**63:
         raise ValueError(f"{where}: seed is {settings.seed}; set one from 0 to {2**63 - 1}")
     if not settings.half_life > 0:
@@ -249,7 +249,7 @@ def check_vocabulary(column: Column, where: str, is_target: bool) -> None:
 
 
 def table_name_problem(name: str) -> str | None:
-    """Return why a column with a table of ids cannot have a name, and the fix, or None."""
+    """Return why a column with an id table cannot have this name, and the fix; None if it can."""
     if not name or "." in name:
         return "is part of a parameter's name, which a dot would end; rename the column"
     if name in MODULE_ATTRIBUTES:
@@ -261,7 +261,7 @@ def table_name_problem(name: str) -> str | None:
 
 
 def check_column(columns: dict[str, Column], name: str, target_item: str) -> None:
-    """Check the keys of one column."""
+    """Raise a ValueError if the keys of one column do not fit together."""
     column, where = columns[name], f"column '{name}'"
     if problem := _fill_problem(columns, name, column):
         raise ValueError(f"{where}: fill {problem}")
@@ -307,7 +307,7 @@ def _fill_problem(columns: dict[str, Column], name: str, column: Column) -> str 
 
 
 def label_problem(columns: dict[str, Column]) -> str | None:
-    """Return the problem of the keys of labels and weights, or None."""
+    """Return an error message on the columns of labels and weights, or None."""
     labels = [name for name, column in columns.items() if column.kind == "label"]
     weights = [name for name, column in columns.items() if column.kind == "weight"]
     sampled = [name for name, column in columns.items() if column.kind == "sampled"]

@@ -1,7 +1,7 @@
-"""Ids of a batch before it enters the pipeline: bounded maps, and counts of unknown ids.
+"""Map ids of a batch by bounded vocabularies before it enters the pipeline; count unknown ids.
 
-A bounded map changes with every batch and is shared by all ranks: the main thread maps ids, in the
-order of the steps. Shapes: B batch, N ids of one feature.
+A bounded vocabulary changes with every batch and is shared by all ranks. So the main thread maps
+ids, in the order of the steps. Shapes: B batch, N ids of one feature.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from embeddings.vocabulary.bounded import PIPELINED_STEPS, BoundedVocabulary, Vo
 from recsys.data.batch import Batch, TargetItems
 from recsys.data.schema import Schema
 
-# Batches mapped ahead of their step: in the pipeline, and one in `content.batch_preparation`.
+# Batches whose ids are mapped ahead: those in the pipeline, and one in `content.batch_preparation`.
 MAPPED_AHEAD = PIPELINED_STEPS + 1
 
 
@@ -58,11 +58,11 @@ class BoundedVocabularies:
 
     @property
     def find_items(self) -> Callable[[Tensor], Tensor] | None:
-        """Return the function from items to rows of the memory bank, -1 without; None: the same."""
+        """Function from raw item ids to rows of the memory bank, or -1; None if ids are rows."""
         return None if self.items is None else self.items.find
 
     def map_batch(self, batch: Batch, step: int, training: bool) -> None:
-        """Replace raw ids by rows, in the memory of a batch on the host; call it once per batch.
+        """Replace raw ids by rows in place, in a batch on the host; call it once per batch.
 
         Only `training` admits and evicts ids, and resets reassigned rows. A collective.
         """
@@ -74,10 +74,10 @@ class BoundedVocabularies:
             evicted = vocabulary.take_evicted_rows()
             if self.reset is not None and len(evicted):
                 self.reset(table, evicted)
-            parts = rows.split([len(keys) for keys in raw])
-            for name, (values, counted), part in zip(names, ids, parts, strict=True):
+            by_feature = rows.split([len(keys) for keys in raw])
+            for name, (values, counted), new_rows in zip(names, ids, by_feature, strict=True):
                 values.fill_(vocabulary.unknown_row)
-                values[counted] = part
+                values[counted] = new_rows
                 if name == self.history:
                     batch.history = replace(batch.history, items=values.clone())
             if table == self.target:
@@ -86,15 +86,15 @@ class BoundedVocabularies:
                 batch.target = TargetItems(items, batch.target.items, has_row)
 
     def _feature_ids(self, batch: Batch, name: str, training: bool) -> tuple[Tensor, Tensor]:
-        """Return the ids of a feature, and a mask or an index of those that count.
+        """Return the ids of a feature, and a mask or an index of ids that count as uses.
 
-        Without training, padding rows rank an item, too; each use of a history's item counts.
+        Without training, items of padding rows are mapped, too. Each use in a history counts.
         """
         pooled, features = batch.sparse_features, batch.sequence_features
         if pooled is not None and name in pooled.keys():  # noqa: SIM118 - it is no dict
             features = pooled
         values, is_counted = _ids_of(batch, features, name)
-        if name == self.history:  # whose feature has each item once
+        if name == self.history:  # the feature has each item of the histories once
             further = [history.index for history in batch.history.further]
             return values, torch.cat([batch.history.index, *further])
         if name == self.target and not training:
@@ -114,7 +114,7 @@ class BoundedVocabularies:
 
 
 def _ids_of(batch: Batch, features: KeyedJaggedTensor, name: str) -> tuple[Tensor, Tensor]:
-    """Return the ids of a feature [N], in the batch's memory, and whether each is of a row [N]."""
+    """Return a view of the ids of a feature [N], and which ids belong to no padding row [N]."""
     index = features.keys().index(name)
     first, last = features.offset_per_key()[index : index + 2]
     lengths = features.lengths().view(len(features.keys()), -1)[index]  # [B]
@@ -140,7 +140,7 @@ class UnknownIds:
         for features in (batch.sparse_features, batch.sequence_features):
             for name in features.keys() if features is not None else ():
                 if name in self._counts:
-                    if name == self._history:  # whose feature has each item once
+                    if name == self._history:  # the feature has each item of the histories once
                         ids = batch.history.items[batch.history.index]
                         is_counted = torch.ones_like(ids, dtype=torch.bool)
                     else:
@@ -149,7 +149,7 @@ class UnknownIds:
                     self._counts[name] += torch.stack([is_counted.sum(), unknown.sum()])
 
     def totals(self, group: dist.ProcessGroup | None = None) -> dict[str, dict[str, int]]:
-        """Return, by column, the number of ids on all ranks and of unknown ones. A collective."""
+        """Return by column the number of ids and of unknown ids on all ranks. A collective."""
         if not self._counts:
             return {}
         counts = torch.stack(list(self._counts.values()))
@@ -165,9 +165,9 @@ def format_unknown(what: str, totals: dict[str, dict[str, int]]) -> str | None:
     """Return a line about the unknown ids of a split; None if no column can have any."""
     if not totals:
         return None
-    parts = [
+    figures = [
         f"{name} {total['unknown']:,} of {total['ids']:,}"
         + (f" ({total['unknown'] / total['ids']:.2%})" if total["ids"] else "")
         for name, total in totals.items()
     ]
-    return f"{what}: unknown ids: {', '.join(parts)}"
+    return f"{what}: unknown ids: {', '.join(figures)}"

@@ -1,1 +1,1 @@
-"""Diagnose a training before, during and after its run: dataset, plan, cost, profile, report."""
+"""Diagnose training before, during and after a run: dataset, plan, profile, report."""

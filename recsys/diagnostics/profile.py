@@ -1,4 +1,4 @@
-"""Profiles training steps by `torch.profiler`, with the parts of the model named in its records."""
+"""Profile training steps with `torch.profiler`, with the parts of the model named in records."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from recsys.model.em3 import EM3
 
 logger = logging.getLogger(__name__)
 
-FIRST_STEPS = 3  # steps of a loop that fill the pipeline and warm caches; not recorded
+FIRST_STEPS = 3  # unrecorded steps of a loop that fill the pipeline and warm caches
 TRACE = "profile_trace.json.gz"
 PRINTED_ROWS = 40
 
@@ -31,13 +31,13 @@ class StepProfile:
         self._done = steps == 0 or not ranks.is_first
         self._profiler: profile | None = None  # None outside of a loop
         self._marks = ExitStack()  # removes the hooks
-        self._has_said_why, self._steps_of_loop = False, 0
+        self._has_printed_reason, self._steps_of_loop = False, 0
 
     def __enter__(self) -> StepProfile:
         if self._done:
             return self
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self._is_cuda
-        # The first step under the profiler includes its start-up and is not recorded.
+        # The profiler starts up in the first active step, so that one is a warm-up.
         phases = schedule(wait=FIRST_STEPS, warmup=1, active=self.steps, repeat=1)
         kinds: dict[str, Any] = {"activities": activities, "schedule": phases}
         self._profiler = profile(**kinds, on_trace_ready=self._report)
@@ -59,8 +59,8 @@ class StepProfile:
         if self._profiler is None:
             return
         recorded = max(0, self._steps_of_loop - FIRST_STEPS - 1)
-        if error is None and not self._has_said_why:
-            self._has_said_why = True
+        if error is None and not self._has_printed_reason:
+            self._has_printed_reason = True
             print_table(
                 f"profile_steps: {recorded} of {self.steps} steps are profiled here: training "
                 f"paused after {self._steps_of_loop} steps, for a validation or a checkpoint; it "
@@ -94,7 +94,7 @@ def mark_parts(em3: EM3) -> ExitStack:
     parts: list[tuple[nn.Module, str]] = [(em3.ranking, "ranking"), (em3.losses, "losses")]
     for collection in (em3.embedding_bags, em3.embeddings):
         if collection is not None:
-            # Ids are sent before the call; looked-up vectors come back within it.
+            # Ids are exchanged before this forward call, looked-up vectors within it.
             parts.append((collection, "output dist"))
             lookups: Any = getattr(collection, "_lookups", [])
             parts += [(lookup, "lookup") for lookup in lookups]
@@ -123,6 +123,6 @@ def _mark_forward(module: nn.Module, part: str, marks: ExitStack) -> None:
 
 
 def _mark_encode(encoder: Any, marks: ExitStack) -> None:
-    # As a decorator, the range is opened at each call.
+    # `record_function` as a decorator opens a range at each call.
     encoder.encode = record_function("## encoders ##")(encoder.encode)
     marks.callback(delattr, encoder, "encode")

@@ -1,1 +1,1 @@
-"""Scores rows and computes metrics: evaluate, predict, retrieval, comparison of runs."""
+"""Score rows and compute metrics: evaluate, predict, retrieval, comparison of runs."""

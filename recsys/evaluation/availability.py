@@ -1,6 +1,6 @@
-"""Items that are no candidates of a row, as they became available after its moment.
+"""Items that cannot be candidates of a row, because they became available after its time.
 
-Shapes: R rows, I items.
+A moment is a number or a time in microseconds. Shapes: R rows, I items, K candidates.
 """
 
 from collections.abc import Iterable, Iterator
@@ -23,14 +23,14 @@ from recsys.storage.location import Location
 
 @dataclass(frozen=True)
 class LaterItems:
-    """Moments of rows [R], and from which the items of a catalogue are available [I], ascending."""
+    """Moments of rows, and the moments from which items of a catalogue are available."""
 
-    rows: Tensor
-    items: Tensor  # int64 [I], ids
-    moments: Tensor
+    rows: Tensor  # float64 [R]
+    items: Tensor  # int64 [I], ids, ascending
+    moments: Tensor  # float64 [I]
 
     def mask(self, rows: slice, items: Tensor) -> Tensor:  # [K] of the catalogue -> bool [rows, K]
-        """Return which of the items came after each of some rows."""
+        """Return which items became available only after each of the rows."""
         moments = self.moments[torch.searchsorted(self.items, items)]
         return moments > self.rows[rows].unsqueeze(1)
 
@@ -38,7 +38,7 @@ class LaterItems:
 def later_items(
     job: Job, settings: RetrievalSettings, rows: RowSource, positions: Tensor
 ) -> LaterItems | None:  # int64 [R]
-    """Read the moments of rows at these positions and of all items; None without the setting.
+    """Read the moments of the rows at `positions` and of all items; None without the setting.
 
     An item without a moment is always available.
     """
@@ -78,12 +78,12 @@ def later_items(
     return LaterItems(torch.from_numpy(row_moments), ids, torch.from_numpy(moments))
 
 
-# Ranges of numbers that are seconds, milli-, micro- or nanoseconds since 1970, from 1973 on.
+# Ranges of numbers that, as seconds, ms, us or ns since 1970, are times from 1973 on.
 UNITS = {"s": (1e8, 1e10), "ms": (1e11, 1e13), "us": (1e14, 1e16), "ns": (1e17, 1e19)}
 
 
 def _unit(moments: np.ndarray) -> str | None:  # float64 [N], NaN for none
-    """Return the unit of numbers that may be times, by their median; else None."""
+    """Return the unit of times whose median is in one of `UNITS`; None for other numbers."""
     if np.isnan(moments).all():
         return None
     median = float(np.nanmedian(moments))
@@ -102,13 +102,13 @@ def _row_chunks(rows: ParquetRows, name: str) -> Iterator[Chunk]:
 
 
 def _numbers(chunks: Iterable[Chunk], name: str) -> tuple[np.ndarray, bool | None]:
-    """Return a column as float64, NaN where one is null, and whether it has times (in us).
+    """Return a column as float64, NaN for null, and whether it has times, then in microseconds.
 
-    That is None for nulls alone. Files of both times and numbers, or of numbers in two units, are
-    a ValueError.
+    The second value is None if all values are null. Files with times and files with numbers, or
+    numbers in two units, are a ValueError.
     """
     parts: list[np.ndarray] = []
-    first: tuple[bool, Location] | None = None  # of the first value
+    first: tuple[bool, Location] | None = None  # whether the first value is a time, and its file
     first_unit: tuple[str, Location] | None = None
     for file, column in chunks:
         is_time = pt.is_timestamp(column.type) or pt.is_date(column.type)
@@ -120,9 +120,9 @@ def _numbers(chunks: Iterable[Chunk], name: str) -> tuple[np.ndarray, bool | Non
                     f"{'times' if first[0] else 'numbers'}; write all files in one type"
                 )
         try:
-            if is_time:  # parts of a microsecond, as pandas writes times, are cut
+            if is_time:  # pandas writes nanoseconds, which are truncated
                 column = column.cast(pa.timestamp("us"), safe=False).cast(pa.int64())
-            # Microseconds up to the year 2255 are exact in float64, nanoseconds to 256 of them.
+            # In float64, microseconds are exact up to the year 2255, nanoseconds only to 256 ns.
             parts.append(column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False))
         except pa.ArrowException as error:
             problem = f"has no times or numbers ({error})"

@@ -1,6 +1,6 @@
-"""Fits the blend of ranking model and neighbours on rows that the network was not trained on.
+"""Fit the blend of ranking model and neighbours on rows that the network was not trained on.
 
-Shapes: N rows, C labels, E numbers of evidence.
+Shapes: N rows, C labels, E evidence statistics of the neighbours.
 """
 
 import torch
@@ -11,19 +11,19 @@ from recsys.build import Job
 from recsys.model.losses import label_losses
 from recsys.ranking.neighbours import NUM_BLENDED, Blend
 
-PRIOR_ROWS = 10.0  # weight of the unfitted blend, in rows
+PRIOR_ROWS = 10.0  # weight of the regularisation toward the unfitted blend, in rows
 
 
 def fit_blend(job: Job, scored: dict[str, Tensor]) -> None:
-    """Fit the blend to scored rows, on rank 0, and give it to all ranks. A collective.
+    """Fit the blend to scored rows on rank 0, and broadcast it to all ranks. A collective.
 
-    Logits of the scores become those of a blend fitted to other users: what new users would get.
+    Replaces `scored["logits"]` by cross-fitted logits, of blends fitted to other users.
     """
     neighbours, ranks = job.em3.neighbours, job.ranks
     if neighbours is None:
         return
     with ranks.raise_on_all_ranks():
-        # Logits that are not finite are reported later, by their rows.
+        # `require_finite` reports logits that are not finite later, with their rows.
         if ranks.is_first and len(scored["logits"]) and scored["logits"].isfinite().all():
             losses = job.schema.label_losses
             scored["logits"] = cross_fitted_logits(scored, losses)
@@ -34,7 +34,7 @@ def fit_blend(job: Job, scored: dict[str, Tensor]) -> None:
 
 
 def cross_fitted_logits(scored: dict[str, Tensor], losses: tuple[str, ...]) -> Tensor:  # [N, C]
-    """Return the logits of two halves of the users, each by a blend fitted to the other half."""
+    """Return logits for each half of the users from a blend fitted to the other half."""
     _, users = scored["groups"].unique(return_inverse=True)
     logits = scored["network"].clone()
     for half in range(2):
@@ -50,9 +50,9 @@ def cross_fitted_logits(scored: dict[str, Tensor], losses: tuple[str, ...]) -> T
 
 
 def fitted_blend(scored: dict[str, Tensor], losses: tuple[str, ...]) -> Blend:
-    """Return the blend of the least loss on scored rows, by Newton-like steps (L-BFGS).
+    """Return the blend with the least loss on scored rows, found by L-BFGS.
 
-    Inputs are standardised, and weights and bias are drawn to those of an unfitted blend.
+    Inputs are standardised; weights and bias are regularised toward those of an unfitted blend.
     """
     names = ("network", "evidence_logits", "evidence", "labels")
     network, evidence_logits, evidence, labels = (scored[name].double() for name in names)
@@ -86,7 +86,7 @@ def _fitted(
         optimizer.zero_grad()
         logits = (standardized @ weight + bias).unsqueeze(1)
         errors = label_losses(logits, labels.unsqueeze(1), (loss,)).squeeze(1)
-        # A label with one value alone would send the bias to infinity.
+        # Without regularisation, the bias would diverge if all labels are equal.
         distance = (weight - prior).square().sum() + (bias - center[0]).square()
         mean = ((row_weights * errors).sum() + PRIOR_ROWS * distance) / len(labels)
         mean.backward()

@@ -1,7 +1,7 @@
-"""Tests by a paired bootstrap over users whether one model ranks better than another.
+"""Test by a paired bootstrap over users whether one model ranks better than another.
 
 Percentile intervals of a cluster bootstrap: Efron and Tibshirani 1993, chapter 13; Field and Welsh
-2007. Those of few users exclude 0 too often (17 % for 5 users, not 5 %) and are widened:
+2007. Intervals of few users are widened, as they exclude 0 too often (17 % for 5 users, not 5 %):
 Hesterberg, American Statistician 69, 2015; Kish 1965; Hall, JRSS B 54, 1992.
 Shapes: N rows of a window, U users, S resamples; P positive and M negative rows.
 """
@@ -21,7 +21,7 @@ PERCENTILES = (2.5, 97.5)
 
 
 def effective_users(weights: np.ndarray) -> float:  # weights: [U]
-    """Return the number of users of equal weight that vary as much as users of these weights."""
+    """Return Kish's effective sample size: the number of equal weights of the same variance."""
     weights = weights.astype(np.float64)
     return float(weights.sum() ** 2 / (weights**2).sum())
 
@@ -35,9 +35,9 @@ def interval_stretch(users: float) -> float:
 
 
 def interval_ends(deviations: np.ndarray, users: float) -> tuple[float, float]:  # deviations: [S]
-    """Return how far a 95 % interval reaches below and above a value, from a bootstrap of users.
+    """Return the ends of a 95 % interval around a value, relative to it: the lower is negative.
 
-    `deviations` are the metric in each resample minus that of all users.
+    `deviations` are the metric in each resample of users minus the metric of all users.
     """
     from scipy.special import stdtrit
 
@@ -53,7 +53,7 @@ def interval_ends(deviations: np.ndarray, users: float) -> tuple[float, float]: 
 
 
 def _skewness(deviations: np.ndarray, users: float) -> float:
-    """Return the skewness of the resamples, less what chance can explain."""
+    """Return the skewness of the resamples, shrunk by the variance that chance explains."""
     centred = deviations - deviations.mean()
     variance = (centred**2).mean()
     if variance == 0:
@@ -64,20 +64,20 @@ def _skewness(deviations: np.ndarray, users: float) -> float:
 
 
 def _unskewed(quantile: float, skewness: float) -> float:
-    """Return what Hall's transformation maps to the quantile, up to where it is flat."""
+    """Return the inverse of Hall's transformation at the quantile, up to its flat point."""
     if abs(skewness) < 1e-6:
         return quantile
     root = np.cbrt(max(0.0, 1 + skewness * (quantile - skewness / 6)))
     return float(3 / skewness * (root - 1))
 
 
-METRICS = ("auc", "gauc")  # of labels of 0 and 1
-LARGEST = {"auc": 1.0, "gauc": 1.0, "rmse": np.inf, "mae": np.inf}  # differences
-CELLS = 1 << 20  # elements of the largest matrices: resamples times rows or users
+METRICS = ("auc", "gauc")  # for labels of 0 and 1
+LARGEST = {"auc": 1.0, "gauc": 1.0, "rmse": np.inf, "mae": np.inf}  # largest possible difference
+CELLS = 1 << 20  # largest number of elements of a matrix of resamples times rows or users
 
-# Draws of each user, float64 [U, S] -> the metric, NaN where undefined, float64 [S].
+# How often each user is drawn, float64 [U, S] -> the metric, NaN if undefined, float64 [S].
 Measure = Callable[[np.ndarray], np.ndarray]
-WindowAUC = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # AUC, and the weight of rows
+WindowAUC = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # -> AUC and weight of rows
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,9 @@ def paired_difference(
 ) -> Interval | None:
     """Return the difference of `second` from `first` in a metric, by a paired bootstrap of users.
 
-    Scores are by seed and window, over seeds averaged. `metric` is gauc, auc, rmse or mae; `part`
-    is all, warm, cold or unseen. A resample draws users, each with the rows of all windows. None
-    where fewer than five users define the metric; runs that scored different rows are a ValueError.
+    `first` and `second` hold scores by seed and window; metrics are averaged over seeds. `metric`
+    is gauc, auc, rmse or mae; `part` is all, warm, cold or unseen. A resample draws users, each
+    with the rows of all windows. None if too few users define it; a ValueError if rows differ.
     """
     windows = _check_windows(first, second)
     users = _all_users(windows)
@@ -120,10 +120,10 @@ def paired_difference(
     ]
 
     def difference(drawn: np.ndarray) -> np.ndarray:  # [U, S] -> [S]
-        before, after = (
+        first_value, second_value = (
             np.mean([measure(drawn) for measure, _ in runs], axis=0) for runs in measures
         )
-        return np.asarray(after - before)
+        return np.asarray(second_value - first_value)
 
     _, user_rows = measures[0][0]
     if _defining_users(user_rows) < LEAST_USERS:
@@ -149,7 +149,7 @@ def pooled_metric(windows: Sequence[SplitScores], metric: str, part: str) -> flo
 
 
 def metric_users(windows: Sequence[SplitScores], metric: str, part: str) -> int:
-    """Count the users that define a metric, in any window; for AUC those of the rarer label."""
+    """Count the users that define a metric, in any window; for AUC, users of the rarer label."""
     _, user_rows = _measure(windows, _all_users(windows), metric, part)
     return _defining_users(user_rows)
 
@@ -191,7 +191,7 @@ def _all_users(windows: Sequence[SplitScores]) -> np.ndarray:  # [U], ascending
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows of a window that count for a label and a part of the items."""
+    """Rows of a window that count for a label and belong to one part of the items."""
 
     label: np.ndarray  # [N]
     logit: np.ndarray  # [N]
@@ -225,9 +225,9 @@ def _defining_users(user_rows: np.ndarray) -> int:  # user_rows: [2, U]
 def _measure(
     windows: Sequence[SplitScores], users: np.ndarray, metric: str, part: str, label: int = 0
 ) -> tuple[Measure, np.ndarray]:  # float64 [2, U]
-    """Return the metric of a run by draws of users, and the rows by which each user counts.
+    """Return a function from draws of users to a run's metric, and the weight of each user's rows.
 
-    These are its positive and its negative rows; for GAUC and errors, twice all that count.
+    The weights are of positive and of negative rows; for GAUC and errors both are of all rows.
     """
     counted = [_counted_rows(window, users, part, label) for window in windows]
     if metric not in (metrics := metrics_of(counted[0].loss)):
@@ -240,7 +240,7 @@ def _measure(
                 user_rows[index] += np.bincount(rows.user[mask], weights, minlength=len(users))
         aucs = [_ranked_pairs(rows) for rows in counted]
         return partial(_mean_auc, aucs), user_rows
-    # The others are a ratio of two sums that are linear in how often each user was drawn.
+    # GAUC and errors are ratios of two sums that are linear in the draws of each user.
     power = 2 if metric == "rmse" else 1
     numerator = np.zeros(len(users))
     for rows in counted:
@@ -261,7 +261,7 @@ def _measure(
 
 
 def _mean_auc(aucs: Sequence[WindowAUC], drawn: np.ndarray) -> np.ndarray:  # [U, S] -> [S]
-    """Return the mean AUC over the windows that define it, weighted by rows."""
+    """Return the mean AUC over the windows in which it is defined, weighted by rows."""
     total, rows = np.zeros(drawn.shape[1]), np.zeros(drawn.shape[1])
     for auc_of_window in aucs:
         auc, window_rows = auc_of_window(drawn)
@@ -272,15 +272,15 @@ def _mean_auc(aucs: Sequence[WindowAUC], drawn: np.ndarray) -> np.ndarray:  # [U
 
 
 def _ranked_pairs(rows: _Rows) -> WindowAUC:
-    """Rank the positive and negative rows of a window once; return AUC and weight by resample.
+    """Rank a window's rows once; return a function from draws [U, S] to AUC [S] and weight [S].
 
-    AUC is NaN without a pair, and a tie counts half. Draws [U, S] -> [S], [S].
+    AUC is NaN without a pair of positive and negative rows, and a tie counts half.
     """
     positive, logit = rows.positive, rows.logit
     order = np.argsort(logit[~positive], kind="stable")
     ranked = logit[~positive][order]
     positive_users, negative_users = rows.user[positive], rows.user[~positive][order]  # [P], [M]
-    # [P], how many negatives have a lower logit, and no higher one.
+    # [P] each: how many negatives have a lower logit, and how many have no higher one.
     below = np.searchsorted(ranked, logit[positive], side="left")
     not_above = np.searchsorted(ranked, logit[positive], side="right")
     weights = None  # [P, 1], [M, 1]

@@ -1,4 +1,4 @@
-"""Runs `recsys compare`: metrics of runs side by side, and which differences are significant."""
+"""Run `recsys compare`: metrics of runs side by side, and which differences are significant."""
 
 import json
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ SAMPLES = 2000
 def compare_runs(runs: Sequence[Path], split: str) -> dict[str, Any]:
     """Compute metrics of each run by part of the items, and differences to the first run.
 
-    They are AUC and GAUC, or RMSE and MAE of a label that is a number; of several labels the first.
+    The metrics are AUC and GAUC, or RMSE and MAE for a numeric label; only the first label counts.
     Fewer than two runs, and runs without scores of equal rows, are a ValueError.
     """
     if len(runs) < 2:
@@ -118,5 +118,5 @@ def _cells(metrics: dict[str, Any], name: str, users: int) -> tuple[str, str, st
 
 
 def write_comparison(report: dict[str, Any], out: Path) -> None:
-    """Write the result of `compare_runs` as JSON; the file appears whole or not at all."""
+    """Write the result of `compare_runs` as JSON, atomically."""
     write_whole(out, json.dumps(report, indent=2) + "\n")

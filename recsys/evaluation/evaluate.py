@@ -1,4 +1,4 @@
-"""Scores a split over all ranks and computes its metrics exactly, using every row once.
+"""Score a split over all ranks and compute its metrics exactly, using every row once.
 
 Shapes: N rows of a split, B batch, C labels, Q rows with a query, D dimension.
 """
@@ -60,17 +60,17 @@ logger = logging.getLogger(__name__)
 class CheckedRows:
     """Results of `check_data`."""
 
-    item_counts: ItemCounts  # number of training rows of each item, on rank 0 alone
-    skipped: dict[str, Any]  # the skipped rows by split; empty where `on_bad_row` is error
-    numbers: dict[str, NumberRange]  # of the numbers in the training rows, by column
+    item_counts: ItemCounts  # number of training rows of each item, only on rank 0
+    skipped: dict[str, Any]  # skipped rows by split; empty if `on_bad_row` is error
+    numbers: dict[str, NumberRange]  # range of each numeric column in the training rows
 
 
 def check_data(
     job: Job, splits: Sequence[str] = SPLITS, opened: Mapping[str, RowSource] | None = None
 ) -> CheckedRows:
-    """Read all splits once, so that a bad value shows before the first step. A collective.
+    """Read all splits once, so that a bad value raises before the first step. A collective.
 
-    Splits that are `opened` are read through their open sources.
+    `opened` maps splits to row sources that are already open.
     """
     ranks, is_skip = job.ranks, job.config.on_bad_row == "skip"
     counts, skipped = dict[str, ItemCounts](), dict[str, Any]()
@@ -91,7 +91,7 @@ def check_data(
         check_validation(job, labels)
     numbers = ranges.gather(ranks)
     for column in job.schema.of_kind("dense"):
-        extent = numbers[column]  # wide ones may be standardised
+        extent = numbers[column]
         is_scaled = job.em3.scaling is not None and extent.least < extent.greatest
         if not is_scaled and (finding := dense_finding(column, extent.least, extent.greatest)):
             logger.warning("%s; fix: %s", *finding)
@@ -100,7 +100,7 @@ def check_data(
 
 
 class ValidationLabels:
-    """Counts the first label's values in a rank's share of a split, and its users with each."""
+    """Counts rows by value of the first label in a rank's share, and collects their users."""
 
     def __init__(self, schema: Schema) -> None:
         self.schema, self.label = schema, schema.of_kind("label")[0]
@@ -108,7 +108,7 @@ class ValidationLabels:
         self.users = [np.zeros(0, np.int64)] * 2  # with a row of label 0 and of 1
 
     def add(self, table: pa.Table) -> None:
-        """Count the rows of a chunk; rows that do not count or have no label are left out."""
+        """Count the rows of a chunk, except padding, rows of weight 0 and rows without a label."""
         counted = rows_that_count(table, self.schema)
         labels = table[self.label].to_numpy()
         counted &= ~np.isnan(labels)
@@ -124,18 +124,18 @@ class ValidationLabels:
         return bool(np.isin(self.users[0], self.users[1], assume_unique=True).any())
 
     def totals(self, ranks: Ranks) -> tuple[int, int, bool]:
-        """Return the rows of all ranks with label 0 and 1, and if a user has both. A collective."""
+        """Return rows with label 0 and with 1, and whether a user has both. A collective."""
         *counts, has_both = zip(*ranks.gather((*self.rows.tolist(), self._has_user_with_both())))
         negatives, positives = map(sum, counts)
         if any(has_both):
             return negatives, positives, True
-        users = [torch.from_numpy(users) for users in self.users]  # no rank has one alone
+        users = [torch.from_numpy(users) for users in self.users]  # users may be split over ranks
         self.users = [gather_rows(ids, ranks.group).unique().numpy() for ids in users]
         return negatives, positives, self._has_user_with_both()
 
 
 def check_validation(job: Job, labels: ValidationLabels) -> None:
-    """Refuse, on every rank, a validation split that cannot choose the best model. A collective."""
+    """Raise on every rank if the validation split cannot choose the best model. A collective."""
     negatives, positives, has_both = labels.totals(job.ranks)
     metric, label, cause = job.config.best_model_by, f"column '{labels.label}'", None
     if job.schema.label_losses[0] != "bce":
@@ -161,7 +161,7 @@ def check_validation(job: Job, labels: ValidationLabels) -> None:
 def undefined_selection(
     root: Location, metric: BestModelBy, cause: str, positives: int = 1, negatives: int = 1
 ) -> str:
-    """Return the error message on a validation split that cannot choose the best model."""
+    """Return the error message for a validation split that cannot choose the best model."""
     fix = "use another validation split"
     if positives and not negatives:
         fix += ", or set best_model_by: recall with ranking.name two_tower"
@@ -176,14 +176,14 @@ def _without_weight(split: Location, column: str | None) -> ValueError:
 
 
 def require_usable(rows: RowSource, split: Location, scored: Mapping[str, Tensor]) -> None:
-    """Raise a ValueError for logits of a split that are not finite, or if no row counts."""
+    """Raise a ValueError if a logit is not finite, or if all weights are 0."""
     require_finite(scored, rows)
     if len(weights := scored.get("weights", torch.ones(1))) and not weights.any():
         raise _without_weight(split, rows.schema.weight)
 
 
 def fill_bank(job: Job, lockstep: Lockstep | None = None) -> None:
-    """Encode every item that has a row and write its vector to the memory bank. A collective."""
+    """Encode every item with a table row and write its vector to the memory bank. A collective."""
 
     def stop_if_asked() -> None:
         if lockstep is not None:
@@ -213,14 +213,14 @@ def score(
     with_evidence: bool = False,
     with_histories: bool = False,
 ) -> dict[str, Tensor]:
-    """Score the rows of all ranks and return them on rank 0, none on the others. A collective.
+    """Score all rows and return columns by name. A collective.
 
     Returns:
-        `positions`, `groups`, `items`, `weights` [N], `logits` and `labels` [N, C]. On every rank
-        `with_evidence`, with neighbours: `network`, `evidence_logits` [N, C], `evidence` [N, E].
-        with `with_queries`: `queries`, `query_targets` [Q, D], `query_items`, `query_groups`,
-        `query_weights` and `query_positions` [Q]; `with_histories` or `ranking.exclude_seen`:
-        `query_seen`, `query_seen_lengths`, too.
+        On rank 0 alone: `positions`, `groups`, `items`, `weights` [N], `logits`, `labels` [N, C];
+        with `with_evidence` and neighbours also `network`, `evidence_logits` [N, C], `evidence`
+        [N, E]. On every rank, with `with_queries`: `queries`, `query_targets` [Q, D],
+        `query_items`, `query_groups`, `query_weights`, `query_positions` [Q]; and `query_seen`,
+        `query_seen_lengths` if `with_histories` or `ranking.exclude_seen`.
     """
     lockstep, columns, queries = lockstep or Lockstep(job.ranks), _HostColumns(), _HostColumns()
     devices = [job.ranks.device] if job.ranks.device.type == "cuda" else []
@@ -242,12 +242,12 @@ def score(
                 _add_queries(queries, batch, vectors, with_seen)
     joined, group = columns.joined(job.ranks.device), job.ranks.group
     scored = {name: gather_rows_to_first(column, group) for name, column in joined.items()}
-    joined = queries.joined(job.ranks.device)  # every rank searches for them
+    joined = queries.joined(job.ranks.device)  # every rank searches its items for all queries
     return scored | {name: gather_rows(column, group) for name, column in joined.items()}
 
 
 class _HostColumns:
-    """Selected rows of the batches of a pass, on the host; a GPU is waited for once, at the end."""
+    """Selected rows of all batches, copied to the host; it waits for a GPU only at the end."""
 
     def __init__(self) -> None:
         self._parts: dict[str, list[tuple[Tensor, Tensor | None]]] = {}
@@ -272,20 +272,20 @@ class _HostColumns:
 def _add_queries(
     columns: _HostColumns, batch: Batch, vectors: dict[str, Tensor], with_seen: bool
 ) -> None:
-    """Add the rows that count and whose first label is positive; `with_seen` their histories."""
+    """Add rows of positive weight and positive first label; `with_seen` adds their histories."""
     is_query, rows = (batch.rows.loss_weights > 0) & (batch.labels[:, 0] > 0), batch.rows
     queries = {"queries": vectors["query"], "query_targets": vectors["item"]}
     queries |= {"query_items": batch.target.frequency_keys, "query_groups": rows.groups}
     columns.add(is_query, {**queries, "query_positions": rows.positions})
     columns.add(is_query, {"query_weights": rows.weights})
-    if with_seen:  # the items of one row after the other
+    if with_seen:  # histories are concatenated row by row
         history = batch.history.jagged()
         columns.add(is_query, {"query_seen_lengths": history.lengths})
         columns.add(is_query[history.rows], {"query_seen": batch.history.items[history.index]})
 
 
 def split_scores(schema: Schema, scored: dict[str, Tensor], item_counts: ItemCounts) -> SplitScores:
-    """Sort the result of `score`, of all ranks, by the rows' positions in the split."""
+    """Return the result of `score` on rank 0, sorted by the rows' positions in the split."""
     order = np.argsort(scored["positions"].numpy())
     names = ("positions", "groups", "items", "labels", "logits", "weights")
     columns = {name: scored[name].numpy()[order] for name in names if name in scored}
@@ -307,9 +307,9 @@ def evaluate_split(
 ) -> dict[str, Any]:
     """Compute the metrics of a split: all items, and cold, warm and unseen ones. A collective.
 
-    With `searches`, a retrieval model searches the whole catalogue. With `fits_blend` the blend of
-    neighbours is fitted to the split; its metrics are then of blends fitted to other users. Without
-    rows, or with a logit that is not finite, every rank raises a ValueError.
+    With `searches`, a retrieval model searches the whole catalogue. `fits_blend` fits the blend of
+    neighbours to the split, and computes metrics from blends fitted to other users. Without rows,
+    or with a logit that is not finite, every rank raises a ValueError.
     """
     interactions = split_interactions(job, split)
     unknown = UnknownIds(job.schema)
@@ -338,7 +338,7 @@ def evaluate_split(
 
 
 def scores_report(scores: SplitScores, metrics: Mapping[str, Metric]) -> dict[str, Any]:
-    """Compute the metrics of the first label, and those of each if there are several."""
+    """Compute the metrics of the first label; with several labels, `labels` has those of each."""
     reports = {
         label: evaluation_report(scores, index, metrics)
         for index, label in enumerate(scores.label_names)
@@ -364,7 +364,7 @@ def format_evaluation(
 
 
 def shown_metrics(ranking: RankingSettings, report: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the metrics to show: a softmax loss orders items and makes no probabilities."""
+    """Return the names of metrics to show; a softmax loss yields an order, not probabilities."""
     if "rmse" in report:
         return SHOWN_OF_NUMBERS
     return SHOWN if softmax_settings(ranking) is None else ORDER_METRICS

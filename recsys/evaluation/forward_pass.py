@@ -1,4 +1,4 @@
-"""Runs the model over batches without training. Shapes: B batch, C labels, N rows."""
+"""Run the model over batches without training. Shapes: B batch, C labels, N rows."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,12 +14,12 @@ from recsys.data.vocabularies import UnknownIds
 from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.log import progress_bar
 
-MOST_ROWS = 4  # times those of a training batch
-ENOUGH_ROWS = 2048  # more rows make no difference
+MOST_ROWS = 4  # largest multiple of a training batch's rows
+ENOUGH_ROWS = 2048  # larger batches are not faster
 
 
 def rows_per_batch(batch_size: int) -> int:
-    """Return the rows of a batch that is scored, never less than those of a training batch."""
+    """Return the number of rows of a scored batch, at least that of a training batch."""
     return max(batch_size, min(MOST_ROWS * batch_size, ENOUGH_ROWS))
 
 
@@ -31,9 +31,9 @@ def forward_pass(
     place: str = "scored batch",
     total: int | None = None,
 ) -> Iterator[tuple[dict[str, Any], Tensor, Batch]]:
-    """Yield (vectors of a retrieval model, logits [B, C], batch) of each batch. A collective.
+    """Yield (named vectors of the model, logits [B, C], batch) for each batch. A collective.
 
-    Callers disable gradients themselves. Each item is encoded once.
+    Callers disable gradients. Each item is encoded once.
     """
     job.model.eval()
     unknown = unknown or UnknownIds(job.schema)

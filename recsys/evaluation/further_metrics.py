@@ -1,4 +1,4 @@
-"""Metrics of the setting `metrics`, built in or of your own. Shapes: N rows of a split."""
+"""Metrics of the setting `metrics`, built in or user-defined. Shapes: N rows of a split."""
 
 import re
 from collections.abc import Mapping
@@ -11,33 +11,33 @@ from recsys.config.named_parts import make_part
 from recsys.data.item_frequency import PARTS
 
 METRICS = {"precision_at_k": "recsys.evaluation.further_metrics:PrecisionAtK"}
-# Names that every report uses already.
+# Keys of reports, which metrics must not use as names.
 RESERVED = {"auc", "gauc", "logloss", "ne", "calibration", "num_samples", *PARTS}
 RESERVED |= {"rmse", "mae", "nrmse", "deviance", "num_users", "gauc_users", "sum_of_weights"}
 RESERVED |= {"labels", "retrieval", "ids"}
-RESERVED |= {"partition", "model_of", "rows"}  # of the lines of a continual run
+RESERVED |= {"partition", "model_of", "rows"}  # keys of a continual run's results
 
 
 @runtime_checkable
 class Metric(Protocol):
-    """Computes one number from scored rows; made with the `options` of its settings.
+    """Computes one number from scored rows; constructed with the `options` of its settings.
 
-    Rank 0 calls it, so it must not be a collective. Labels are 0 and 1; with `regression = True`
-    in the class, numbers.
+    Only rank 0 calls it, so it must not use collectives. Labels are 0 and 1; a class with
+    `regression = True` gets numeric labels.
     """
 
     def __call__(
         self,
         labels: np.ndarray,  # float [N], 0 or 1
-        scores: np.ndarray,  # float [N], logits: higher is better
+        scores: np.ndarray,  # float [N], logits, or predictions of a numeric label
         groups: np.ndarray,  # int64 [N], the user of each row
-        counts: np.ndarray,  # int64 [N], training rows of its item
+        counts: np.ndarray,  # int64 [N], number of training rows of each row's item
     ) -> float | None:
-        """Return the metric; None where the rows do not define it."""
+        """Return the metric; None if it is undefined for these rows."""
 
 
 def make_metrics(settings: Mapping[str, MetricSettings]) -> dict[str, Metric]:
-    """Make the metrics of a configuration; an unusable name or a bad option is a ValueError."""
+    """Return the configured metrics by name; an unusable name or a bad option is a ValueError."""
     for name in settings:
         if not re.fullmatch(r"[\w.@ -]+", name):
             raise ValueError(
@@ -56,12 +56,12 @@ def make_metrics(settings: Mapping[str, MetricSettings]) -> dict[str, Metric]:
 
 
 def fits_loss(metric: Metric, loss: str) -> bool:
-    """Return whether a metric is one of labels with this loss."""
+    """Return whether a metric applies to labels with this loss."""
     return bool(getattr(metric, "regression", False)) == (loss != "bce")
 
 
 def call_metric(name: str, metric: Metric, *columns: np.ndarray) -> float | None:
-    """Call a metric with its columns [N]; fail unless it returns a finite number or None."""
+    """Return a metric's value on columns [N]; a ValueError if it fails or is not finite."""
     try:
         value = metric(*columns)
         number = None if value is None else float(value)
@@ -78,9 +78,9 @@ def call_metric(name: str, metric: Metric, *columns: np.ndarray) -> float | None
 
 
 class PrecisionAtK:
-    """Share of positives among each user's K rows with highest scores, as the mean over users.
+    """Mean over users of the share of positives among the K rows with the highest scores.
 
-    Ties count their expected value. Users without a positive are left out.
+    Tied rows count their expected value. Users without a positive are left out.
     """
 
     def __init__(self, k: int = 10) -> None:

@@ -1,4 +1,4 @@
-"""Computes ranking quality, calibration and errors exactly, in float64.
+"""Compute ranking quality, calibration and errors exactly, in float64.
 
 GAUC: Zhu et al., Optimized Cost per Click in Taobao, 2017. Normalised entropy: He et al., Practical
 Lessons from Predicting Clicks on Ads at Facebook, 2014. Shapes: N rows, G groups.
@@ -13,11 +13,11 @@ from recsys.data.item_frequency import PARTS, frequency_masks
 from recsys.evaluation.further_metrics import Metric, call_metric, fits_loss
 from recsys.evaluation.scores import SplitScores
 
-ORDER_METRICS = ("auc", "gauc")  # of the order of scores alone
+ORDER_METRICS = ("auc", "gauc")  # depend only on the order of scores
 SHOWN = (*ORDER_METRICS, "logloss", "ne")  # metrics that tables show
-SHOWN_OF_NUMBERS = ("rmse", "mae", "nrmse")  # of labels that are numbers
+SHOWN_OF_NUMBERS = ("rmse", "mae", "nrmse")  # metrics of numeric labels that tables show
 ERRORS = ("rmse", "mae")  # lower is better
-LEAST_USERS = 5  # with fewer there is no interval, and figures are marked
+LEAST_USERS = 5  # with fewer users, there is no interval and tables mark the metric
 MARK_NOTE = f"Figures in parentheses rest on fewer than {LEAST_USERS} users."
 
 
@@ -27,7 +27,7 @@ def grouped_auc(
     group: np.ndarray,  # [N]
     weight: np.ndarray | None = None,  # float64 [N]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # [G], float64 [G], int64 or float64 [G]
-    """Return groups with both labels, ascending, the AUC of each, and its rows' weight."""
+    """Return groups with both labels, ascending, with the AUC and the rows' weight of each."""
     order = np.lexsort((score, group))
     sorted_weight = None if weight is None else weight[order]
     return _sorted_auc(positive[order], score[order], group[order], sorted_weight)
@@ -36,7 +36,7 @@ def grouped_auc(
 def _sorted_auc(
     positive: np.ndarray, score: np.ndarray, group: np.ndarray, weight: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Compute `grouped_auc` of rows in the order of their groups, and in each of their scores."""
+    """Compute `grouped_auc` of rows sorted by group, and within a group by score."""
     if len(score) == 0:
         return group, np.zeros(0), np.zeros(0, dtype=np.int64)
     new_group = np.append(True, group[1:] != group[:-1])
@@ -66,16 +66,15 @@ def _sorted_auc(
 
 
 def predicted(logits: np.ndarray, loss: str) -> np.ndarray:  # [N] -> float64 [N]
-    """Return the predictions of a label that is a number; logits of one with loss bce."""
+    """Return the predictions of a numeric label; the logits themselves with loss bce."""
     with np.errstate(over="ignore"):
         return np.exp(logits.astype(np.float64)) if loss == "poisson" else logits.astype(np.float64)
 
 
 class ScoredRows:
-    """Rows of a label, sorted once by score and by group and score: any part has its metrics.
+    """Rows of a label, sorted once, so that metrics of any subset need no further sort.
 
-    Labels [N] are 0 or 1 with loss bce, else numbers; logits [N] are finite; groups [N] are the
-    users; weights [N].
+    Labels [N] are 0 or 1 with loss bce, else numbers. Logits [N] are finite. Groups [N] are users.
     """
 
     def __init__(
@@ -109,14 +108,14 @@ class ScoredRows:
             self.prediction = np.exp(-np.logaddexp(0, -score))
 
     def metrics(self, rows: np.ndarray | None = None) -> dict[str, Any]:  # rows: bool [N]
-        """Compute the metrics of some rows, by default of all; None where undefined.
+        """Compute the metrics of some rows, by default of all; an undefined metric is None.
 
         Returns:
             auc: probability that a positive is above a negative; a tie counts half.
-            gauc: AUC within users with both labels, weighted by their rows.
-            logloss, ne: mean binary cross-entropy, and that over the entropy of the mean label.
-            calibration: mean prediction over mean label.
-            rmse, mae, nrmse: errors of numbers; nrmse is rmse over that of predicting the mean.
+            gauc: mean AUC of users with both labels, weighted by their rows.
+            logloss, ne: mean binary cross-entropy; the same over the entropy of the mean label.
+            calibration: mean prediction divided by mean label.
+            rmse, mae, nrmse: errors of numeric labels; nrmse is rmse over that of the mean label.
             deviance: mean Poisson deviance.
         """
         rows = np.ones(len(self.label), bool) if rows is None else rows
@@ -158,7 +157,7 @@ class ScoredRows:
         metrics["logloss"] = logloss
         if share > 0:
             metrics["calibration"] = mean_prediction / share
-            if not label.all():  # a mean with weights may differ from 1 by rounding
+            if not label.all():  # a weighted mean of ones may differ from 1 by rounding
                 entropy = -(share * np.log(share) + (1 - share) * np.log(1 - share))
                 metrics["ne"] = float(logloss / entropy)
         return metrics
@@ -189,7 +188,7 @@ class ScoredRows:
 def evaluation_report(
     scores: SplitScores, label: int = 0, extra_metrics: Mapping[str, Metric] | None = None
 ) -> dict[str, Any]:
-    """Compute the metrics of a label: of all rows, and nested of warm, cold and unseen items.
+    """Compute a label's metrics of all rows, with nested metrics of warm, cold and unseen items.
 
     Unusable labels and logits are a ValueError.
     """
@@ -226,7 +225,7 @@ def format_report(
 
 
 def marked_cell(metrics: Mapping[str, Any], name: str, undefined: str = "-") -> str:
-    """Format a metric for a table; in parentheses if a handful of users define it."""
+    """Format a metric for a table, in parentheses if fewer than `LEAST_USERS` users define it."""
     users = metrics.get("gauc_users" if name == "gauc" else "num_users")
     return undefined if metrics[name] is None else marked(f"{metrics[name]:.4f}", users)
 

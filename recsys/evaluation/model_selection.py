@@ -1,4 +1,4 @@
-"""Selects the best of the models that a run validates, and refuses one that is of no use."""
+"""Select the best of the models that a run validates, and refuse a useless one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from recsys.config import BestModelBy
 if TYPE_CHECKING:
     from recsys.data.row_source import RowSource
 
-RETRIEVAL_DEPTH = 10  # of the recall and NDCG that choose a model
+RETRIEVAL_DEPTH = 10  # K of the recall@K and NDCG@K that choose a model
 METRICS: dict[BestModelBy, tuple[str, ...]] = {
     "auc": ("auc",),
     "gauc": ("gauc",),
@@ -22,9 +22,9 @@ METRICS: dict[BestModelBy, tuple[str, ...]] = {
     "rmse": ("rmse",),
     "mae": ("mae",),
 }
-ABSURD_LOG_LOSS = 2 * math.log(2)  # twice that of predicting one half for every row
-ABSURD_NRMSE = 2.0  # RMSE as a multiple of that of always predicting the mean
-MOST_NAMED = 5
+ABSURD_LOG_LOSS = 2 * math.log(2)  # twice the log loss of predicting 0.5 for every row
+ABSURD_NRMSE = 2.0  # RMSE as a multiple of the RMSE of always predicting the mean
+MOST_NAMED = 5  # largest number of columns in an error message
 
 
 def needs_search(metric: BestModelBy) -> bool:
@@ -33,9 +33,9 @@ def needs_search(metric: BestModelBy) -> bool:
 
 
 def selection_score(report: Mapping[str, Any], metric: BestModelBy) -> float | None:
-    """Return the score that chooses the best model, highest first; None where it is undefined.
+    """Return the score that chooses the best model, the higher the better; None if undefined.
 
-    `auc_and_gauc` is AUC alone where no user has rows of both labels, so that GAUC is undefined.
+    `auc_and_gauc` is AUC alone if GAUC is undefined, as no user has rows of both labels.
     """
     names, values = METRICS[metric], {**report.get("retrieval", {}), **report}
     if metric == "auc_and_gauc" and values.get("gauc") is None:
@@ -53,7 +53,7 @@ def selection_words(metric: BestModelBy) -> str:
 
 
 def tracked_name(metric: str) -> str:
-    """Return the name of a metric in trackers, some of which accept no `@`: recall_at_10."""
+    """Return the name of a metric for trackers, some of which reject `@`: recall_at_10."""
     return metric.replace("@", "_at_")
 
 
@@ -64,7 +64,7 @@ def require_useful(
     consequence: str,
     slack: float = 1.0,
 ) -> None:
-    """Raise a ValueError if a model's predictions are of no use by the metrics of a split."""
+    """Raise a ValueError if a split's metrics show that a model's predictions are useless."""
     for name, metrics in (report.get("labels") or {"": report}).items():
         label = f" of label '{name}'" if name else ""
         loss, nrmse, problem = metrics.get("logloss"), metrics.get("nrmse"), None
@@ -85,7 +85,7 @@ def require_useful(
 
 
 def slack_for(num_rows: int) -> float:
-    """Return the `slack` of a split that no model was chosen by: the loss of few rows varies."""
+    """Return the `slack` for a split that did not choose the model: the loss of few rows varies."""
     return 1 + 10 / math.sqrt(max(num_rows, 1))
 
 

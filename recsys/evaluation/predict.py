@@ -1,4 +1,4 @@
-"""Evaluates and predicts with a finished run. Shapes: N rows of a file or row group, C labels."""
+"""Evaluate and predict with a finished run. Shapes: N rows of a file or row group, C labels."""
 
 import json
 import logging
@@ -40,14 +40,14 @@ logger = logging.getLogger(__name__)
 
 
 def data_of(run: Path, data: str | None) -> str:
-    """Return the dataset to read: `data`, or that of a run."""
+    """Return the dataset to read: `data`, or by default the run's training data."""
     return data or regular_file(run / "data.txt").read_text().strip()
 
 
 def load_run(
     run: Path, data: str | None, ranks: Ranks, device: str, changed: Sequence[str] = ()
 ) -> Job:
-    """Load the best model of a run, with `data` or its training data. A collective."""
+    """Return the job of a run's best model; `changed` are arguments of settings. A collective."""
     with ranks.raise_on_all_ranks():
         if not (run / "metrics.json").is_file():
             raise ValueError(f"{run}: holds no finished run (metrics.json); train it first")
@@ -64,15 +64,15 @@ def load_run(
 
 
 def evaluate(run: Path, data: str | None, split: str, ranks: Ranks, device: str) -> dict[str, Any]:
-    """Evaluate a split, print and write `RUN/evaluation_SPLIT.json` and its scores. A collective.
+    """Evaluate a split, print the metrics, and write them and the scores. A collective.
 
-    A result that cannot be stored is printed before the ValueError.
+    Metrics go to `RUN/evaluation_SPLIT.json`; if that is impossible, print them and raise.
     """
     with ranks.raise_on_all_ranks():
         scores = scores_file(run, split)
         root = Location.of(data_of(run, data))
         is_parquet = load_config(run / "config.yaml").source.name == SourceSettings().name
-        if is_parquet and not (root / split).files(".parquet"):  # a source of one's own has none
+        if is_parquet and not (root / split).files(".parquet"):  # user-defined sources need none
             raise ValueError(f"{root / split}: no *.parquet files; correct --split or --data")
         model = model_of(run)  # read before loading, as training may replace the model
     job = load_run(run, data, ranks, device)
@@ -115,7 +115,7 @@ def predict(
 ) -> None:
     """Write the input rows, in their order, with one prediction per label. A collective.
 
-    It is a probability, or a number for labels that are numbers; null for a skipped row.
+    A prediction is a probability, or a number for a numeric label; null for a skipped row.
     """
     with ranks.raise_on_all_ranks():
         files = [file for name in inputs for file in _parquet_files(name)]
@@ -129,7 +129,7 @@ def predict(
 def _predict(
     run: Path, files: list[Location], out: Path, data: str | None, ranks: Ranks, device: str
 ) -> None:
-    """Predict as `predict` does, into a file that this job has locked. A collective."""
+    """Write predictions to a file that this job has locked. A collective."""
     job = load_run(run, data, ranks, device)
     with ranks.raise_on_all_ranks():
         rows = ParquetRows(files, job.schema, False, job.config.on_bad_row)
@@ -162,12 +162,12 @@ def _parquet_files(name: str) -> list[Location]:
 
 
 def prediction_names(schema: Schema) -> list[str]:
-    """Return the column of predictions of each label."""
+    """Return the name of each label's column of predictions."""
     return [f"prediction_{label}" for label in schema.of_kind("label")]
 
 
 def _check_columns(files: list[Location], names: list[str]) -> None:
-    """Refuse files that differ in their columns, or have one of predictions already."""
+    """Raise a ValueError if files differ in columns, or have a column of predictions already."""
     first: pa.Schema | None = None
     for file in files:
         with open_parquet(file) as parquet:
@@ -183,7 +183,7 @@ def _check_columns(files: list[Location], names: list[str]) -> None:
 
 
 def _write(files: list[Location], names: list[str], values: np.ndarray, out: Path) -> None:
-    """Write the rows of the files with more columns: their names [C], and values [N, C]."""
+    """Write the rows of the files with further columns of these names [C] and values [N, C]."""
     out.parent.mkdir(parents=True, exist_ok=True)
     writer: pq.ParquetWriter | None = None
     start = 0

@@ -1,6 +1,6 @@
-"""Measures how well a retrieval model ranks the whole catalogue, by exact search.
+"""Measure how well a retrieval model ranks the whole catalogue, by exact search.
 
-Ties count their expected value. Items stay on the ranks that encoded them; queries go to all.
+Ties count their expected value. Items stay on the ranks that encoded them; all ranks get queries.
 Shapes: R impressions with a query, I items of this rank, D dimension, B batch, S seen items.
 """
 
@@ -33,13 +33,13 @@ from recsys.ranking.generative import MOST_BEAMS, CodeTrie, Generative, beam_sea
 from recsys.ranking.settings import GenerativeSettings
 
 QUERIES_PER_BLOCK = 256
-# Share of the product of lengths below which dot products are equal: rounding of float64 sums.
+# Dot products count as equal below this share of the vectors' lengths: rounding of float64 sums.
 TIE = 1e-12
-NOT_FOUND = 2**40  # items before a target that no search finds: more than any list has
+NOT_FOUND = 2**40  # place of a target that a search does not find, beyond any list
 
 
 def catalogue_of(job: Job) -> np.ndarray | range:  # int64 [items]
-    """Return the ids to search: items with a row in `items/*.parquet`, or all ids without files."""
+    """Return the ids to search: those in `items/*.parquet`, or all ids without such files."""
     if job.store is not None:
         return np.sort(job.store.items.ids)
     if job.schema.items is None:
@@ -60,7 +60,7 @@ def catalogue_vectors(job: Job, lockstep: Lockstep) -> tuple[Tensor, Tensor]:
     with ranks.raise_on_all_ranks():
         items = catalogue_of(job)
     share = np.asarray(items[_share(len(items), ranks)])
-    longest = -(-len(items) // ranks.world_size)  # of all ranks
+    longest = -(-len(items) // ranks.world_size)  # size of the largest share of a rank
     batches = _batches_of_items(job, share, longest)
     total = -(-longest // job.config.batch_size)
     outputs = forward_pass(job, batches, lockstep, place="catalogue batch", total=total)
@@ -73,14 +73,14 @@ def _share(number: int, ranks: Ranks) -> slice:
 
 
 def _batches_of_items(job: Job, share: np.ndarray, longest: int) -> Iterator[Batch]:
-    """Yield impressions without a user, one per item [I], in equally many batches on every rank."""
+    """Yield impressions without a user, one per item [I]; all ranks have equally many batches."""
     build = job.batch_builder(with_labels=False, with_content=False)
     rows = padding_rows(empty_table(job.schema, columns_to_read(job.schema, with_labels=False)), 1)
-    nobody = RowColumns.of(rows)
+    padding = RowColumns.of(rows)
     ids = np.resize(share if len(share) else np.zeros(1, np.int64), longest)
     for start in range(0, longest, job.config.batch_size):
         batch_ids = ids[start : start + job.config.batch_size]
-        batch_rows = nobody.take(np.zeros(len(batch_ids), np.int64))
+        batch_rows = padding.take(np.zeros(len(batch_ids), np.int64))
         batch_rows.numbers[job.schema.target_item] = batch_ids
         yield build(batch_rows)
 
@@ -96,8 +96,8 @@ def search_places(
 ) -> tuple[Tensor, Tensor]:  # int64 [R], int64 [R]
     """Count the other items of all ranks with a higher and an equal dot product. A collective.
 
-    Items that are `excluded` are not counted; `items` are then in ascending order. A target that is
-    not among the items of any rank, such as the row of unknown ids, has `NOT_FOUND` before it.
+    `excluded` items are not counted, which requires ascending `items`. A target that no rank has
+    among its items, such as the row of unknown ids, gets the count `NOT_FOUND`.
     """
     vectors, places = vectors.double(), torch.zeros(3, len(queries), dtype=torch.int64)
     for start in range(0, len(queries), QUERIES_PER_BLOCK):
@@ -106,8 +106,8 @@ def search_places(
         lead = query @ vectors.T - (query * target).sum(dim=1, keepdim=True)
         margin = TIE * (query.norm(dim=1) * target.norm(dim=1)).unsqueeze(1)
         is_other = items != target_items[block].unsqueeze(1)
-        for part in excluded:
-            is_other &= ~part.mask(block, items)
+        for excluded_items in excluded:
+            is_other &= ~excluded_items.mask(block, items)
         places[0, block] = ((lead > margin) & is_other).sum(dim=1)
         places[1, block] = ((lead.abs() <= margin) & is_other).sum(dim=1)
         places[2, block] = torch.isin(target_items[block], items).long()
@@ -123,10 +123,9 @@ def decoded_places(
     target_items: Tensor,  # [R]
     excluded: Sequence[SeenItems | LaterItems],
 ) -> tuple[Tensor, Tensor, int]:  # int64 [R], int64 [R], items in the trie
-    """Count the items before each target and equal to it in what a beam search finds. A collective.
+    """Count a beam search's items with higher and with equal score than each target. A collective.
 
-    A target that is not found has `NOT_FOUND` before it. Each rank searches for its share of the
-    rows.
+    A target that is not found gets the count `NOT_FOUND`. Each rank searches its share of rows.
     """
     ranking, settings, ranks = job.em3.ranking, job.config.ranking, job.ranks
     assert isinstance(ranking, Generative) and isinstance(settings, GenerativeSettings)
@@ -142,8 +141,8 @@ def decoded_places(
         block = slice(start, min(start + size, share.stop))
         targets = target_items[block].unsqueeze(1).cpu()
         is_out = torch.zeros(len(targets), len(items), dtype=torch.bool)
-        for part in excluded:
-            is_out |= part.mask(block, items) & (items != targets)
+        for excluded_items in excluded:
+            is_out |= excluded_items.mask(block, items) & (items != targets)
         results = beam_search(decoder, trie, queries[block].cpu(), settings.beam_size, is_out)
         scores, is_target = results[0], (results[1] >= 0) & (items[results[1]] == targets)
         highest = scores.masked_fill(~is_target, -torch.inf).amax(dim=1, keepdim=True)
@@ -156,13 +155,13 @@ def decoded_places(
 
 @dataclass(frozen=True)
 class SeenItems:
-    """Items that rows have seen, one row after the other: int64 [S], and how many [R]."""
+    """Items that the users of rows have seen, concatenated row by row."""
 
-    items: Tensor
-    lengths: Tensor
+    items: Tensor  # int64 [S]
+    lengths: Tensor  # [R], number of items of each row
 
     def mask(self, rows: slice, items: Tensor) -> Tensor:  # [I] ascending -> bool [rows, I]
-        """Return which of the items each of some rows has seen."""
+        """Return which of `items` each of the rows has seen."""
         ends = self.lengths.cumsum(0)
         lengths = self.lengths[rows]
         first = int(ends[rows][0] - lengths[0])
@@ -182,9 +181,9 @@ def retrieval_metrics(
     weights: Tensor | None = None,
     depths: Sequence[int] = (10, 50, 100),
 ) -> dict[str, Any]:
-    """Compute recall, NDCG and MRR of the first K places; None without impressions.
+    """Compute recall@K, NDCG@K and MRR@K for each depth K; None without impressions.
 
-    With one relevant item per impression, recall is the hit rate. An item has each of the places
+    With one relevant item per impression, recall is the hit rate. A target has each of the places
     `above` to `above + tied`, int [R], with equal probability.
     """
     metrics: dict[str, Any] = {}
@@ -198,7 +197,7 @@ def retrieval_metrics(
     return metrics | {"num_samples": len(above)}
 
 
-# Gain of a place, from 1 on, within the first K.
+# Gain of a target at a place, counted from 1, within the first K.
 GAINS: dict[str, Callable[[Tensor], Tensor]] = {
     "recall": torch.ones_like,
     "ndcg": lambda place: 1 / torch.log2(1 + place),
@@ -210,10 +209,10 @@ def row_gains(name: str, above: Tensor, tied: Tensor, depth: int) -> Tensor:  # 
     """Return the expected gain of each impression within the first `depth` places."""
     above, rows = above.long(), tied.long() + 1
     gains = GAINS[name](torch.arange(1, depth + 1).double())
-    summed = torch.cat([torch.zeros(1).double(), gains.cumsum(0)])  # gains of the first places
+    summed = torch.cat([torch.zeros(1).double(), gains.cumsum(0)])  # cumulative gains, 0 first
     first, end = above.clamp(max=depth), (above + rows).clamp(max=depth)
     gain = (summed[end] - summed[first]) / rows
-    # A difference of sums would round the gain of a single place.
+    # Without ties, use the exact gain: a difference of sums is rounded.
     single = torch.where(above < depth, gains[above.clamp(max=depth - 1)], 0)
     return torch.where(tied == 0, single, gain)
 
@@ -223,7 +222,7 @@ def retrieval_report(
 ) -> dict[str, Any]:
     """Compute `retrieval_metrics` of all rows and of warm, cold and unseen items. A collective."""
     settings = job.config.ranking
-    if not isinstance(settings, RetrievalSettings):  # a model of one's own with other settings
+    if not isinstance(settings, RetrievalSettings):  # a user-defined model with other settings
         settings = RetrievalSettings()
     queries, target_items = scored["queries"], scored["query_items"]
     excluded: list[SeenItems | LaterItems] = []

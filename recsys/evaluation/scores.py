@@ -1,4 +1,4 @@
-"""Stores the scores of a split by row, so that runs can be compared. Shapes: N rows, C labels."""
+"""Store the scores of a split by row, so that runs can be compared. Shapes: N rows, C labels."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ class SplitScores:
     """Logits and labels of a split's rows, ordered by position."""
 
     positions: np.ndarray  # int64 [N], the row's index in the split
-    groups: np.ndarray  # int64 [N], its user
+    groups: np.ndarray  # int64 [N], the row's user
     items: np.ndarray  # int64 [N]
-    counts: np.ndarray  # int64 [N], training rows of its item
-    labels: np.ndarray  # float32 [N, C], NaN where not known
+    counts: np.ndarray  # int64 [N], number of training rows of the row's item
+    labels: np.ndarray  # float32 [N, C], NaN if unknown
     logits: np.ndarray  # float32 [N, C]
     label_names: tuple[str, ...]  # [C]
     weights: np.ndarray | None = None  # float32 [N]; None: 1 each
-    losses: tuple[str, ...] = ()  # [C] of the labels; empty: bce each
+    losses: tuple[str, ...] = ()  # [C], one per label; empty: bce for all
 
     def loss_of(self, label: int) -> str:
         return self.losses[label] if self.losses else "bce"
 
     def counted(self, label: int) -> SplitScores:
-        """Return the rows that count for a label: it is known, and their weight is above 0."""
+        """Return the rows whose label is known and whose weight is above 0."""
         rows = ~np.isnan(self.labels[:, label])
         if self.weights is not None:
             rows &= self.weights > 0
@@ -57,14 +57,14 @@ INTEGERS = {
 
 
 def scores_file(run: Path, split: str) -> Path:
-    """Return the file in which a run keeps the scores of a split."""
+    """Return the path of a run's scores of a split; a ValueError for a bad split name."""
     if not split or Path(split).name != split:
         raise ValueError(f"--split '{split}': not the name of a split, such as test")
     return run / f"scores_{split}.parquet"
 
 
 def write_scores(scores: SplitScores, path: Path, model: str | None = None) -> None:
-    """Write scores as Parquet; the file appears whole or not at all."""
+    """Write scores as Parquet, atomically."""
     columns = {column: getattr(scores, name) for column, name in INTEGERS.items()}
     for index, name in enumerate(scores.label_names):
         columns[f"label_{name}"] = scores.labels[:, index]
@@ -79,7 +79,7 @@ def write_scores(scores: SplitScores, path: Path, model: str | None = None) -> N
 
 
 def read_scores(path: Path) -> SplitScores:
-    """Read scores that `write_scores` wrote; fail if the file or a column is missing or damaged."""
+    """Read scores that `write_scores` wrote; a ValueError if a file or column is unusable."""
     file = Location.of(str(path))
     with open_parquet(file) as parquet:
         columns = parquet.schema_arrow.names
@@ -106,7 +106,7 @@ def read_scores(path: Path) -> SplitScores:
 
 
 def _check_values(table: pa.Table, name: str, file: Location) -> None:
-    """Raise a ValueError for no rows, another type, a null, or a logit that is not finite."""
+    """Raise a ValueError if the column is empty, of another type, has a null or a bad logit."""
     column = table[name]
     is_of_type = pa.types.is_integer if name in INTEGERS else pa.types.is_floating
     is_whole = len(column) > 0 and is_of_type(column.type) and not column.null_count
@@ -118,7 +118,7 @@ def _check_values(table: pa.Table, name: str, file: Location) -> None:
 
 
 def check_model(path: Path, run: Path) -> None:
-    """Raise a ValueError unless scores are of the best model that their run has now."""
+    """Raise a ValueError unless the scores come from their run's current best model."""
     with open_parquet(Location.of(str(path))) as parquet:
         stored = (parquet.schema_arrow.metadata or {}).get(MODEL.encode())
     model = model_of(run)
@@ -130,7 +130,7 @@ def check_model(path: Path, run: Path) -> None:
 
 
 def with_labels(scores: SplitScores, names: tuple[str, ...], where: str) -> SplitScores:
-    """Return scores with these labels in this order; a missing one is a ValueError."""
+    """Return scores with these labels in this order; a missing label is a ValueError."""
     if missing := sorted(set(names) - set(scores.label_names)):
         raise ValueError(f"{where}: has labels {list(scores.label_names)}, not {missing}")
     order = [scores.label_names.index(name) for name in names]

@@ -1,7 +1,7 @@
-"""The search: an Optuna study in a folder, shared by processes, whose trials are trainings.
+"""The search: an Optuna study in a folder that processes share; each trial trains models.
 
-A lock on a trial's log claims it. An interrupted trial goes back to the study's queue, and its runs
-go on. Each trial has a sampler of its own seed, so interruptions do not change what is tried.
+A process claims a trial by a lock on its log. An interrupted trial returns to the study's queue and
+its runs resume. Each trial's sampler has its own seed, so interruptions do not change its values.
 """
 
 import fcntl
@@ -46,36 +46,36 @@ from recsys.storage.output_file import check_run_folder
 logger = logging.getLogger(__name__)
 
 RECIPE, BEST, DATABASE, NAME = "recipe.yaml", "best.yaml", "study.db", "recsys"
-# Settings that may differ from one command on the folder to the next: no result depends on them.
+# Settings that may change when a search is resumed: no result depends on them.
 FREE = ("cache", "log_every_steps", "log_format", "log_level", "num_workers", "stall_timeout")
 ABOUT = "about"  # attribute of the study: its settings and hashes of its data
-SEEDS_APART = 1_000_003
-FAILURES = 3  # trials that may fail before one is complete
+SEEDS_APART = 1_000_003  # distance of the samplers' seeds between two seeds of the recipe
+FAILURES = 3  # the search stops if this many trials have failed and no other has ended
 WAIT_SECONDS, POLL_SECONDS = 1.0, 0.2
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
 class SearchStopped(Exception):
-    """The search was asked to end; its trials go on when it is started again."""
+    """Raised when a signal stops the search; its trials resume when it is started again."""
 
 
 @dataclass
 class Search:
-    """A search in the folder `out`, of values in `space` for the recipe `config`.
+    """A search in the folder `out` for the best values in `space` of the recipe `config`.
 
-    A value that does not fit the recipe, or a folder of another search, is a ValueError.
+    Raises a ValueError for a value that the recipe refuses, or a folder of another search.
     """
 
     config: Config
     space: Sequence[Parameter]
     data: Sequence[str]
     out: Path
-    num_trials: int  # those of earlier commands on the folder included
+    num_trials: int  # including trials of earlier commands on the folder
     jobs: int = 1
     seeds: int = 1  # runs of each dataset, from the recipe's seed on
     nproc: int = 1  # ranks of each training
     sampler: Literal["tpe", "random", "grid"] = "tpe"
-    prunes: bool = True  # trials worse than the median of others at the same validation
+    prunes: bool = True  # stop trials worse than the median of others at the same validation
     keep_checkpoints: Literal["best", "all"] = "best"
 
     def __post_init__(self) -> None:
@@ -112,7 +112,7 @@ class Search:
             study.set_user_attr(ABOUT, self._about())
 
     def _about(self) -> dict[str, object]:
-        """Return everything that the trials have in common, as JSON values by name."""
+        """Return all settings that trials share, and hashes of the data, as JSON values by name."""
         plain = to_plain(self.config)
         about = flattened({name: value for name, value in plain.items() if name not in FREE})
         about |= {f"space {p.name}": repr((p.distribution, p.sets)) for p in self.space}
@@ -122,20 +122,20 @@ class Search:
         return dict(json.loads(json.dumps(about)))
 
     def _require_same(self) -> None:
-        before, current = self._study(0).user_attrs[ABOUT], self._about()
-        names = [name for name in {**before, **current} if before.get(name) != current.get(name)]
+        saved, current = self._study(0).user_attrs[ABOUT], self._about()
+        names = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
         if names:
-            lines = [f"{name}: {before.get(name)}, now {current.get(name)}" for name in names[:3]]
+            lines = [f"{name}: {saved.get(name)}, now {current.get(name)}" for name in names[:3]]
             raise ValueError(
                 f"{self.out}: holds a search with other settings ({'; '.join(lines)}); give the "
                 "same ones to go on with it, or another --out"
             )
 
     def run(self) -> list[FrozenTrial]:
-        """Run trials until as many as asked have ended; return the complete ones, the best first.
+        """Run trials until `num_trials` have ended; return the complete ones, the best first.
 
-        SearchStopped after SIGTERM or SIGINT: the same command goes on. A ValueError if the first
-        trials all failed, or all trials.
+        SIGTERM and SIGINT raise SearchStopped; the same command resumes the search. A ValueError
+        if the first `FAILURES` trials, or all trials, failed.
         """
         numbers = signal.SIGTERM, signal.SIGINT
         handlers = [signal.signal(number, lambda *_: self.stop.set()) for number in numbers]
@@ -149,7 +149,7 @@ class Search:
             worker.result()
         if self.stop.is_set():
             raise SearchStopped
-        with self._locked():  # a search killed between a trial's end and this may lack it
+        with self._locked():  # an earlier command may have been killed before it wrote the best
             best = self._keep_best()
         if best is None:
             raise ValueError(f"{self.out}: no trial is complete; see {self.out}/trials/*/log.txt")
@@ -162,23 +162,23 @@ class Search:
         return sorted(self.trials(TrialState.COMPLETE), key=lambda trial: -trial.values[0])
 
     def _work(self) -> None:
-        """Run trials until none is left or the search ends; wait for those of other processes."""
+        """Run trials until none is left or the search stops; wait for other processes' trials."""
         try:
             while not self.stop.is_set():
                 if (claim := self._claim()) is not None:
                     trial, log = claim
-                    with log, suppress(SearchStopped):  # closing it ends the claim
+                    with log, suppress(SearchStopped):  # closing the log ends the claim
                         self._run(trial, log)
                 elif self.trials(TrialState.RUNNING):
                     self.stop.wait(WAIT_SECONDS)
                 else:
                     return
         except BaseException:
-            self.stop.set()  # other workers end, too
+            self.stop.set()  # ends the other workers
             raise
 
     def _claim(self) -> tuple[Trial, IO[str]] | None:
-        """Return an interrupted or new trial with its locked log, or None if all have begun."""
+        """Return an interrupted or new trial with its locked log, or None if none is left."""
         with self._locked():
             for trial in self.trials(TrialState.RUNNING):
                 if (log := self._lock_log(trial.number)) is not None:  # its process has ended
@@ -189,13 +189,13 @@ class Search:
             if number >= self.num_trials or (self.sampler == "grid" and not waiting):
                 return None
             space: dict[str, BaseDistribution] = {p.name: p.distribution for p in self.space}
-            claimed = self._study(number).ask(space)  # values that it has already stay
+            claimed = self._study(number).ask(space)  # an interrupted trial keeps its values
             claimed_log = self._lock_log(claimed.number)
             assert claimed_log is not None, "only a claim locks a trial's log"
             return claimed, claimed_log
 
     def _run(self, trial: Trial, log: IO[str]) -> None:
-        """Run a trial and record its end; one with the values of a complete trial has its value."""
+        """Run a trial and record its result, or copy that of a complete trial of equal values."""
         state, value, cause = TrialState.COMPLETE, None, ""
         equal = [t for t in self.trials(TrialState.COMPLETE) if t.params == trial.params]
         try:
@@ -210,7 +210,7 @@ class Search:
         with self._locked():
             self._study(0).tell(trial.number, value, state)
             ended, best = self.trials(*ENDED), self._keep_best()
-        result = state.name.lower() if value is None else f"{abs(value):.4f}"  # of negative errors
+        result = state.name.lower() if value is None else f"{abs(value):.4f}"  # errors are negative
         result += f" ({cause})" if cause else ""
         progress = f"{len(ended)} of {self.num_trials} ended"
         if best is not None:
@@ -223,9 +223,9 @@ class Search:
             )
 
     def _score_of(self, trial: Trial, log: IO[str]) -> float:
-        """Train all runs of a trial; return the mean of their scores. Others may prune it."""
-        words, folder = words_of(self.space, trial.params), self._folder_of(trial.number)
-        load_config(self.out / RECIPE, words)
+        """Train all runs of a trial and return their mean score; TrialPruned if it is pruned."""
+        arguments, folder = words_of(self.space, trial.params), self._folder_of(trial.number)
+        load_config(self.out / RECIPE, arguments)
         seeds = range(self.config.seed, self.config.seed + self.seeds)
         runs = [(data, seed) for seed in seeds for data in self.data]
         scores: list[float] = []
@@ -233,7 +233,8 @@ class Search:
             run = folder / f"run-{number}"
             metrics = run / "metrics.json"
             if not metrics.exists():
-                self._train([*self._command(run, data, seed), *words], log, trial, run, len(runs))
+                command = [*self._command(run, data, seed), *arguments]
+                self._train(command, log, trial, run, len(runs))
             if not metrics.exists():
                 raise ValueError(f"see {folder / 'log.txt'}")
             scores.append(self._score(json.loads(metrics.read_text())["valid"]))
@@ -254,12 +255,12 @@ class Search:
     def _train(
         self, command: list[str], log: IO[str], trial: Trial, run: Path, num_runs: int
     ) -> None:
-        """Run a training; a trial of one run reports its validations."""
+        """Run a training; if it is its trial's only run, report each validation to Optuna."""
         environment = environment_of_no_rank()
         if self.jobs > 1:
             threads = max(1, (os.cpu_count() or 1) // self.jobs)
             environment.setdefault("OMP_NUM_THREADS", str(threads))
-        # It inherits the lock with its output: the orphan of a killed search keeps the claim.
+        # The process inherits the locked log, so it holds the claim even if the search is killed.
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         num_reported, has_ended = 0, False
         try:
@@ -279,14 +280,14 @@ class Search:
                 process.wait()
 
     def _score(self, metrics: dict[str, float]) -> float:
-        """Return the score of a validation; trackers name `@` otherwise."""
+        """Return the score of a validation, whose metrics have trackers' `_at_` instead of `@`."""
         metrics = {name.replace("_at_", "@"): value for name, value in metrics.items()}
         score = selection_score(metrics, self.config.best_model_by)
         assert score is not None, "a validation without a score ends its run"
         return score
 
     def _keep_best(self) -> FrozenTrial | None:
-        """Write the best configuration and drop checkpoints of other trials; call it locked."""
+        """Write the best configuration and delete other trials' checkpoints; call with the lock."""
         best = next(iter(self.ranking()), None)
         if best is not None:
             config = load_config(self.out / RECIPE, words_of(self.space, best.params))
@@ -328,14 +329,14 @@ class Search:
 
 
 def _report(trial: Trial, place: int, score: float) -> None:
-    """Report an intermediate value; a trial worse than others raises TrialPruned."""
+    """Report an intermediate score to Optuna; raise TrialPruned if the trial is to stop."""
     trial.report(score, place)
     if trial.should_prune():
         raise optuna.TrialPruned
 
 
 def dataset_digest(data: Location) -> str:
-    """Return a hash of a dataset: schema, fits, `rows_digest` of Parquet files, .npy files."""
+    """Return a hash of a dataset: schema, fitted transforms, Parquet rows, .npy files."""
     digest = hashlib.blake2b((data / "schema.yaml").read_bytes(), digest_size=16)
     if (fits := data / FITS).exists():
         digest.update(fits.read_bytes())

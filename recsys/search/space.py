@@ -1,4 +1,4 @@
-"""The search space: settings with the values that trials may give them.
+"""The search space: settings with the values that trials may choose.
 
 A YAML file maps settings by full name to ranges or choices::
 
@@ -6,7 +6,7 @@ A YAML file maps settings by full name to ranges or choices::
     ranking.mlp_units: {choices: [[64], [128, 64]]}
     width: {sets: {narrow: {content.dim: 32}, wide: {content.dim: 64}}}
 
-A range with integer ends has integers. `sets` name groups of settings.
+A range with integer ends yields integers. `sets` names groups of settings.
 """
 
 import itertools
@@ -27,7 +27,7 @@ Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
 
 @dataclass(frozen=True)
 class Parameter:
-    """A setting or a group of settings, and the values that it may have."""
+    """A setting or a group of settings, with its possible values."""
 
     name: str
     distribution: Distribution  # choices are JSON texts, groups are names
@@ -48,16 +48,16 @@ class Parameter:
 
     def grid(self) -> list[Any]:
         """Return all values, as Optuna stores them; a ValueError for floats without a step."""
-        ranged = self.distribution
-        if isinstance(ranged, CategoricalDistribution):
+        distribution = self.distribution
+        if isinstance(distribution, CategoricalDistribution):
             return self.extremes()
-        if ranged.step is None or ranged.log:
+        if distribution.step is None or distribution.log:
             raise ValueError(
                 f"--space: '{self.name}' has no list of values for --sampler grid; give a step or "
                 "choices, or take tpe or random"
             )
-        count = round((ranged.high - ranged.low) / ranged.step) + 1
-        return [round(ranged.low + number * ranged.step, 12) for number in range(count)]
+        count = round((distribution.high - distribution.low) / distribution.step) + 1
+        return [round(distribution.low + number * distribution.step, 12) for number in range(count)]
 
 
 def read_space(file: Path) -> list[Parameter]:
@@ -110,16 +110,16 @@ def _parameter(place: str, name: str, entry: Any) -> Parameter:
 
 
 def words_of(space: Sequence[Parameter], values: Mapping[str, Any]) -> list[str]:
-    """Return a trial's values, by parameter as Optuna stores them, as words of a command line."""
-    words: list[str] = []
+    """Return a trial's values, by parameter as Optuna stores them, as command-line arguments."""
+    arguments: list[str] = []
     for parameter in space:
         for name, value in parameter.settings(values[parameter.name]).items():
-            words += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
-    return words
+            arguments += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
+    return arguments
 
 
 def check_space(space: Sequence[Parameter], recipe: Path) -> None:
-    """Raise a ValueError unless the recipe accepts each end of a range and each choice alone."""
+    """Raise a ValueError unless the recipe accepts each choice and each end of a range alone."""
     for parameter in space:
         for value in parameter.extremes():
             try:
@@ -133,7 +133,7 @@ def check_space(space: Sequence[Parameter], recipe: Path) -> None:
 
 
 def grid_of(space: Sequence[Parameter]) -> list[dict[str, Any]]:
-    """Return every combination of values, the last parameter's fastest."""
+    """Return every combination of values; the last parameter changes fastest."""
     names = [parameter.name for parameter in space]
     grids = [parameter.grid() for parameter in space]
     return [dict(zip(names, values, strict=True)) for values in itertools.product(*grids)]

@@ -1,4 +1,4 @@
-"""The validations of a run in training, one line each, by which a search judges its trial."""
+"""A file with one line per validation of a running training; a search reads it to prune trials."""
 
 import json
 from pathlib import Path
@@ -19,9 +19,9 @@ class ValidationLines:
         self._file = path.open("a")
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Write the metrics of all labels together, if these are of a validation."""
+        """Write `values` if they are a validation's metrics over all labels."""
         metrics = {name.removeprefix(PREFIX): value for name, value in values.items()}
-        # A name with a slash is of one label, or of another split.
+        # A remaining slash in a name marks one label or another split.
         if metrics and not any("/" in name for name in metrics):
             self._file.write(f"{json.dumps({'step': step, 'metrics': metrics})}\n")
             self._file.flush()
@@ -31,8 +31,8 @@ class ValidationLines:
 
 
 def read_lines(run: Path) -> list[dict[str, Any]]:
-    """Read the validations so far, each once: a run that goes on may repeat its last one."""
+    """Return the validations so far, one per step: a resumed run may repeat its last one."""
     path = run / FILE
     text = path.read_text() if path.exists() else ""
-    whole = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    return list({line["step"]: line for line in whole}.values())
+    ended = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return list({line["step"]: line for line in ended}.values())

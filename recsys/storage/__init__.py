@@ -1,1 +1,1 @@
-"""Storage below all rooms: URLs, files that appear whole, signed manifests, and locks."""
+"""Storage used by all packages: URLs, atomically written files, signed manifests, and locks."""

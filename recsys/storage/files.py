@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, even if the job is killed."""
+"""Atomic writes: a file or folder appears completely or not at all, even if the job is killed."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def read_json(path: Path) -> Any:
 
 
 def home_expanded(path: str | Path) -> Path:
-    """Replace a leading `~` by the home folder; an unknown one, or a URL, is a ValueError."""
+    """Replace a leading `~` by the home folder; a URL or an unknown home is a ValueError."""
     scheme = (Path(path).parts or ("",))[0]  # pathlib makes "s3:/bucket" of "s3://bucket"
     if len(scheme) > 2 and scheme.endswith(":"):
         url = f"{scheme}//{'/'.join(Path(path).parts[1:])}"
@@ -36,7 +36,7 @@ def home_expanded(path: str | Path) -> Path:
         )
     try:
         return Path(path).expanduser()
-    except RuntimeError as error:  # such as a container's user without HOME and passwd entry
+    except RuntimeError as error:  # for instance in a container, without HOME and passwd entry
         raise ValueError(
             f"{path}: no home folder is known ({error}); set HOME, or name the folder in full"
         ) from error
@@ -48,7 +48,7 @@ def _partial_path(path: Path) -> Path:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield an absolute path beside a regular file or none, renamed to it if the block succeeds."""
+    """Yield a temporary absolute path beside `path`; rename it to `path` if the block succeeds."""
     partial = _partial_path(regular_file(path).absolute())
     try:
         yield partial
@@ -58,7 +58,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file that appears whole or not at all; create missing folders."""
+    """Write a text file atomically; create missing folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
@@ -66,9 +66,9 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def whole_folder(path: Path, may_exist: bool = False) -> Iterator[Path]:
-    """Yield a new folder beside `path`, renamed to it if the block succeeds.
+    """Yield a new folder beside `path`; rename it to `path` if the block succeeds.
 
-    A folder that another process has made meanwhile is kept if it `may_exist`, else an OSError.
+    If another process has made `path` meanwhile, its folder stays if `may_exist`, else an OSError.
     """
     partial = _partial_path(path)
     if path.is_symlink() and not path.exists():
@@ -76,8 +76,8 @@ def whole_folder(path: Path, may_exist: bool = False) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
     except OSError as error:
-        what = f"{path}: cannot be made ({error.strerror})"
-        raise ValueError(f"{what}; name another folder") from error
+        problem = f"{path}: cannot be made ({error.strerror})"
+        raise ValueError(f"{problem}; name another folder") from error
     try:
         yield partial
         try:
@@ -90,7 +90,7 @@ def whole_folder(path: Path, may_exist: bool = False) -> Iterator[Path]:
 
 
 def replace_folder(partial: Path, path: Path) -> None:
-    """Rename a written folder to `path`, in place of an older one; see `recover_folder`."""
+    """Rename a written folder to `path`, replacing an older one; see `recover_folder`."""
     old = _set_aside(path)
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
@@ -101,7 +101,7 @@ def replace_folder(partial: Path, path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Return when a file's content, or the names in a folder, are on the disk."""
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -120,7 +120,7 @@ def _set_aside(path: Path) -> Path:
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """Make a hard link to a file, or a copy where the file system has no links."""
+    """Make a hard link to a file, or a copy if the file system supports no hard links."""
     try:
         Path(target).hardlink_to(source)
     except OSError:

@@ -16,8 +16,8 @@ from pyarrow.fs import LocalFileSystem as ArrowLocalFileSystem
 
 from recsys.storage.files import regular_file
 
-SPELLINGS = {".parquet": (".parquet", ".parq", ".pq")}  # of an ending, without regard to case
-SEARCH_DEPTH = 4  # levels of folders that are searched for files that would be left out
+SPELLINGS = {".parquet": (".parquet", ".parq", ".pq")}  # variants of an ending, in any case
+SEARCH_DEPTH = 4  # levels of folders that are searched for data files that would not be read
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Location:
     @staticmethod
     def of(url: object) -> Location:
         """Make a location of a local path or a URL; an unknown kind of URL is a ValueError."""
-        if "://" not in str(url):  # a local name, even with `::` or `:`, which fsspec interprets
+        if "://" not in str(url):  # fsspec would interpret `::` or `:` in a local path
             path = os.path.abspath(os.path.expanduser(str(url)))
             return Location(LocalFileSystem(), path.rstrip("/"))
         try:
@@ -65,10 +65,10 @@ class Location:
         return bytes(self.filesystem.cat_file(self.path))
 
     def files(self, ending: str) -> list[Location]:
-        """Return the files with this ending in the folder, by name; this file if it is one.
+        """Return the folder's files with this ending, sorted by name; a file returns itself.
 
-        Files in Hive partitions such as `date=2026-11-01` count, those that begin with `.` or `_`
-        do not. One that would be left out for its spelling or folder is a ValueError.
+        Includes files in Hive partitions such as `date=2026-11-01`, but no names that begin with
+        `.` or `_`. Raises a ValueError for a data file with another spelling or in another folder.
         """
         if self.filesystem.isfile(self.path):
             return [self]
@@ -108,7 +108,7 @@ class Location:
 
 @contextmanager
 def errors_at(place: object, *others: type[Exception]) -> Iterator[None]:
-    """Raise a ValueError, or one of `others`, of the block as a ValueError that names its place."""
+    """Turn a ValueError, or one of `others`, in the block into a ValueError that names `place`."""
     kinds: tuple[type[Exception], ...] = (ValueError, *others)
     try:
         yield
@@ -117,6 +117,6 @@ def errors_at(place: object, *others: type[Exception]) -> Iterator[None]:
 
 
 def is_partition(name: str) -> bool:
-    """Return whether a folder's name is that of a Hive partition, such as `date=2026-11-01`."""
+    """Return whether a folder's name has the form of a Hive partition, `date=2026-11-01`."""
     key, _, value = name.partition("=")
     return bool(key and value)

@@ -1,6 +1,6 @@
-"""A lock on a folder or file, so that one job at a time writes it; it ends with its owner.
+"""A lock on a folder or file, so that only one job at a time writes it.
 
-The lock is the kernel's (`flock`), so no crash leaves it behind. A file beside it names the owner.
+The kernel frees the lock (`flock`) when its process ends. A file beside the lock names the owner.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Owner:
 
     def is_ending(self, process: Owner) -> bool:
         """Return whether the owner has ended, or is an earlier attempt of that process's job."""
-        if self.host != process.host:  # where its processes cannot be seen
+        if self.host != process.host:  # processes of another host cannot be inspected
             return bool(self.job) and self.job == process.job
         try:
             same_pid = psutil.Process(self.pid)
@@ -64,7 +64,7 @@ class JobLock:
         self.new_folders = [path for path in file.parents if not path.exists()]
 
     def acquire(self, job: str) -> None:
-        """Take the lock when earlier attempts of the job ended; another job's is a ValueError."""
+        """Lock after earlier attempts of this job end; a ValueError if another job has the lock."""
         process, deadline = Owner.of_this_process(job), time.monotonic() + PATIENCE_SECONDS
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -86,10 +86,10 @@ class JobLock:
         try:
             if self.lock.is_locked:
                 self.owner_file.unlink(missing_ok=True)
-                self.file.unlink(missing_ok=True)  # waiting jobs then see that it is gone
+                self.file.unlink(missing_ok=True)
         finally:
             self.lock.release()
-        with suppress(OSError):  # folders with other files stay
+        with suppress(OSError):  # a folder that holds other files is not removed
             for folder in self.new_folders:
                 folder.rmdir()
 

@@ -1,4 +1,4 @@
-"""Hashes, and manifests of folders: size and hashes of each file, signed by a hash of their own."""
+"""Hashes, and manifests of folders: size and hashes of each file, with a hash of the manifest."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 from recsys.storage.files import flush, regular_file, whole_file
 
 BLOCK_BYTES = 2**24
-READ_BYTES = 2**20  # of a block at once: training runs on while its checkpoint is hashed
+READ_BYTES = 2**20  # read at once, a small amount, as checkpoints are hashed during training
 THREADS = 4
 
-Files = Mapping[str, Any]  # bytes and SHA-256 of each block, by name
+Files = Mapping[str, Any]  # file name -> {"bytes": size, "sha256": hashes of its blocks}
 
 
 def digest_of(*parts: Any) -> str:
@@ -28,12 +28,12 @@ def digest_of(*parts: Any) -> str:
 
 
 def content_digest(content: dict[str, Any]) -> str:
-    """Return the SHA-256 of JSON content, whatever the order and layout of its text."""
+    """Return the SHA-256 of JSON content; key order and layout of the text do not matter."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def write_signed(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON content with its hash, by one rename, after it is on the disk."""
+    """Write JSON content with its hash atomically, and flush it to the disk before the rename."""
     signed = {**content, "sha256": content_digest(content)}
     with whole_file(path) as partial:
         partial.write_text(json.dumps(signed, indent=1) + "\n")
@@ -41,7 +41,7 @@ def write_signed(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_signed(path: Path, format_: int) -> dict[str, Any]:
-    """Read what `write_signed` wrote, without the hash; anything else is a ValueError."""
+    """Return the content that `write_signed` wrote, without its hash; a ValueError if damaged."""
     try:
         content = json.loads(regular_file(path).read_bytes())
     except RecursionError as error:
@@ -55,14 +55,14 @@ def read_signed(path: Path, format_: int) -> dict[str, Any]:
 
 
 class VerifiedFiles:
-    """Files whose blocks were all compared with their hashes; `previous`: of an earlier package."""
+    """Files that were compared with their hashes; those of `previous` are not read again."""
 
     def __init__(self, previous: VerifiedFiles | None = None) -> None:
         self._previous = set() if previous is None else previous.identities
         self.identities: set[tuple[Any, ...]] = set()
 
     def have(self, path: Path, digests: list[str]) -> bool:
-        """Return whether a file has these hashes; it is read unless it was compared as it is."""
+        """Return whether a file has these hashes; read it only if it changed since a comparison."""
         status = path.stat()
         times = status.st_mtime_ns, status.st_ctime_ns
         identity = status.st_dev, status.st_ino, status.st_size, *times, *digests
@@ -74,7 +74,7 @@ class VerifiedFiles:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Return size and hashes of a file, as manifests have them."""
+    """Return a file's size and hashes, the form of a manifest's entry."""
     return {"bytes": path.stat().st_size, "sha256": _digests(path)}
 
 
@@ -88,7 +88,7 @@ def differences(
 ) -> Iterator[str]:
     """Yield a description of each file of a manifest that is missing or differs.
 
-    `verify` compares hashes, too, except of files in `verified`, to which others are added.
+    `verify` compares hashes, too. It skips files in `verified`, and adds files that match to it.
     """
     verified = VerifiedFiles() if verified is None else verified
     for name, entry in files.items():

@@ -7,7 +7,7 @@ from pathlib import Path
 from recsys.storage.files import regular_file
 from recsys.storage.location import Location
 
-# Files that later commands read: of runs, and of packages and datasets.
+# Names of files and folders of runs, packages and datasets that later commands read.
 _RUN_FILES = (".job.json", ".lock", "config.yaml", "continual.json", "data.txt", "encoders.json")
 _RUN_RESULTS = ("item_counts.npy", "metrics.json", "metrics.jsonl", "plan.txt", "skipped_rows.json")
 _PACKAGE_FILES = ("graph.pt2", "manifest.json", "request.json", "schema.yaml")
@@ -17,7 +17,7 @@ _DATASET_FOLDERS = ("train", "valid", "test", "items", "vocabulary")
 
 
 def check_output(out: Path, inputs: Iterable[Location] = ()) -> None:
-    """Raise a ValueError for an output file that would change `inputs`, or what others read."""
+    """Raise a ValueError for an output file that would overwrite `inputs`, a run or a dataset."""
     if out.is_dir():
         raise ValueError(f"{out}: is a folder; name a file, such as {out / 'result'}")
     target = _real(regular_file(out))
@@ -29,7 +29,7 @@ def check_output(out: Path, inputs: Iterable[Location] = ()) -> None:
         raise ValueError(f"{out}: would be read as part of {dataset}; name a file elsewhere")
     if (part := _part_of_run(target.parent)) is not None:
         raise ValueError(f"{out}: lies in {part}, which is part of a run; name a file elsewhere")
-    is_present = target.exists() or target.name.startswith(".")  # locks are recreated
+    is_present = target.exists() or target.name.startswith(".")  # a lock may be absent now
     is_result = target.name in (*_RUN_FILES, *_RUN_RESULTS, *_PACKAGE_FILES)
     if is_present and (is_result or target.match("scores_*.parquet")):
         raise ValueError(f"{out}: is part of a run or dataset; name another file")
@@ -43,17 +43,17 @@ def check_output(out: Path, inputs: Iterable[Location] = ()) -> None:
 
 
 def _real(path: Path | str) -> Path:
-    """Return the path with links resolved; a link that leads to itself is kept."""
+    """Return the path with links resolved, except a link that leads to itself."""
     return Path(os.path.realpath(path))
 
 
 def _part_of_run(folder: Path) -> Path | None:
-    """Return the folder of a run that this folder is or lies in; None if there is none."""
-    for part in (folder, *folder.parents):
-        if part.name in _RUN_FOLDERS and (part.parent / ".job.json").exists():
-            return part
-        if part.name in _CONTINUAL_FOLDERS and (part.parent / "continual.json").exists():
-            return part
+    """Return the subfolder of a run that is `folder` or contains it; None if there is none."""
+    for path in (folder, *folder.parents):
+        if path.name in _RUN_FOLDERS and (path.parent / ".job.json").exists():
+            return path
+        if path.name in _CONTINUAL_FOLDERS and (path.parent / "continual.json").exists():
+            return path
     return None
 
 
@@ -66,6 +66,6 @@ def check_run_folder(run: Path, data: str) -> None:
     root, folder = Location.of(data), _real(run)
     if (part := _part_of_run(folder)) is not None:
         raise ValueError(f"{run}: lies in {part}, which is part of a run; choose another --out")
-    parts = [root, *(root / name for name in _DATASET_FOLDERS)]
-    if root.is_local and folder in [_real(part.path) for part in parts]:
+    data_folders = [root, *(root / name for name in _DATASET_FOLDERS)]
+    if root.is_local and folder in [_real(data_folder.path) for data_folder in data_folders]:
         raise ValueError(f"{run}: is part of the dataset {data}; choose another --out")

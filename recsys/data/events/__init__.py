@@ -1,1 +1,1 @@
-"""Makes a dataset of event logs, by SQL of DuckDB or Spark and numpy code over sorted batches."""
+"""Make a dataset of event logs, with SQL of DuckDB or Spark, and numpy code on sorted batches."""

@@ -1,4 +1,4 @@
-"""Reads events and impressions as one stage, `clean_events`, and leaves out what cannot be used."""
+"""Read events and impressions into the stage `clean_events`, without unusable rows."""
 
 from operator import itemgetter
 
@@ -11,12 +11,12 @@ from recsys.data.events.sql import FOREVER, SqlEngine, aligned, listed, quoted
 from recsys.data.events.times import DAY, MICROS, now
 
 YEAR = 365 * DAY
-PLAUSIBLE = 20 * YEAR  # a log that begins later may be one of this time
-KINDS = {"id": "id", "ids": "ids", "dense": "number"}  # of features, as fields
+PLAUSIBLE = 20 * YEAR  # a first event after this time (1990) is plausible for a log
+KINDS = {"id": "id", "ids": "ids", "dense": "number"}  # kind of a feature -> kind of its field
 
 
 def settle_fill(name: str, feature: Feature, kind: pa.DataType) -> None:
-    """Give a feature's `fill` the type of its column, in place; another value is a ValueError."""
+    """Convert a feature's `fill` to its column's type, in place; an unfit value is a ValueError."""
     if (fill := feature.fill) is None:
         return
     if isinstance(fill, str) and {"'", "\\"} & set(fill):
@@ -29,7 +29,7 @@ def settle_fill(name: str, feature: Feature, kind: pa.DataType) -> None:
 
 
 def event_columns(config: EventsConfig) -> dict[str, str]:
-    """Return the columns of events that something uses, with the kinds of their fields."""
+    """Return the columns of events that the settings use, with the kinds of their fields."""
     names = [label.column for label in config.labels.values() if label.column is not None]
     names += [parallel.column for parallel in config.parallels.values()] + config.late
     if config.weight is not None and config.weight.column is not None:
@@ -42,7 +42,7 @@ def event_columns(config: EventsConfig) -> dict[str, str]:
 
 
 def read_events(engine: SqlEngine, config: EventsConfig) -> tuple[Types, int, dict[str, int]]:
-    """Make the stage `clean_events`; return its types, and rows read and left out by reason."""
+    """Make the stage `clean_events`; return types, rows read, and rows left out by reason."""
     readers: dict[str, Reader] = {}
     first_file = 0
     for name, table in config.tables.items():
@@ -56,7 +56,7 @@ def read_events(engine: SqlEngine, config: EventsConfig) -> tuple[Types, int, di
     most = config.drop.max_events_per_user
     if most is None:
         engine.view("clean_events", "SELECT * FROM unique_events")
-    else:  # in the order in which they became known, so that no later event removes an earlier one
+    else:  # ordered by arrival, so that no later event removes an earlier one
         order = f"{config.arrival}, ts, iid, action, position"
         nth = f"row_number() OVER (PARTITION BY uid ORDER BY {order})"
         rows = f"SELECT *, {nth} AS nth FROM unique_events"
@@ -79,7 +79,7 @@ def read_tables(
 ) -> Types:
     """Make the stage `events_read` of some tables; return its types, which begin with `types`.
 
-    `types` are those that earlier calls have stored; a first call has none.
+    `types` are the column types that earlier calls have stored; they are empty in a first call.
     """
     is_first, types = not types, dict(types)
     fields = [
@@ -87,7 +87,7 @@ def read_tables(
         for reader in readers.values()
         for field in list(reader.schema)[1:]
     ]
-    for _, field in sorted(fields, key=itemgetter(0)):  # columns with values come first
+    for _, field in sorted(fields, key=itemgetter(0)):  # typed columns override untyped ones
         types.setdefault(field.name, field.type)
     for name, feature in config.context.items():
         settle_fill(name, feature, types[f"c_{name}"])
@@ -114,7 +114,7 @@ def read_tables(
 
 
 def check_unit(engine: SqlEngine, name: str, table: Source, column: str, rows: str) -> None:
-    """Raise a ValueError if all times lie in 1970 and a larger unit puts them near now."""
+    """Raise a ValueError if all times lie in 1970 and a larger unit makes them plausible."""
     larger = {"ms": ["s"], "us": ["ms", "s"]}.get(table.time_unit, [])
     if not larger:
         return
@@ -157,7 +157,7 @@ def event_fields(config: EventsConfig, name: str) -> list[Field]:
 def usable_rows(
     engine: SqlEngine, config: EventsConfig, types: Types, since: int = -FOREVER
 ) -> tuple[str, int, dict[str, int]]:
-    """Return SQL of usable rows, none arriving before `since`; count those read, and others."""
+    """Return SQL of usable rows, which arrive from `since` on; count rows read and unusable."""
     required = {"user": "uid", "item": "iid", "time": "ts", "action": "action"}
     problems = {f"no {name}": f"{column} IS NULL" for name, column in required.items()}
     problems["in the future"] = f"ts > {config.latest}"
@@ -175,7 +175,7 @@ def usable_rows(
 
 
 def without_copies(engine: SqlEngine, config: EventsConfig, types: Types) -> tuple[str, int]:
-    """Return SQL of `usable` without repeated rows, and their number."""
+    """Return SQL of `usable` without repeated rows, and the number of repeated rows."""
     if not config.drop.duplicates:
         return "SELECT * FROM usable", 0
     key = copy_key(types)
@@ -194,5 +194,5 @@ def without_copies(engine: SqlEngine, config: EventsConfig, types: Types) -> tup
 
 
 def copy_key(types: Types) -> str:
-    """Return the columns in which repeated events agree."""
+    """Return SQL of the columns that are equal in repeated events."""
     return "uid, iid, ts, action" + (", request" if "request" in types else "")

@@ -1,13 +1,13 @@
-"""`recsys prepare events --until DAY`: datasets that grow by days, at the cost of what is new.
+"""`recsys prepare events --until DAY`: datasets that grow by days; a call processes new data only.
 
-An event counts from its arrival on, and a row is written on the day on which its labels are decided
-and it is known. So what a row holds does not depend on how many calls have made the days. Between
-calls the state keeps the events that later rows may need; of others it keeps numbers:
+An event counts from its arrival. A row is written on the day on which it has arrived and is ripe,
+so its content does not depend on how many calls wrote the days. Between calls, the state keeps
+events that later rows may need, and counts of other events:
 
-kept       events of the last days, of the windows of counts, and each user's last ones by history
-earlier    numbers of the other events, by the keys of counts over all time
-pending    events that arrive later
-seen       keys of events by day, for repeated ones
+kept       events of the last days and of the windows of counts, and each user's last events
+earlier    numbers of other events, by the keys of counts over all time
+pending    events whose arrival is after the end of the call
+seen       keys of events by day, to find repeated events
 catalogue, taken, popularity    items, users' items, and events to draw negatives from
 """
 
@@ -44,14 +44,14 @@ from recsys.data.events.times import duration
 
 logger = logging.getLogger(__name__)
 
-TABLE_BITS = 16  # files of a table: their numbers are the same however many calls read them
+TABLE_BITS = 16  # bits of a file's number in its table, the same however many calls read files
 REPORT = "report.json"
-RIPE = "/ripe"  # column of rows: when their labels are decided and they are known
+RIPE = "/ripe"  # column of rows: time from which a row is ripe and has arrived
 TRAIN_ALONE = {"": {"train": "1 = 1", "valid": "1 = 0", "test": "1 = 0"}}
 
 
 class NoEvents(ValueError):
-    """No event that can be used has arrived by the end of a call."""
+    """Raised if no usable event has arrived by the end of a call."""
 
 
 def prepare_days(
@@ -65,14 +65,14 @@ def prepare_days(
     spark_master: str | None = None,
     after_new_files: bool = False,
 ) -> dict[str, Any] | None:
-    """Write the partitions of the days up to `day`, or an hour of it, that are not written yet.
+    """Write all missing partitions of days (or hours) up to `day`, a day or an hour.
 
     Returns:
-        The report of the call, also in `report.json`. If nothing is to do, the previous report;
-        with `after_new_files` None, also if no file is new.
+        The report of the call, also in `report.json`. If `day` is written already, the previous
+        report. With `after_new_files`, None in that case, and if no file is new.
 
     Raises:
-        NoEvents: no event that can be used has arrived by then.
+        NoEvents: no usable event has arrived by the end of `day`.
         ValueError: as `prepare_events`; or a setting does not apply to days, or differs from that
             of the previous calls.
     """
@@ -99,7 +99,7 @@ def prepare_days(
 
 
 def _has_new_files(config: EventsConfig, progress: Progress) -> bool:
-    """Return whether a file is not read yet, and no table is still without files."""
+    """Return whether a table has an unread file and every table has files."""
     new = set[str]()
     for name, table in config.tables.items():
         read, files = progress.files.get(name, {}), file_sizes(name, table, may_be_empty=True)
@@ -110,7 +110,7 @@ def _has_new_files(config: EventsConfig, progress: Progress) -> bool:
 
 
 def _unfit(config: EventsConfig) -> str | None:
-    """Return a setting that days cannot have, with the fix."""
+    """Return an error message on a setting that `--until` does not support, or None."""
     if config.drop.max_events_per_user is not None:
         return "drop: max_events_per_user is not for --until; leave it out"
     if config.vocabulary.min_count:
@@ -125,7 +125,7 @@ def _unfit(config: EventsConfig) -> str | None:
 
 @dataclass(frozen=True)
 class Call:
-    """One call: the days between the end of the last one and `until`."""
+    """One call of `prepare_days`, for the days between the end of the last call and `until`."""
 
     engine: SqlEngine
     config: EventsConfig
@@ -133,15 +133,15 @@ class Call:
     before: Progress
     day: str
     until: int
-    tables: dict[str, list[str]] = field(default_factory=dict)  # files of the state
+    tables: dict[str, list[str]] = field(default_factory=dict)  # files that the call adds
 
     @property
     def since(self) -> int:
-        """The time from which on events arrive for this call."""
+        """The end of the last call: events of this call arrive from this time on."""
         return -FOREVER if self.before.until is None else self.before.until
 
     def run(self, out: Path) -> dict[str, Any]:
-        """Write the days, the files beside them and the state; return the report."""
+        """Write the partitions, other files of the dataset and the state; return the report."""
         engine, config = self.engine, self.config
         types, num_read, reasons, files = self._read_events()
         reasons |= read_snapshots(engine, config, types, must_match=self.before.until is None)
@@ -179,7 +179,7 @@ class Call:
         return report
 
     def _read_events(self) -> tuple[Types, int, dict[str, int], dict[str, dict[str, int]]]:
-        """Make `new_events`, of this call, and `clean_events`; return types, counts and files."""
+        """Make `new_events` and `clean_events`; return types, rows read and left out, and files."""
         engine, config = self.engine, self.config
         readers, files = self._new_readers()
         types: Types = {}
@@ -201,17 +201,17 @@ class Call:
         engine.add("unseen", unique)
         if not kept:
             engine.view("kept", "SELECT * FROM unseen WHERE 1 = 0")
-        before = engine.count_rows("unseen")
+        num_unseen = engine.count_rows("unseen")
         self._drop_seen(types)
-        if repeated := num_copies + before - engine.count_rows("new_events"):
+        if repeated := num_copies + num_unseen - engine.count_rows("new_events"):
             reasons["duplicate"] = repeated
-        if before == 0 and not kept:
+        if num_unseen == 0 and not kept:
             raise NoEvents(f"--until {self.day}: no event that can be used is known by then")
         engine.view("clean_events", self._events("1 = 1", "1 = 1"))
         return types, num_read, reasons, files
 
     def _events(self, stored_condition: str, new_condition: str) -> str:
-        """Return SQL of the events that are kept, and of new ones, by conditions."""
+        """Return SQL of kept events and of new events, each restricted by a condition."""
         names = listed(self.engine.schema("new_events").names)
         return (
             f"SELECT {names} FROM kept WHERE {stored_condition} "
@@ -247,7 +247,7 @@ class Call:
         return readers, files
 
     def _drop_seen(self, types: Types) -> None:
-        """Make the stage `new_events`: those that no call before has had; write their keys."""
+        """Make the stage `new_events`, without events of earlier calls; write their keys."""
         engine = self.engine
         if not self.config.drop.duplicates:
             engine.view("new_events", "SELECT * FROM unseen")
@@ -264,7 +264,7 @@ class Call:
         self._add_seen(copy_key(types), number, days)
 
     def _add_seen(self, key: str, number: str, days: list[int]) -> None:
-        """Write the keys of new events by day; those of a day that many calls wrote are merged."""
+        """Write the keys of new events by day; merge the files of a day that many calls wrote."""
         engine, folder = self.engine, self.folder
         query = f"SELECT {key}, {number} AS day FROM new_events"
         merged = {day: files for day in days if (files := folder.crowded(f"seen/day={day}"))}
@@ -282,14 +282,14 @@ class Call:
                 self.tables.update(names_of(**{name: files}))
 
     def _due_rows(self) -> dict[str, int]:
-        """Make the stages `due`, rows to write, and `unique_events`, which may label them.
+        """Make the stages `due`, the rows to write, and `unique_events`, which may label them.
 
-        Due rows have `/day` and its `/end`. Returns the number of other rows, by reason.
+        Due rows have a day `/day` and its end `/end`. Returns the number of other rows by reason.
         """
         engine, config = self.engine, self.config
         late = f"arrived - ts > {duration(config.drop.late_rows)}"
         ripe = quoted(RIPE)
-        # Kept events had arrived before, so that time alone, by which they are sorted, makes rows.
+        # Kept events arrived before this call, so only their time decides whether they are ripe.
         events = self._events(f"ts >= {self.since - config.ripe_after}", "1 = 1")
         engine.view(
             "ripe_rows",
@@ -317,7 +317,7 @@ class Call:
         return {name: count for name, count in reasons.items() if name and count}
 
     def _past_items(self, settings: Negatives) -> tuple[PastItems, int]:
-        """Make the stage `catalogue`; return what draws know, and how many events."""
+        """Make the stage `catalogue`; return past items to draw from, and the number of events."""
         engine, folder, first = self.engine, self.folder, 0
         times = item_times(self.config, "new_events")
         if files := folder.files("catalogue"):
@@ -345,7 +345,7 @@ class Call:
         return past, 0 if popularity is None else len(popularity.since)
 
     def _write(self, writer: DatasetWriter, out: Path) -> dict[str, int]:
-        """Write the partitions and what belongs to them; return the rows of each table of ids."""
+        """Write partitions, vocabularies, items, features and schema; return rows by id table."""
         engine, config = self.engine, self.config
         names, complete = writer.columns()
         rows = (
@@ -360,8 +360,8 @@ class Call:
         sizes = writer.write_vocabularies(ids, out, self.folder.path, self.before.sizes)
         item, counts = config.output.item, writer.item_counts("1 = 1")
         if (file := self.folder.path / "item_counts.parquet").exists():
-            parts = [pq.read_table(file, partitioning=None), counts]
-            counts = pa.concat_tables(parts, promote_options="default").group_by(item)
+            tables = [pq.read_table(file, partitioning=None), counts]
+            counts = pa.concat_tables(tables, promote_options="default").group_by(item)
             counts = counts.aggregate([("train_rows", "sum")]).rename_columns([item, "train_rows"])
         pq.write_table(counts.sort_by(item), out / "item_counts.parquet")
         if config.items is not None:

@@ -1,11 +1,11 @@
 """Folder of a dataset that grows by days, and the state that `prepare events --until` keeps in it.
 
-OUT/.state/progress.json       what is done; the files that it does not name do not count
+OUT/.state/progress.json       progress of the calls; other files that it does not name are invalid
 OUT/.state/TABLE/CALL.parquet  tables of the state, a file for each call until many are merged
-OUT/.ready                     the files of a call that is done; they are moved to their places
+OUT/.ready                     the files of a committed call, before they are moved to their places
 
-A call ends when `.ready` appears. A call that is killed before leaves nothing that counts, and one
-that is killed later is ended by the next.
+A call is committed when `.ready` appears. Files of a call that is killed earlier are ignored. If a
+call is killed later, the next call moves its files.
 """
 
 import json
@@ -37,9 +37,9 @@ from recsys.storage.lock import JobLock
 FORMAT = 1
 STATE, READY, LOCK, PROGRESS = ".state", ".ready", ".lock", "progress.json"
 SUCCESS = "_SUCCESS"
-MOST_APPENDED = 1.0  # new events, as a share of the earlier, at which unneeded ones are counted
-LEAST_DROPPED = 0.25  # share of unneeded events at which they are dropped
-MOST_CALLS = 24  # that may have files of a table, or of a day of one: an hour each of a day
+MOST_APPENDED = 1.0  # share of new events, relative to older ones, at which unneeded are counted
+LEAST_DROPPED = 0.25  # share of unneeded events at which these are dropped
+MOST_CALLS = 24  # calls whose files of a table, or of its day, are not merged: one per hour
 
 
 @dataclass(frozen=True)
@@ -47,21 +47,21 @@ class Progress:
     """State of a dataset after the calls so far."""
 
     settings: dict[str, Any]
-    day: str = ""  # the last one that is prepared
-    until: int | None = None  # its end, in microseconds
+    day: str = ""  # last prepared day
+    until: int | None = None  # end of `day`, in microseconds
     calls: int = 0
-    # Bytes of the files that are read, by table and name.
+    # Bytes of the files that have been read, by table and name.
     files: dict[str, dict[str, int]] = field(default_factory=dict)
     tables: dict[str, list[str]] = field(default_factory=dict)  # files of some tables of the state
     compacted: int = 0  # events stored when unneeded ones were last counted
     appended: int = 0  # events stored since then
-    popularity: int = 0  # events to draw from
+    popularity: int = 0  # number of events to draw negatives from
     sizes: dict[str, int] = field(default_factory=dict)  # rows of each table of ids
 
 
 @dataclass(frozen=True)
 class DailyFolder:
-    """Folder OUT of a dataset."""
+    """The folder OUT of a dataset that grows by days."""
 
     path: Path
 
@@ -71,7 +71,7 @@ class DailyFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder alone, and put it in order; one in use by others is a ValueError."""
+        """Lock the folder and finish or undo a killed call; a folder in use is a ValueError."""
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path}: no folder; name another --out")
         names = {entry.name for entry in self.path.glob("*")}
@@ -92,7 +92,7 @@ class DailyFolder:
             lock.release()
 
     def progress(self, config: EventsConfig) -> Progress:
-        """Return what is done; remove files of killed calls; other settings are a ValueError."""
+        """Return the progress; remove files of killed calls; raise if settings have changed."""
         settings, file = _settings(config), self.state / PROGRESS
         if not file.exists():
             shutil.rmtree(self.state, ignore_errors=True)
@@ -102,12 +102,12 @@ class DailyFolder:
             raise ValueError(f"{file}: no state of this version; prepare into another --out")
         progress = Progress(**stored)
         for name in sorted(settings.keys() | progress.settings.keys()):
-            before, after = progress.settings.get(name), settings.get(name)
-            if _in_order(after) != _in_order(before):
-                order = " in another order" if after == before else ""
+            stored_value, value = progress.settings.get(name), settings.get(name)
+            if _in_order(value) != _in_order(stored_value):
+                order = " in another order" if value == stored_value else ""
                 raise ValueError(
-                    f"{self.path}: `{name}` was {json.dumps(before)} in the calls before, and is "
-                    f"{json.dumps(after)}{order}; set it back, or prepare into another --out"
+                    f"{self.path}: `{name}` was {json.dumps(stored_value)} in the calls before, "
+                    f"and is {json.dumps(value)}{order}; set it back, or prepare into another --out"
                 )
         for path in self.state.rglob("*.parquet"):
             is_current = path.name in progress.tables.get(path.parent.name, [path.name])
@@ -120,21 +120,21 @@ class DailyFolder:
         return sorted((self.state / table).rglob("*.parquet"))
 
     def crowded(self, table: str) -> list[Path]:
-        """Return the files of a table to merge, if these are of many calls."""
+        """Return the files of a table to merge; empty unless many calls wrote files."""
         calls: dict[str, list[Path]] = {}
         for file in self.files(table):
             calls.setdefault(file.name[:6], []).append(file)
         if len(calls) < MOST_CALLS:
             return []
         rows = [sum(pq.read_metadata(file).num_rows for file in files) for files in calls.values()]
-        # A first one with half of them is left out, so that rows are seldom written again.
-        parts = list(calls.values())[1 if 2 * rows[0] >= sum(rows) else 0 :]
-        return [file for files in parts for file in files]
+        # A first call with half of the rows is left out, so that rows are rarely written again.
+        merged = list(calls.values())[1 if 2 * rows[0] >= sum(rows) else 0 :]
+        return [file for files in merged for file in files]
 
     def append(
         self, engine: SqlEngine, progress: Progress, table: str, query: str, order: str
     ) -> list[Path]:
-        """Write rows to a table of the state, and return its files; many are merged."""
+        """Append rows to a table of the state, and return its files; many files are merged."""
         files, merged = self.files(table), self.crowded(table)
         if merged:
             engine.read_saved(f"merged_{table}", merged)
@@ -149,7 +149,7 @@ class DailyFolder:
 
     @contextmanager
     def commit(self) -> Iterator[Path]:
-        """Yield a folder whose files come to their places in OUT, all or none."""
+        """Yield a folder whose files are all moved to OUT at the end, or none of them."""
         with whole_folder(self.path / READY) as partial:
             yield partial
         self._publish()
@@ -159,7 +159,7 @@ class DailyFolder:
         write_whole(folder / STATE / PROGRESS, json.dumps(content, indent=1) + "\n")
 
     def _publish(self) -> None:
-        """Move the files of a call that is done: partitions behind what they need, state last."""
+        """Move the files of a committed call: partitions after what they need, the state last."""
         ready = self.path / READY
         if not ready.is_dir():
             return
@@ -173,18 +173,18 @@ class DailyFolder:
                 replace_folder(path, target)
             elif path.exists():
                 path.replace(target)
-        for old in self.path.glob(".*.old"):  # of a call that was killed as it replaced a folder
+        for old in self.path.glob(".*.old"):  # from a call killed while it replaced a folder
             shutil.rmtree(old)
         shutil.rmtree(ready)
 
 
 def names_of(**tables: list[Path]) -> dict[str, list[str]]:
-    """Return the names of the files of tables."""
+    """Return the file names of each table."""
     return {table: [file.name for file in files] for table, files in tables.items()}
 
 
 def _settings(config: EventsConfig) -> dict[str, Any]:
-    """Return the settings that calls share: all but places of files, and what draws no row."""
+    """Return the settings that all calls must share: those that change the content of rows."""
     settings = json.loads(json.dumps(asdict(config)))
     for name in ("split", "embargo"):
         del settings[name]
@@ -197,9 +197,9 @@ def _settings(config: EventsConfig) -> dict[str, Any]:
 
 
 def _in_order(settings: Any) -> Any:
-    """Return settings so that a comparison sees the order of names, as that of labels counts."""
+    """Return settings with mappings as lists, as the order of names counts, such as of labels."""
     if isinstance(settings, dict):
-        return [(name, _in_order(part)) for name, part in settings.items()]
+        return [(name, _in_order(value)) for name, value in settings.items()]
     return settings
 
 
@@ -214,7 +214,7 @@ class KeptEvents:
     until: int
 
     def read_earlier(self, types: Types) -> None:
-        """Make the stage `earlier`: numbers of events that are not kept, by keys of counts."""
+        """Make the stage `earlier`: numbers of dropped events, by the keys of counts."""
         if files := self.folder.files("earlier"):
             self.engine.read_saved("earlier", files)
             return
@@ -229,7 +229,7 @@ class KeptEvents:
         self.engine.read_saved("earlier", [file])
 
     def write(self) -> tuple[dict[str, list[str]], int, int]:
-        """Write the events that later calls need; return the files, and events in them."""
+        """Write events that later calls need; return files, `compacted` and `appended`."""
         engine, folder, before = self.engine, self.folder, self.before
         file = folder.new_file("pending", before)
         later = f"SELECT * FROM incoming WHERE arrived >= {self.until}"
@@ -247,7 +247,7 @@ class KeptEvents:
         return tables, compacted, appended
 
     def _compact(self, marked: str, file: Path) -> dict[str, list[str]]:
-        """Write the events that are needed into one file, and numbers of all that are not."""
+        """Write needed events into one file, and numbers of the others; return the files."""
         engine, numbers = self.engine, self.folder.new_file("earlier", self.before)
         if any(duration(count.within) is None for count in self.config.counts.values()):
             engine.add("dropped", f"SELECT position FROM ({marked}) WHERE NOT is_kept")
@@ -260,8 +260,8 @@ class KeptEvents:
     def _marked(self) -> str:
         """Return SQL of events with `is_kept`: whether rows of later calls may need them.
 
-        All later rows know an event that had arrived by `settled`, so that of these histories need
-        a user's last ones alone: those since `since_...`.
+        All later rows know events that had arrived by `settled`. Of these, histories need only each
+        user's last events, from `since_...` on.
         """
         config = self.config
         histories, counts = config.histories.values(), config.counts.values()
@@ -284,7 +284,7 @@ class KeptEvents:
             first = self.engine.least_of_last("ts", length, f"arrived <= {settled} AND ({test})")
             since.append(f"{first} AS since_{place}")
             conditions.append(f"({test}) AND ts >= coalesce(since_{place}, {FOREVER})")
-        is_kept = " OR ".join(f"({part})" for part in conditions)
+        is_kept = " OR ".join(f"({condition})" for condition in conditions)
         if not since:
             return f"SELECT *, {is_kept} AS is_kept FROM clean_events"
         return (

@@ -1,4 +1,4 @@
-"""Writes datasets of the stage `complete`: splits, items, vocabularies and `schema.yaml`."""
+"""Write datasets from the stage `complete`: splits, items, vocabularies and `schema.yaml`."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from recsys.storage.location import Location, errors_at
 logger = logging.getLogger(__name__)
 
 
-ITEMS_PER_GROUP = 1024  # small, since a row may hold pictures
-LARGE_TABLE, ROWS_PER_ID = 1 << 24, 1000  # rows of a table may be unused up to these
+ITEMS_PER_GROUP = 1024  # rows of a row group, small, since a row may hold pictures
+LARGE_TABLE, ROWS_PER_ID = 1 << 24, 1000  # limits of tables whose ids are rows; the larger counts
 
 
 def complete_samples(
@@ -46,9 +46,9 @@ def complete_samples(
     past: PastItems | None = None,
     is_daily: bool = False,
 ) -> tuple[DatasetWriter, dict[str, int]]:
-    """Make the stage `complete` of `rows`; return the writer of datasets, and samples left out.
+    """Make the stage `complete` from `rows`; return a writer, and samples left out by reason.
 
-    With `is_daily` there may be no row, and the stage `earlier` is there; `past` is for that alone.
+    With `is_daily`, there may be no row, the stage `earlier` exists, and `past` is used.
     """
     stage, reasons = "rows", dict[str, int]()
     if config.negatives is not None:
@@ -61,27 +61,27 @@ def complete_samples(
 
 @dataclass(frozen=True)
 class DatasetWriter:
-    """Writes datasets of the stage `complete`: all samples, with all their columns."""
+    """Writes datasets from the stage `complete`, which has all samples with all columns."""
 
     engine: SqlEngine
     config: EventsConfig
     datasets: Conditions
     lists: Types  # types of the histories and the lists beside them
-    files: HistoryFiles | None  # values of histories, if samples have slices of them, not lists
+    files: HistoryFiles | None  # values of histories, if samples have slices instead of lists
 
     def write(self, root: Path) -> dict[str, dict[str, Any]]:
-        """Write the datasets into folders of their names; return figures of each split."""
+        """Write each dataset into a folder with its name; return figures of each split."""
         figures: dict[str, dict[str, Any]] = {}
         items: Path | None = None
         for name, conditions in self.datasets.items():
             self._write_dataset(conditions, root / name, items)
             items = root / name / "items"
-            parts = self._figures(conditions)
-            figures |= {str(Path(name, split)): part for split, part in parts.items()}
+            by_split = self._figures(conditions)
+            figures |= {str(Path(name, split)): values for split, values in by_split.items()}
         return figures
 
     def _write_dataset(self, conditions: dict[str, str], folder: Path, items: Path | None) -> None:
-        """Write a dataset; `schema.yaml` and what is fitted for it come last."""
+        """Write a dataset; `schema.yaml` and fitted transforms come last."""
         self._write_splits(conditions, folder)
         train = f"{conditions['train']}{self.is_logged}"
         pq.write_table(self.item_counts(conditions["train"]), folder / "item_counts.parquet")
@@ -98,14 +98,14 @@ class DatasetWriter:
         check_transformed(Location.of(folder))
 
     def item_counts(self, train: str) -> pa.Table:
-        """Return the training rows that count of each item, by the condition of training rows."""
+        """Return the number of training rows of each item that count; `train` is their condition."""
         return self.engine.table(
             f"SELECT iid AS {quoted(self.config.output.item)}, count(*) AS train_rows "
             f"FROM complete c WHERE {train}{self.is_counted} GROUP BY c.iid ORDER BY c.iid"
         )
 
     def columns(self) -> tuple[str, Complete]:
-        """Return SQL of the columns of rows, and what completes their batches."""
+        """Return SQL of the columns of rows, and a function that adds histories to batches."""
         config, output, unit = self.config, self.config.output, MICROS[self.config.output.time_unit]
         columns = {output.user: "uid", output.item: "iid"}
         for history_name, history in config.histories.items():
@@ -120,7 +120,7 @@ class DatasetWriter:
             columns[output.weight] = f"CAST({quoted(WEIGHT)} AS FLOAT)"
         if config.negatives is not None:
             columns[output.sampled] = f"CAST(CASE WHEN {DRAWN_AS} = 0 THEN 0 ELSE 1 END AS FLOAT)"
-        # % has the sign of its left side, and a time before 1970 is rounded down as well.
+        # Round down, also before 1970: SQL's % has the sign of its left side.
         columns[output.time] = f"CAST((ts - (ts % {unit} + {unit}) % {unit}) / {unit} AS BIGINT)"
         if self.files is None:
             return aligned(columns, columns), None
@@ -142,12 +142,12 @@ class DatasetWriter:
 
     @property
     def is_logged(self) -> str:
-        """SQL that leaves drawn rows out."""
+        """SQL condition, starting with AND, that excludes drawn negatives."""
         return f" AND {DRAWN_AS} = 0" if self.config.negatives is not None else ""
 
     @property
     def is_counted(self) -> str:
-        """SQL that also leaves rows of weight 0 out: in a run they count for no item."""
+        """SQL condition that also excludes rows of weight 0: in a run they count for no item."""
         has_weight = f" AND {quoted(WEIGHT)} > 0" if self.config.weight is not None else ""
         return f"{self.is_logged}{has_weight}"
 
@@ -170,7 +170,7 @@ class DatasetWriter:
             )
 
     def write_items(self, folder: Path, end: int, condition: str = "") -> int:
-        """Write the content that is valid at a time, or an item's first; return the number."""
+        """Write each item's content at the time `end`, or its first; return the number of items."""
         table, name = self.config.items, self.config.output.item
         assert table is not None
         columns = {name: "id"} | {column: quoted(f"t_{column}") for column in table.content}
@@ -186,7 +186,7 @@ class DatasetWriter:
 
     @property
     def id_lists(self) -> dict[str, str]:
-        """Columns of which lists beside histories hold the ids, by list."""
+        """Lists of ids beside histories -> the column of events that each list holds."""
         return {
             name: parallel.column
             for name, parallel in self.config.parallels.items()
@@ -200,10 +200,10 @@ class DatasetWriter:
         earlier: Path | None = None,
         sizes_before: dict[str, int] | None = None,
     ) -> dict[str, int]:
-        """Write the map of each id table unless ids are rows; return the rows of each table.
+        """Write the vocabulary of each id table unless ids are rows; return the rows of each table.
 
-        `ids_of_tables` is of `ids`. Maps of the dataset `earlier` are extended, and tables keep
-        their `sizes_before` while these suffice.
+        `ids_of_tables` is a result of `ids`. Vocabularies of the dataset `earlier` are extended.
+        Tables keep their sizes of `sizes_before` as long as their ids fit.
         """
         sizes: dict[str, int] = {}
         for name, ids in ids_of_tables.items():
@@ -240,7 +240,7 @@ class DatasetWriter:
         if earlier is not None and (file := vocabulary_file(Location.of(earlier), name)).exists():
             rows = pq.read_metadata(file.path).num_rows + len(new) + 2
             vocabulary = ExactVocabulary.load(file.path, rows)
-        with errors_at(f"column '{name}'"):  # of the calls before, and of this one
+        with errors_at(f"column '{name}'"):  # ids of this call may have another type than earlier
             vocabulary.extend([new])
         return vocabulary
 
@@ -250,7 +250,7 @@ class DatasetWriter:
         return self.ids(train, f"clean_events WHERE {until}", f"past_events WHERE {until}")
 
     def ids(self, train: str, events: str, past: str) -> dict[str, str]:
-        """Return SQL of the ids of each table, in events and in rows by a condition."""
+        """Return SQL of the ids of each table, in the stages `events`, `past` and training rows."""
         config, output = self.config, self.config.output
         ids = {
             output.user: f"SELECT uid AS id FROM {events}",
@@ -304,14 +304,14 @@ class DatasetWriter:
         for name, column in config.transforms.items():
             settings = asdict(column)
             if column.fill is None and name in column.sources(name):
-                settings["fill"] = columns.get(name, {}).get("fill")  # of the feature it replaces
+                settings["fill"] = columns.get(name, {}).get("fill")  # from the replaced feature
             columns[name] = settings
         schema: dict[str, Any] = {"target_item": output.item, "group": output.user}
         schema["columns"] = {name: _without_empty(column) for name, column in columns.items()}
-        if tables := [_without_empty(asdict(part.table)) for part in id_features(config)]:
+        if tables := [_without_empty(asdict(feature.table)) for feature in id_features(config)]:
             schema["features"] = tables
         if config.items is not None:
-            content = {name: {"kind": part.kind} for name, part in config.items.content.items()}
+            content = {name: {"kind": item.kind} for name, item in config.items.content.items()}
             schema["items"] = {"id": output.item, "columns": content}
         return yaml.safe_dump(schema, sort_keys=False, default_flow_style=None)
 
@@ -372,7 +372,7 @@ def _frequent(ids: str, min_count: int) -> str:
 
 
 def _num_rows(engine: SqlEngine, name: str, ids: str) -> int:
-    """Return the rows that a table needs whose ids are rows, or raise a ValueError."""
+    """Return the size of a table whose ids are its rows; unusable ids are a ValueError."""
     figures = "min(id), max(id), count(*) - count(id), count(DISTINCT id)"
     table = engine.table(f"SELECT {figures} FROM ({ids})")
     least, largest, nulls, num_ids = (column[0].as_py() for column in table.columns)

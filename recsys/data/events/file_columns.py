@@ -1,4 +1,4 @@
-"""Files of a table and their columns in canonical types.
+"""Find the files of a table, and read their columns in canonical types.
 
 Ids are int64 or string, times microseconds, numbers float64. Shapes: N rows of a batch.
 """
@@ -23,22 +23,22 @@ from recsys.data.parquet.values import is_list
 from recsys.storage.location import Location
 
 Types = dict[str, pa.DataType]
-Parts = dict[str, str | None]  # values of the `key=value/` folders of a file
+Parts = dict[str, str | None]  # values of the `key=value/` folders in a file's path
 ENDINGS = (".parquet", ".csv", ".csv.gz", ".tsv", ".dat")
-# Files of logs that a folder may hold, too, and that would be left out.
+# Names of files that look like data but are not read, which is an error.
 ALIKE = r"\.(parquet|parq|pq|csv|tsv|dat|orc|avro|jsonl?|ndjson|feather|arrow)(\.\w+)?$"
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 INTEGER = "^(0|-?[1-9][0-9]*)$"
-# Arrow's own list has NA and more, which may be ids: a country, the initials of a user.
+# Arrow's own list has NA and more, which may be ids, such as of a country or a user.
 NULLS = ["", "NULL", "null", "NaN", "nan", "\\N"]
 WILDCARDS = set("*?[")
 BLOCK = 1 << 22  # bytes of a text file that are read at once
 
 
 def data_files(name: str, root: Location, may_be_empty: bool = False) -> list[Location]:
-    """Return the data files at and under a path, or that a pattern such as *.csv matches.
+    """Return the data files at and under a path, or those that a pattern such as *.csv matches.
 
-    None, unless `may_be_empty`, or one that would be left out, is a ValueError.
+    Raises a ValueError for a data file in another format, and without files unless `may_be_empty`.
     """
     if root.filesystem.isfile(root.path):
         if not root.path.endswith(ENDINGS):
@@ -49,7 +49,7 @@ def data_files(name: str, root: Location, may_be_empty: bool = False) -> list[Lo
         files, problem = _matching_files(root, folder), "matches no .parquet or .csv file"
     elif root.exists():
         files = _files_under(root, set())
-    elif may_be_empty:  # an object store has no folders without files
+    elif may_be_empty:  # an object store has no empty folders
         return []
     else:
         raise ValueError(f"{root}: no such file or folder; correct the path of '{name}'")
@@ -59,12 +59,12 @@ def data_files(name: str, root: Location, may_be_empty: bool = False) -> list[Lo
 
 
 def fixed_folder(root: Location) -> Location:
-    """Return the folder in which a pattern is looked up, or the path itself if it is none."""
-    parts = root.path.split("/")
-    first = next((place for place, part in enumerate(parts) if WILDCARDS & set(part)), len(parts))
-    if first == len(parts) or root.exists():  # a file may have such a name
+    """Return the folder in which a pattern is looked up; a path without wildcards as it is."""
+    names = root.path.split("/")
+    first = next((place for place, name in enumerate(names) if WILDCARDS & set(name)), len(names))
+    if first == len(names) or root.exists():  # wildcards may occur in a file's name
         return root
-    return Location(root.filesystem, "/".join(parts[:first]))
+    return Location(root.filesystem, "/".join(names[:first]))
 
 
 def _matching_files(pattern: Location, folder: Location) -> list[Location]:
@@ -108,7 +108,7 @@ def _data_files_among(
 
 
 def partition_values(roots: list[str], url: str) -> Parts:
-    """Return the values of `key=value/` folders between a root and a file, as Hive writes them."""
+    """Return the values of Hive's `key=value/` folders between a root and a file."""
     root = max((root for root in roots if url.startswith(root)), key=len)
     folders = url[len(root) :].split("/")[:-1]
     texts = dict(part.split("=", 1) for part in folders if "=" in part)
@@ -121,7 +121,7 @@ def partition_values(roots: list[str], url: str) -> Parts:
 def csv_batches(
     file: Location, source: Source, columns: list[str], types: Types
 ) -> Iterator[pa.RecordBatch]:
-    """Yield some columns of a text file; a missing one, or one not of `types`, is a ValueError."""
+    """Yield columns of a text file; a missing column, or another type, is a ValueError."""
     delimiter = source.delimiter or ("\t" if ".tsv" in file.path else ",")
     parse = pa_csv.ParseOptions(delimiter=delimiter, quote_char='"' if source.in_quotes else False)
     try:
@@ -158,7 +158,7 @@ def _csv_rows(
         strings_can_be_null=True,
         null_values=NULLS,
     )
-    # One thread: with several, Arrow does not report the row of a bad value.
+    # With several threads, Arrow does not report the row of a bad value.
     read = pa_csv.ReadOptions(use_threads=False, block_size=BLOCK, column_names=source.header)
     with file.arrow.open_input_stream(file.path) as stream:
         for batch in pa_csv.open_csv(stream, read, parse, convert):
@@ -167,17 +167,17 @@ def _csv_rows(
 
 
 def _later_type(error: pa.ArrowInvalid, names: list[str]) -> Types:
-    """Return the type of a column whose first block has no values, or whole seconds, or raise."""
-    found = re.match(
+    """Return the type of a column that Arrow inferred wrongly from its first block, or raise."""
+    match = re.match(
         r"In CSV column #(\d+): Row #\d+: CSV conversion error to (null|timestamp\[s\]): "
         "invalid value '(.*)'",
         str(error),
         re.DOTALL,
     )
-    if found is None:
+    if match is None:
         raise error
-    kind = pa.int64() if re.match(INTEGER, found[3]) else pa.string()
-    return {names[int(found[1])]: kind if found[2] == "null" else pa.timestamp("ns")}
+    kind = pa.int64() if re.match(INTEGER, match[3]) else pa.string()
+    return {names[int(match[1])]: kind if match[2] == "null" else pa.timestamp("ns")}
 
 
 def _csv_header(start: bytes, parse: pa_csv.ParseOptions) -> list[str]:
@@ -188,7 +188,7 @@ def _csv_header(start: bytes, parse: pa_csv.ParseOptions) -> list[str]:
 
 
 def id_type(texts: pa.Array) -> pa.DataType:
-    """Return int64 if all ids are integers as written; float64 for other numbers; else string."""
+    """Return int64 for plain integers, float64 for other numbers, null for no value, or string."""
     if not len(texts.drop_null()):
         return pa.null()
     with suppress(pa.ArrowInvalid):
@@ -200,7 +200,7 @@ def id_type(texts: pa.Array) -> pa.DataType:
 
 
 def with_integers(batch: pa.RecordBatch, ids: list[str]) -> pa.RecordBatch:
-    """Return a batch with some columns of texts as integers; other texts are an ArrowInvalid."""
+    """Return a batch with text columns `ids` as integers; other texts are an ArrowInvalid."""
     for name in ids:
         texts = batch.column(name)
         row = first_row(pc.invert(pc.match_substring_regex(texts, INTEGER)))
@@ -215,7 +215,7 @@ def with_integers(batch: pa.RecordBatch, ids: list[str]) -> pa.RecordBatch:
 
 
 def check_columns(file: Location, names: list[str], columns: list[str]) -> None:
-    """Raise a ValueError for a column that a file lacks, or has twice."""
+    """Raise a ValueError for one of `columns` that a file lacks, or has twice."""
     for name in columns:
         if names.count(name) > 1:
             raise ValueError(f"{file}: column '{name}' occurs {names.count(name)} times; keep one")
@@ -228,13 +228,13 @@ def check_columns(file: Location, names: list[str], columns: list[str]) -> None:
 
 LARGEST = float(np.finfo(np.float32).max)
 
-# Arrow has views, but functions for few of them.
+# Arrow's view types are converted, as few functions support them.
 PLAIN = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
 
 
 @dataclass(frozen=True)
 class Field:
-    """A column to read."""
+    """A column to read from the files of a table."""
 
     name: str
     column: str
@@ -245,7 +245,7 @@ class Field:
 
 
 def canonical_type(kind: pa.DataType, field: Field, file: Location) -> pa.DataType:
-    """Return the type in which a column is kept."""
+    """Return the canonical type of a field whose file has type `kind`."""
     where = f"{file}: column '{field.column}' has type {kind}"
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
@@ -277,17 +277,17 @@ def _id_type(kind: pa.DataType, where: str) -> pa.DataType:
 
 
 def without_views(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Return a batch whose texts and bytes are no views of others."""
+    """Return a batch with Arrow's view types converted to plain texts and bytes."""
     columns = [values.cast(PLAIN.get(values.type, values.type)) for values in batch.columns]
     return pa.record_batch(columns, names=batch.schema.names)
 
 
 def column_values(batch: pa.RecordBatch, field: Field, parts: Parts, kind: pa.DataType) -> pa.Array:
-    """Return a field's values as they are in the file or its folders; `kind` is its own type."""
+    """Return a field's values in the file, or from its folders, then as type `kind` if possible."""
     if field.constant is None and field.column not in parts:
         return batch.column(field.column)
     value = pa.array([parts[field.column] if field.constant is None else field.constant])
-    with suppress(pa.ArrowInvalid):  # the names of folders are texts; times in ISO form stay so
+    with suppress(pa.ArrowInvalid):  # folder names are texts; times in ISO form stay texts
         value = value.cast(kind)
     return value.take(pa.array(np.zeros(batch.num_rows, np.int8)))
 
@@ -300,7 +300,7 @@ def canonical(
     file: Location,
     rows: np.ndarray,
 ) -> pa.Array:  # [N]
-    """Convert values to the canonical type; `rows` [N] are theirs in the file."""
+    """Convert values to the canonical type; `rows` [N] are their row numbers, for errors."""
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     try:
@@ -331,7 +331,7 @@ def canonical(
 
 
 def _number(values: pa.Array) -> pa.Array:
-    """Return numbers with null for NaN; refuse those that are infinite in float32."""
+    """Return numbers with null for NaN; numbers that are infinite in float32 are a RowError."""
     values = pc.if_else(pc.is_nan(values), None, values)
     row = first_row(pc.greater(pc.abs(values), LARGEST))
     if row is not None:

@@ -1,7 +1,7 @@
-"""`recsys prepare events --follow SECONDS`: partitions of files that arrive all day.
+"""`recsys prepare events --follow SECONDS`: write partitions while new files arrive.
 
-Each look is a call of `--until` up to the last day or hour that has ended, if a file is new. So a
-killed command leaves nothing half written, and the same command goes on.
+At each check with a new file, `prepare_days` runs up to the last day or hour that has ended. So a
+killed command leaves no partial files, and the same command continues.
 """
 
 import logging
@@ -31,7 +31,7 @@ def follow_files(
     last = None if until is None else calendar.end_of(until)
     logger.info("looks for new files every %g seconds, until SIGTERM", seconds)
     with _stop_at_signals() as signals:
-        while not signals:  # a library may swallow the exception of one
+        while not signals:  # a library may swallow the exception that a signal raises
             is_over = last is not None and now() >= last
             period = until if is_over else calendar.last_ended(now())
             try:
@@ -39,7 +39,7 @@ def follow_files(
             except NoEvents:
                 if is_over:
                     raise
-                report = None  # events of the first files belong to a period that goes on
+                report = None  # events of the first files belong to a period that has not ended
             if report is not None:
                 show(report)
             if is_over:
@@ -49,11 +49,11 @@ def follow_files(
 
 @contextmanager
 def _stop_at_signals() -> Iterator[list[int]]:
-    """End the block without an error at SIGTERM and SIGINT; a call that they end is undone.
+    """End the block without an error at SIGTERM and SIGINT.
 
-    Yields the first signal that arrives, in a list.
+    Yields a list that gets the first signal that arrives.
     """
-    signals: list[int] = []  # no Event: the code that a signal interrupts may hold its lock
+    signals: list[int] = []  # no Event, as the interrupted code may hold the Event's lock
 
     def end(number: int, _: object) -> None:
         if not signals:
@@ -64,7 +64,7 @@ def _stop_at_signals() -> Iterator[list[int]]:
     handlers = [signal.signal(number, end) for number in numbers]
     try:
         yield signals
-    except BaseException:  # DuckDB and Spark raise errors of their own for it
+    except BaseException:  # DuckDB and Spark turn KeyboardInterrupt into other errors
         if not signals:
             raise
         logger.info("asked to end; the same command goes on")

@@ -1,6 +1,6 @@
-"""Adds histories and counts of earlier events to samples: one sort for each set of keys.
+"""Add histories and counts of earlier events to samples, with one sort for each set of keys.
 
-Shapes: N rows of a chunk, E events of them that match, S samples.
+Shapes: N rows of a chunk, E matching events of a chunk, S samples of a chunk.
 """
 
 from collections.abc import Iterable, Iterator
@@ -30,7 +30,7 @@ from recsys.data.parquet.values import one_chunk
 
 KEYS = {"user": "uid", "item": "iid"}
 SETS = "/sets"
-# Columns of past events where some are numbers of events: the number, and the keys of their count.
+# Columns of past events that stand for several dropped ones: their number, and keys of the count.
 NUMBER, EVENT_KEYS = "/n", "/keys"
 SAMPLES_AT_ONCE = 1 << 16  # samples whose histories are in memory at a time
 
@@ -40,8 +40,8 @@ def add_histories(
 ) -> tuple[Types, HistoryFiles | None]:
     """Make the stage `complete`: samples with counts, and histories as lists, or slices of files.
 
-    With `earlier`, the stage of that name has numbers `/n` of events that are no rows of
-    `clean_events` any more, by `action`, keys, and `/keys` of the count. Returns types of lists.
+    With `earlier`, a stage `earlier` has numbers `/n` of events that `clean_events` has dropped, by
+    `action`, keys, and `/keys` of the count. Returns the types of lists, and files of slices.
     """
     item_columns = _make_past_events(engine, config, earlier)
     schema = engine.schema("samples")
@@ -77,19 +77,19 @@ def add_histories(
 
 
 def _make_past_events(engine: SqlEngine, config: EventsConfig, earlier: bool) -> dict[str, Feature]:
-    """Make the stage `past_events`: clean events with the item features they need; return these."""
+    """Make the stage `past_events`: clean events with item features; return these features."""
     listed_columns = {parallel.column for parallel in config.parallels.values()}
     read = listed_columns.union(*(count.of for count in config.counts.values()))
-    features = {name: part for name, part in config.item_features.items() if name in read}
+    features = {name: feature for name, feature in config.item_features.items() if name in read}
     query = "SELECT * FROM clean_events"
     if features:
         query = with_columns(query, "item", "iid", features, "e_")
-    own_columns = sorted(listed_columns - {AGE, "action", *features})
+    event_columns = sorted(listed_columns - {AGE, "action", *features})
     columns = {name: name for name in ("position", "uid", "iid", "ts", "action")}
     if config.has_arrival:
         columns["arrived"] = "arrived"
     columns |= {f"e_{name}": quoted(f"e_{name}") for name in features}
-    columns |= {f"e_{name}": quoted(f"c_{name}") for name in own_columns}
+    columns |= {f"e_{name}": quoted(f"c_{name}") for name in event_columns}
     if earlier:
         columns |= {NUMBER: "CAST(1 AS BIGINT)", EVENT_KEYS: "''"}
     query = f"SELECT {aligned(columns, columns)} FROM ({query})"
@@ -103,24 +103,24 @@ def _make_past_events(engine: SqlEngine, config: EventsConfig, earlier: bool) ->
 
 
 def number_earlier(engine: SqlEngine, config: EventsConfig, dropped: str) -> str:
-    """Return SQL of `earlier` with the events of `past_events` that a condition drops."""
+    """Return SQL of `earlier` plus the events of `past_events` that the condition drops."""
     unbounded = {
         tuple(dict.fromkeys(map(event_key, count.of))): None
         for count in config.counts.values()
         if duration(count.within) is None
     }
     names = [name for name in engine.schema("earlier").names if name != NUMBER]
-    parts = [f"SELECT {listed([*names, NUMBER])} FROM earlier"]
+    queries = [f"SELECT {listed([*names, NUMBER])} FROM earlier"]
     for keys in unbounded:
-        present = {name: quoted(name) for name in ("action", *keys, NUMBER)}
-        present[EVENT_KEYS] = f"'{','.join(keys)}'"
-        parts.append(
-            f"SELECT {aligned([*names, NUMBER], present)} FROM past_events "
+        columns = {name: quoted(name) for name in ("action", *keys, NUMBER)}
+        columns[EVENT_KEYS] = f"'{','.join(keys)}'"
+        queries.append(
+            f"SELECT {aligned([*names, NUMBER], columns)} FROM past_events "
             f"WHERE {quoted(EVENT_KEYS)} = '' AND {dropped}"
         )
     return (
         f"SELECT {listed(names)}, CAST(sum({quoted(NUMBER)}) AS BIGINT) AS {quoted(NUMBER)} "
-        f"FROM ({' UNION ALL '.join(parts)}) GROUP BY {listed(names)}"
+        f"FROM ({' UNION ALL '.join(queries)}) GROUP BY {listed(names)}"
     )
 
 
@@ -151,7 +151,7 @@ def _add_counts(
 
 
 def event_key(name: str) -> str:
-    """Return the column of `past_events` by which a name in `of` of a count counts."""
+    """Return the column of `past_events` for a name in a count's `of`."""
     return KEYS.get(name, f"e_{name}")
 
 
@@ -163,9 +163,9 @@ def make_counts(
     counts: dict[str, Count],
     output: list[str],
 ) -> None:
-    """Make a stage of counts `n_NAME` beside columns `output`, keys or `position`, of samples.
+    """Make a stage of samples with counts `n_NAME` and columns `output`: keys, or `position`.
 
-    `keys` has the samples' SQL of each column of `past_events` by which is counted.
+    `keys` maps the columns of `past_events` to group by to SQL of the same value in `samples`.
     """
     past = engine.schema("past_events")
     added_columns = [(f"n_{name}", pa.float64()) for name in counts]
@@ -184,7 +184,7 @@ def make_counts(
 
 
 def _has_keys(keys: list[str], samples: str, columns: dict[str, str]) -> str:
-    """Return the SQL condition of events, and numbers of them, with the keys of some sample."""
+    """Return the SQL condition of events, and of numbers of events, whose keys a sample has."""
     return (
         f"{quoted(EVENT_KEYS)} IN ('', '{','.join(keys)}') AND ({listed(keys)}) IN "
         f"(SELECT DISTINCT {', '.join(columns[key] for key in keys)} FROM {samples})"
@@ -194,18 +194,18 @@ def _has_keys(keys: list[str], samples: str, columns: dict[str, str]) -> str:
 def _add_recent_events(
     engine: SqlEngine, config: EventsConfig, samples: str, counts: list[Count]
 ) -> None:
-    """Make the stage `recent_events` that histories and counts of the samples' users may use.
+    """Make the stage `recent_events`, which histories and counts of the samples' users may use.
 
-    All samples of a user know the events that had arrived a delay before the first of them, so only
-    the last ones of these matter, unless counts are over all time.
+    All samples of a user know events that had arrived a delay before the first sample. Of these,
+    only the last ones matter, unless counts are over all time.
     """
     names = [name for name in engine.schema("past_events").names if name != EVENT_KEYS]
     if any(duration(count.within) is None for count in counts):
         has_user = _has_keys(["uid"], samples, {"uid": "uid"})
         engine.view("recent_events", f"SELECT {listed(names)} FROM past_events WHERE {has_user}")
         return
-    names.remove(NUMBER)  # 1 of each
-    delays = [part.delay for part in config.histories.values()] + [part.delay for part in counts]
+    names.remove(NUMBER)  # it is 1 for each event
+    delays = [h.delay for h in config.histories.values()] + [count.delay for count in counts]
     delay = max((duration(text) or 0 for text in delays), default=0)
     longest = max((duration(count.within) or 0 for count in counts), default=-FOREVER)
     since = [f"any_value(settled) - ({longest})"] + [
@@ -229,14 +229,14 @@ def _add_recent_events(
 
 @dataclass(frozen=True)
 class HistoryFeatures:
-    """Maps sorted chunks of samples and events to the samples with histories and counts."""
+    """A function from sorted chunks of samples and events to samples with histories and counts."""
 
     keys: list[str]  # columns that events and samples share
     histories: dict[str, History]
     counts: dict[str, Count]
     lists: Types
     schema: pa.Schema  # of the result, samples' columns first
-    files: HistoryFiles | None = None  # for the values of slices; None: samples have lists
+    files: HistoryFiles | None = None  # get the values of slices; None: samples have lists
 
     @property
     def action_sets(self) -> list[list[str] | None]:
@@ -249,7 +249,7 @@ class HistoryFeatures:
     def query(
         self, samples: str, columns: dict[str, str], events: str, event_columns: dict[str, str]
     ) -> str:
-        """Return SQL of samples and of the past events, of some, that features use."""
+        """Return SQL of `samples` and of those `events` that histories or counts use."""
         names = columns | event_columns
         tests = [actions_in(actions) for actions in self.action_sets]
         bits = (f"CASE WHEN {test} THEN {1 << bit} ELSE 0 END" for bit, test in enumerate(tests))
@@ -280,10 +280,12 @@ class HistoryFeatures:
             slices = begin + first_value, length.astype(np.int32)
             columns_of_samples |= zip(slice_names(name), slices)
         for first in range(0, len(rows), SAMPLES_AT_ONCE):
-            part = slice(first, first + SAMPLES_AT_ONCE)
-            samples = chunk.take(pa.array(rows[part]))
+            block = slice(first, first + SAMPLES_AT_ONCE)
+            samples = chunk.take(pa.array(rows[block]))
             columns = {name: one_chunk(samples[name]) for name in samples.schema.names}
-            columns |= {name: pa.array(column[part]) for name, column in columns_of_samples.items()}
+            columns |= {
+                name: pa.array(column[block]) for name, column in columns_of_samples.items()
+            }
             if self.files is None:
                 for name, history in self.histories.items():
                     lists = history_lists(columns, name, history, values[name])
@@ -295,20 +297,20 @@ class HistoryFeatures:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return rows of events, and begin and length [S] of each sample's slice of them."""
         events = self._events(chunk, history.actions)
-        if NUMBER in chunk.column_names:  # events alone, no numbers of them
+        if NUMBER in chunk.column_names:  # only events, not numbers of dropped events
             events = events[np.asarray(chunk["position"].is_valid())[events]]
         events = by_position(chunk, events)
         begin, end, late = moments.known(events, duration(history.delay) or 0, None)
         longest = min(history.length, len(chunk))
         first, length = np.maximum(begin, end - longest), np.minimum(end - begin, longest)
-        parts, place = [events], len(events)
+        slices, place = [events], len(events)
         for sample, late_events in late.items():
             places = np.concatenate([np.arange(first[sample], end[sample]), late_events])
             places = places[-longest:]
-            parts.append(events[places])
+            slices.append(events[places])
             first[sample], length[sample] = place, len(places)
             place += len(places)
-        return np.concatenate(parts), first, length
+        return np.concatenate(slices), first, length
 
     def _count(self, chunk: pa.Table, moments: Moments, count: Count) -> np.ndarray:  # float64 [S]
         number = self._number(chunk, moments, count, count.actions)
@@ -335,7 +337,7 @@ class HistoryFeatures:
         return np.flatnonzero(chunk[SETS].to_numpy() >> self.action_sets.index(actions) & 1)
 
     def _values(self, chunk: pa.Table, name: str, rows: np.ndarray) -> dict[str, pa.Array]:
-        """Return the values [E] of a history and beside it, by column, at rows [E]."""
+        """Return the values [E] of a history and its parallel lists at rows [E], by column."""
         events = chunk.take(pa.array(rows))
         columns = {name: one_chunk(events["iid"])}
         for list_name, parallel in self.histories[name].parallel.items():

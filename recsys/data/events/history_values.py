@@ -1,8 +1,8 @@
-"""Values of histories: those known at a moment among all events, and lists as slices of them.
+"""Find the events that a sample knows, and store histories as slices of files of values.
 
 Per key, the events before a moment are a prefix, which one binary search locates. Samples are
-sorted with slices, which are a few bytes where lists are hundreds.
-Shapes: N rows of a chunk, E events of them that match a history, S samples of them.
+sorted with slices of a few bytes, not with lists of hundreds of bytes.
+Shapes: N rows of a chunk, E events of a chunk that match a history, S samples of a chunk.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ from recsys.data.events.times import DAY
 
 
 def whole_keys(batches: Iterable[pa.RecordBatch], keys: Sequence[str]) -> Iterator[pa.Table]:
-    """Yield chunks of sorted batches that cut no key in two."""
+    """Yield chunks of sorted batches such that all rows of a key are in one chunk."""
     pending: list[pa.RecordBatch] = []
     for batch in batches:
         if not batch.num_rows:
@@ -52,14 +52,14 @@ def _starts(batch: pa.RecordBatch | pa.Table, keys: Sequence[str]) -> np.ndarray
 
 
 def key_numbers(chunk: pa.Table, keys: Sequence[str]) -> np.ndarray:  # chunk [N] -> int64 [N]
-    """Return the number of each row's key: 0, 1, 2 ... in their order."""
+    """Return the number of each row's key, counted 0, 1, 2 ... in order of the keys."""
     return np.cumsum(_starts(chunk, keys)) - 1
 
 
 def by_position(chunk: pa.Table, events: np.ndarray) -> np.ndarray:  # int64 [E], rows -> [E]
-    """Order ascending events of a chunk, sorted by `uid`, `ts` and `iid`, by position, too.
+    """Sort events of a chunk that is sorted by `uid`, `ts` and `iid` by `position` as well.
 
-    A sort of all rows by it would cost a third more.
+    A sort of all rows by `position`, too, would take a third longer.
     """
     group = np.cumsum(_starts(chunk, ["uid", "ts", "iid"]))[events]
     is_tied = np.zeros(len(events), bool)
@@ -73,9 +73,9 @@ def by_position(chunk: pa.Table, events: np.ndarray) -> np.ndarray:  # int64 [E]
 
 
 class Moments:
-    """Samples and events of whole keys, sorted by key and `ts`; keys have no nulls.
+    """Finds the events that each sample of a chunk knows.
 
-    `chunk` [N] has both; `samples`, bool [N], which of its rows are samples.
+    `chunk` [N] has both, sorted by key and `ts`, without null keys. `samples`, bool [N], is a mask.
     """
 
     def __init__(self, chunk: pa.Table, keys: Sequence[str], samples: np.ndarray) -> None:
@@ -90,8 +90,8 @@ class Moments:
 
     @cached_property
     def _times(self) -> np.ndarray:
-        """Each time of the rows once, in order."""
-        ordered = np.sort(self._row_time)  # numpy.unique takes a hash table first, and longer
+        """The distinct times of the rows, ascending."""
+        ordered = np.sort(self._row_time)  # numpy.unique builds a hash table first and is slower
         return ordered[np.flatnonzero(np.diff(ordered, prepend=ordered[0] - 1))]
 
     @cached_property
@@ -100,12 +100,12 @@ class Moments:
         return self._key * (len(self._times) + 1) + rank
 
     def _first_rows(self, *columns: np.ndarray) -> np.ndarray:  # columns [N] -> int64 [S]
-        """Return the first of the rows that agree with each sample in columns; rows are sorted."""
+        """Return for each sample the first row that equals it in the (sorted) columns."""
         is_first = np.logical_or.reduce([np.diff(c, prepend=c[:1] - 1) != 0 for c in columns])
         return np.flatnonzero(is_first)[np.cumsum(is_first)[self._sample_rows] - 1]
 
     def _events_before(self, events: np.ndarray, delay: int) -> np.ndarray:  # [E] -> [S]
-        """Return the number of `events`, of this and earlier keys, before each sample's `delay`."""
+        """Count `events` of this and earlier keys that are earlier than each sample by `delay`."""
         if not delay:
             return np.searchsorted(events, self._first_rows(self._key, self._row_time))
         rank = np.searchsorted(self._times, self._time - delay)
@@ -117,12 +117,12 @@ class Moments:
     ) -> tuple[np.ndarray, np.ndarray, dict[int, np.ndarray]]:
         """Return the events in each sample's window that had arrived by its time.
 
-        The window ends `delay` microseconds before it and is `within` long (None: unbounded).
-        `events` int64 [E] are rows, ascending. Returns begin and end of those known without a gap,
-        int64 [S] each, and by sample, if there are any after a gap, the places of these.
+        The window ends `delay` microseconds before the sample and is `within` long (None:
+        unbounded). `events` int64 [E] are ascending rows. Returns begin and end, int64 [S] each, of
+        the events before the first unknown one, and by sample the positions of known later events.
         """
         end = self._events_before(events, delay)
-        if within is None:  # all of its key: it begins after the events of earlier keys
+        if within is None:  # the window has all events of the sample's key
             begin = np.searchsorted(events, self._first_rows(self._key))
         else:
             begin = self._events_before(events, delay + within)
@@ -145,16 +145,16 @@ class Moments:
 
 
 AGE = "age"
-MOMENT = "/ts"  # a column of samples; names with / are none of the dataset's
+MOMENT = "/ts"  # a column of samples; columns of datasets have no / in their names
 
 
 def slice_names(history: str) -> tuple[str, str]:
-    """Return the columns with the place of the first value of samples' slices, and the length."""
+    """Return the names of the columns with a slice's first position and its length."""
     return f"/begin {history}", f"/length {history}"
 
 
 def slice_columns(histories: Iterable[str]) -> dict[str, pa.DataType]:
-    """Return the columns with the slices of histories; narrow ones, as samples are sorted."""
+    """Return the columns with the slices of histories, and their narrow types."""
     types: dict[str, pa.DataType] = {}
     for name in histories:
         types |= zip(slice_names(name), (pa.int64(), pa.int32()))
@@ -162,16 +162,16 @@ def slice_columns(histories: Iterable[str]) -> dict[str, pa.DataType]:
 
 
 def null_stand_in(kind: pa.DataType) -> int | str:
-    """Return what stands for a null id until lists are made: files of values have no nulls."""
+    """Return the value that replaces a null id in files of values, which have no nulls."""
     return "" if pa.types.is_string(kind) else NULL_ID
 
 
 def history_lists(
     samples: Mapping[str, pa.Array], name: str, history: History, values: dict[str, pa.Array]
 ) -> dict[str, pa.Array]:  # samples [S] each, values [E] each -> lists [S] each
-    """Return the lists of a history of samples, by column.
+    """Return the lists of a history and its parallel lists, by column.
 
-    `samples` have `ts` and `slice_names`; values beside `age` are times of events.
+    `samples` have `ts` and `slice_names`. Values of a list of ages are times of events.
     """
     begin, length = (samples[column].to_numpy() for column in slice_names(name))
     offsets = np.concatenate([[0], np.cumsum(length)])
@@ -191,7 +191,7 @@ def history_lists(
 
 
 def _ages(ago: np.ndarray) -> pa.Array:  # int64, microseconds -> float32
-    """Return ages as numbers: a day is 0.15, a hundred days are 1, as magnitudes matter."""
+    """Return ages on a logarithmic scale: a day is 0.15, a hundred days are 1."""
     ages = ago / DAY
     ages += 1
     np.log10(ages, out=ages)
@@ -201,7 +201,7 @@ def _ages(ago: np.ndarray) -> pa.Array:  # int64, microseconds -> float32
 
 @dataclass
 class HistoryFiles:
-    """Values of histories in files of a new folder, which are mapped to memory when read."""
+    """Values of histories in files of a new folder; reading maps the files into memory."""
 
     folder: Path
     histories: dict[str, History]
@@ -210,7 +210,7 @@ class HistoryFiles:
     _texts: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def append(self, name: str, values: dict[str, pa.Array]) -> int:  # values [E] each
-        """Write more values of a history, and return the place of the first."""
+        """Append values of a history, and return the position of the first."""
         self.folder.mkdir(exist_ok=True)
         for column, array in values.items():
             self._types[column] = array.type
@@ -226,7 +226,7 @@ class HistoryFiles:
         return first
 
     def with_lists(self, batch: pa.RecordBatch, columns: Iterable[str]) -> pa.RecordBatch:
-        """Return columns of rows in this order; those that rows lack are lists by their slices."""
+        """Return rows with `columns` in this order; missing columns are lists made from slices."""
         arrays = dict(zip(batch.schema.names, batch.columns, strict=True))
         samples = {**arrays, "ts": arrays[MOMENT]}
         for name, history in self.histories.items():

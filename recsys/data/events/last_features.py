@@ -1,7 +1,7 @@
-"""The last known features of items, users and other ids, which requests are scored with.
+"""Write the last known features of items, users and other ids, for scoring requests.
 
-Columns of snapshots are those that are valid when the dataset is made; counts are those of a sample
-right after the last event.
+Columns of snapshots have the values that are valid when the dataset is made. Counts are those of a
+sample right after the last event.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from recsys.data.schema_columns import FeatureTable
 
 @dataclass(frozen=True)
 class IdFeatures:
-    """Columns of snapshots, and counts, of ids by `keys`, names as in `of` of a count."""
+    """Columns of snapshots, and counts, of the ids in `keys`, which are named as in `Count.of`."""
 
     config: EventsConfig
     keys: tuple[str, ...]
@@ -31,7 +31,7 @@ class IdFeatures:
 
     @property
     def table(self) -> FeatureTable:
-        """Description of the files, with the lists that are columns of items which never change."""
+        """Description of the files, with parallel lists that copy unchanging columns of items."""
         items, beside = self.config.items, dict[str, str]()
         if self.keys == ("item",) and items is not None and items.valid_from is None:
             beside = {
@@ -44,7 +44,7 @@ class IdFeatures:
         return FeatureTable(self.by, [*self.columns, *self.counts], max_age, beside)
 
     def write(self, engine: SqlEngine, folder: Path, time: int, stage: str) -> None:
-        """Write a row per id, and the `time` of each count beside it; `stage` is a new one."""
+        """Write a row per id, with `time` beside each count; `stage` names a new stage to use."""
         if self.counts:
             keys = {event_key(name): quoted(event_key(name)) for name in self.keys}
             samples = (
@@ -56,7 +56,7 @@ class IdFeatures:
         engine.write(query, folder / self.table.name)
 
     def _query(self, stage: str, time: int) -> str:
-        """Return SQL of the rows; counts of 0 alone are left out, as nothing is 0 too."""
+        """Return SQL of the rows, without rows of zero counts only: missing counts are 0, too."""
         ids = [quoted(event_key(name)) for name in self.keys]
         columns = {name: f"k.{key}" for key, name in zip(ids, self.by)}
         source, where = f"SELECT DISTINCT {', '.join(ids)} FROM past_events", ""
@@ -87,7 +87,7 @@ class IdFeatures:
 
 
 def id_features(config: EventsConfig) -> list[IdFeatures]:
-    """Return the features of ids: all but those of the sample's own row."""
+    """Return the features of each set of keys, without `context`, which belongs to a row."""
     features: dict[tuple[str, ...], IdFeatures] = {
         (name,): IdFeatures(config, (name,), table.columns, {})
         for name, _, table in snapshot_tables(config)
@@ -100,6 +100,6 @@ def id_features(config: EventsConfig) -> list[IdFeatures]:
 
 
 def write_last_features(engine: SqlEngine, config: EventsConfig, folder: Path, time: int) -> None:
-    """Write `folder/NAME` of each table of features of ids."""
+    """Write each table of features of ids to `folder/NAME`."""
     for number, features in enumerate(id_features(config)):
         features.write(engine, folder, time, f"last_counts_{number}")

@@ -1,4 +1,4 @@
-"""Reads an `events.yaml`, and checks that its parts fit together before any log is read."""
+"""Read an `events.yaml`, and check that its settings fit together before any log is read."""
 
 import math
 import os
@@ -28,8 +28,8 @@ from recsys.data.schema_columns import (
 from recsys.data.transforms.chain import KINDS, chains_of, file_columns
 from recsys.storage.files import home_expanded
 
-LONGEST_NAME = 200  # bytes of a column's name, which may be that of a file, too
-# Where a word may stand for a mapping of one key, and where for a list.
+LONGEST_NAME = 200  # bytes of a column's name, which may also name a file
+# Settings where text may abbreviate a mapping {KEY: TEXT}, and settings where it may be a list.
 SHORT = {
     **{f"/{table}/*": "kind" for table in ("context", "items/columns", "users/columns")},
     "/items/content/*": "kind",
@@ -42,7 +42,7 @@ LISTS = (
 
 
 def load_events_config(path: Path, data: Path | None = None) -> EventsConfig:
-    """Read an events.yaml; relative paths in it are in the folder `data`, by default its own."""
+    """Read an events.yaml; its relative paths start at `data`, by default its own folder."""
     path = recipe_file(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; name an events.yaml")
@@ -64,18 +64,19 @@ def _settings_of(content: Any) -> EventsConfig:
 
 
 def _written_out(content: Any, path: tuple[str, ...] = ()) -> Any:
-    if isinstance(content, date):  # as YAML reads them without quotes
+    """Return settings with the abbreviations of `SHORT` and `LISTS` written out."""
+    if isinstance(content, date):  # YAML reads unquoted dates as such
         return content.isoformat()
     if isinstance(content, dict):
         content = {
-            name: _written_out(part, (*path, str(name).replace("/", "_") or "_"))
-            for name, part in content.items()
+            name: _written_out(value, (*path, str(name).replace("/", "_") or "_"))
+            for name, value in content.items()
         }
     position = PurePosixPath("/", *path)
     if isinstance(content, int | str | list) and any(map(position.match, LISTS)):
-        return [_text(part) for part in (content if isinstance(content, list) else [content])]
+        return [_text(value) for value in (content if isinstance(content, list) else [content])]
     if isinstance(content, list):
-        return [_written_out(part, path) for part in content]
+        return [_written_out(value, path) for value in content]
     if isinstance(content, str):
         return next(
             ({key: content} for place, key in SHORT.items() if position.match(place)), content
@@ -84,7 +85,7 @@ def _written_out(content: Any, path: tuple[str, ...] = ()) -> Any:
 
 
 def _text(action: Any) -> Any:
-    """Return an action that YAML reads as a number or a truth value as logs have it."""
+    """Return an action as text, even if YAML has read it as a number or a truth value."""
     text = str(action).lower() if isinstance(action, bool) else str(action)
     return text if isinstance(action, int) else action
 
@@ -109,7 +110,7 @@ def _sources(config: EventsConfig) -> Iterator[tuple[str, Source]]:
 
 
 def _conflicts(config: EventsConfig) -> Iterator[str]:
-    """Yield settings that do not fit together, with the fix; each check relies on those before."""
+    """Yield error messages on settings that do not fit; a check relies on earlier checks."""
     for required in ("events", "labels"):
         if not getattr(config, required):
             yield f"{required} is empty; name at least one"
@@ -189,7 +190,7 @@ def _source_problems(name: str, source: Source) -> Iterator[str]:
 
 
 def column_names(config: EventsConfig) -> list[str]:
-    """Return the names of the columns that the splits of a dataset have."""
+    """Return the column names of a dataset's splits."""
     tables = [table.columns for table in (config.items, config.users) if table is not None]
     parallels = [history.parallel for history in config.histories.values()]
     names = [config.output.user, config.output.item, config.output.time]
@@ -201,7 +202,7 @@ def column_names(config: EventsConfig) -> list[str]:
 
 
 def _name_problems(config: EventsConfig) -> Iterator[str]:
-    """Check that columns have distinct names that files and tables of ids may have."""
+    """Yield a problem for repeated column names, and names unfit for files or id tables."""
     names = column_names(config)
     for name in names:
         if not name:
@@ -335,7 +336,7 @@ def _weight_problems(config: EventsConfig) -> Iterator[str]:
 
 
 def _request_problems(config: EventsConfig) -> Iterator[str]:
-    """Require a request column in all tables of rows and of actions that label them, or in none."""
+    """Yield a problem if only some tables of rows and of labelling actions have `request`."""
     actions = {
         name for label in config.labels.values() if label.within for name in label.action or ()
     }

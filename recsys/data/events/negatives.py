@@ -1,9 +1,9 @@
-"""Draws items as negatives of rows whose first label is 1: items that existed at the row's moment.
+"""Draw negatives for rows whose first label is 1, from items that existed at the row's time.
 
-Items are numbered as they became known, so those known at a moment are a prefix of the catalogue,
-as the events by then are one of the log. By popularity an event is drawn, and with it its item, or,
-as often as smoothing tells, an item. Shapes: P positives of a chunk, D draws, N items of the
-catalogue, E events of the log, T pairs of a user and an item.
+Items are numbered in the order in which they became known. So items known at a time are a prefix of
+the catalogue, and events by then are a prefix of the log. `by: popularity` draws an event and takes
+its item; smoothing adds uniform draws of items. Shapes: P positives of a chunk, D draws, N items of
+the catalogue, E events of the log, T pairs of a user and an item.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from recsys.data.events.samples import WEIGHT, Conditions
 from recsys.data.events.settings import EventsConfig, Negatives
 from recsys.data.events.sql import FOREVER, SqlEngine, aligned, listed, quoted
 
-ATTEMPTS = 16  # draws that may be refused before the items left are listed
+ATTEMPTS = 16  # rejected draws after which the remaining items are listed
 TAKEN_ITEM, HELD_OUT, POSITIVE = range(3)  # kinds of rows of a chunk
 # Column of samples: 0 for rows of the log, 1 drawn for train, 2 drawn for valid and test.
 DRAWN_AS = "drawn_as"
-BLOCK = "/block"  # number of a positive's split, 0 for train; names with / are none of a dataset's
+BLOCK = "/block"  # number of a positive's split, 0 for train; the / avoids names of a dataset
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class KnownItems:
 
     @staticmethod
     def of_catalogue(engine: SqlEngine) -> KnownItems:
-        """Write the items of the stage `catalogue`, which are their numbers in order."""
+        """Write and return the items of the stage `catalogue`, in order of their numbers."""
         items = KnownItems(engine.work / "known_items")
         items.append(engine, "SELECT since, inumber FROM catalogue ORDER BY inumber")
         return items
@@ -50,7 +50,7 @@ class KnownItems:
         self.append(engine, f"{query} ON s.iid = c.iid ORDER BY 1, 2")
 
     def append(self, engine: SqlEngine, query: str) -> None:
-        """Write more of them, which became known after those before."""
+        """Append the rows of a query, which became known after all earlier rows."""
         rows = engine.work / f"{self.folder.name}_rows"
         engine.write(query, rows)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ class KnownItems:
                     item.write(batch["inumber"].to_numpy().astype(np.int64).data)
 
     def cut(self, number: int) -> None:
-        """Keep the first ones alone; what follows is of a call that was killed."""
+        """Truncate to the first `number` entries; a killed call may have written more."""
         for file in (self.folder / "since", self.folder / "item"):
             if file.exists():
                 os.truncate(file, number * np.dtype(np.int64).itemsize)
@@ -80,7 +80,7 @@ class KnownItems:
 
 
 class Pairs:
-    """Items of users with the time from which each counts, int64 [T] each; see `among`."""
+    """Pairs of user and item with the time from which each counts, int64 [T] each."""
 
     def __init__(
         self, user: np.ndarray, item: np.ndarray, time: np.ndarray, num_items: int
@@ -90,7 +90,7 @@ class Pairs:
         self.num_items = num_items
 
     def among(self, user: np.ndarray, item: np.ndarray, time: np.ndarray) -> np.ndarray:
-        """Return which pairs [D] are among these by their time: bool [D]."""
+        """Return which of the given pairs [D] are among these at the given times: bool [D]."""
         if not len(self.user):
             return np.zeros(len(user), bool)
         keys = self.user * self.num_items + self.item
@@ -98,28 +98,28 @@ class Pairs:
         return (keys[places] == user * self.num_items + item) & (self.time[places] <= time)
 
     def items_of(self, user: int, time: int) -> np.ndarray:
-        """Return the items of a user by a time, ascending."""
+        """Return a user's items that count at a time, ascending."""
         begin, end = np.searchsorted(self.user, [user, user + 1])
         return self.item[begin:end][self.time[begin:end] <= time]
 
 
 @dataclass(frozen=True)
 class PastItems:
-    """Earlier events, as far as draws of negatives read them."""
+    """What draws of negatives need to know of earlier events."""
 
     items: KnownItems
-    events: KnownItems | None  # None unless they are drawn by
-    taken: str  # SQL of `uid`, `iid` and `since`
-    block: str = "0"  # SQL of a number that copies of a train row share
+    events: KnownItems | None  # None unless draws are by popularity
+    taken: str  # SQL of users' own items: `uid`, `iid` and `since`
+    block: str = "0"  # SQL of a number that repeated train rows share
 
 
 @dataclass(frozen=True)
 class DrawNegatives:
-    """Maps sorted chunks with each user's positives and items taken to the drawn samples."""
+    """A function from sorted chunks of users' positives and own items to drawn samples."""
 
     settings: Negatives
     past: PastItems
-    values: dict[str, float | None]  # of drawn samples: labels, weight and late columns
+    values: dict[str, float | None]  # labels, weight and late columns of drawn samples
     columns: list[str]
     schema: pa.Schema
 
@@ -133,7 +133,7 @@ class DrawNegatives:
         positives, drawn = draws.positives, draws.items[place, nth]
         samples = chunk.select(self.columns).take(pa.array(positives.rows[place]))
         columns = {name: samples[name] for name in samples.column_names}
-        # Distinct from all others, and below all positions that files have.
+        # Distinct from all other positions; rows of files have positions of at least 0.
         role = positives.role[place]
         position = positives.position[place] * draws.number + nth
         columns["position"] = pa.array(-(2 * position + role))
@@ -145,8 +145,8 @@ class DrawNegatives:
 class Positives:
     """Rows of a chunk that get negatives, int64 [P] each.
 
-    rows, user: numbers in the chunk. block: 0 or the day in train, else a number of the split.
-    role: value of `DRAWN_AS`. key: random bits of user, item and time, uint64.
+    rows, user: numbers in the chunk. block: 0 or the day in train, else the number of the split.
+    role: value of `DRAWN_AS`. key: hash of user, item and time, uint64.
     """
 
     def __init__(self, chunk: pa.Table) -> None:
@@ -160,6 +160,7 @@ class Positives:
         self.key = mix64(key + mix64(self.time) + copies)
 
     def split_user(self, user: np.ndarray, block: np.ndarray) -> np.ndarray:
+        """Return a distinct number for each pair of user and block."""
         return user * (1 + self.block.max(initial=0)) + block
 
 
@@ -168,7 +169,7 @@ def _numbers(table: pa.Table, *names: str) -> tuple[np.ndarray, ...]:
 
 
 def _copy_numbers(key: np.ndarray, time: np.ndarray, block: np.ndarray) -> np.ndarray:
-    """Count the earlier rows with the same user, item, time and block: 0 unless rows repeat."""
+    """Return how many earlier rows have the same user, item, time and block, mostly 0."""
     order = np.lexsort([block, time, key])
     changes = [np.diff(values[order]) != 0 for values in (key, time, block)]
     starts = np.flatnonzero(np.concatenate([[True], np.logical_or.reduce(changes)])[: len(key)])
@@ -178,7 +179,7 @@ def _copy_numbers(key: np.ndarray, time: np.ndarray, block: np.ndarray) -> np.nd
 
 
 class Draws:
-    """Draws items for the positives of a chunk: `items` int64 [P, number], -1 for none left."""
+    """Draws items for the positives of a chunk: `items` int64 [P, number], -1 if none is left."""
 
     def __init__(self, settings: Negatives, past: PastItems, chunk: pa.Table) -> None:
         self.number, self._smoothing = settings.per_positive, settings.events_per_item
@@ -187,7 +188,7 @@ class Draws:
         user, (item, time) = key_numbers(chunk, ["uid"]), _numbers(chunk, "inumber", "ts")
         rows = chunk["kind"].to_numpy() == TAKEN_ITEM
         self._taken = Pairs(user[rows], item[rows], time[rows], self._size)
-        # A user of a split: its positives there are taken at all times.
+        # In valid and test, a user's positives of the same split are never drawn, at any time.
         rows = chunk["kind"].to_numpy() == HELD_OUT
         split_user = positives.split_user(user[rows], chunk[BLOCK].to_numpy()[rows])
         always = np.full(rows.sum(), -FOREVER)
@@ -212,13 +213,13 @@ class Draws:
     def _is_item(
         self, bits: np.ndarray, num_events: np.ndarray, num_items: np.ndarray
     ) -> np.ndarray:  # bits, num_events, num_items [D]
-        """Choose which draws are of items, for smoothing, and not of events: bool [D]."""
+        """Choose by smoothing which draws are of items instead of events: bool [D]."""
         below_one = (mix64(bits.astype(np.uint64)) >> np.uint64(12)) / 2.0**52
         smoothed = self._smoothing * num_items
         return below_one * (num_events + smoothed) < smoothed
 
     def _draw_open(self, attempt: int) -> bool:
-        """Draw once for each draw without an item; return whether there was one."""
+        """Try each open draw once; return whether there was an open draw."""
         is_any = self._num_events + self._smoothing * self._num_items > 0
         place, nth = np.nonzero((self.items < 0) & is_any[:, None])
         bits = self._bits(attempt, place, nth)
@@ -232,7 +233,7 @@ class Draws:
         refused |= self._taken.among(positives.user[place], drawn, time)
         refused |= self._held_out.among(self._split_user[place], drawn, time)
         self.items[place[~refused], nth[~refused]] = drawn[~refused]
-        # The first of equal items of a positive stays.
+        # Of equal items of a positive, keep the first.
         order = np.argsort(self.items, axis=1, kind="stable")
         ordered = np.take_along_axis(self.items, order, axis=1)
         repeated = np.zeros(ordered.shape, bool)
@@ -241,11 +242,11 @@ class Draws:
         return len(place) > 0
 
     def _draw_left(self) -> None:
-        """Draw exactly, for each draw without an item, from the items that are left."""
+        """Draw for each open draw from an exact list of the remaining items."""
         place, nth = np.nonzero(self.items < 0)
         bits = self._bits(ATTEMPTS, place, nth)
         counts, counted = np.zeros(self._size, np.int64), 0
-        ends = counts  # of the numbers of events of items that are left
+        ends = counts  # cumulative numbers of events of the remaining items
         for draw in np.argsort(self.positives.time[place], kind="stable"):
             p, n = place[draw], nth[draw]
             refused = self._refused(p)
@@ -259,30 +260,30 @@ class Draws:
             refused = refused[refused < self._num_items[p]]
             num_left = self._num_items[p] - len(refused)
             if self._is_item(bits[draw : draw + 1], ends[-1], num_left).item():
-                # The item after `rank` others: each refused one before it moves it on by one.
+                # The item of number `rank` among the remaining: add the refused items before it.
                 rank = bits[draw] % num_left
-                before = np.searchsorted(refused - np.arange(len(refused)), rank, side="right")
-                self.items[p, n] = rank + before
+                num_refused = np.searchsorted(refused - np.arange(len(refused)), rank, side="right")
+                self.items[p, n] = rank + num_refused
             elif ends[-1]:
                 self.items[p, n] = np.searchsorted(ends, bits[draw] % ends[-1], side="right")
 
     def _refused(self, place: int) -> np.ndarray:
         positives, time = self.positives, self.positives.time[place]
-        parts = [
+        refused = [
             self.items[place][self.items[place] >= 0],
             [positives.item[place]],
             self._taken.items_of(positives.user[place], time),
             self._held_out.items_of(self._split_user[place], time),
         ]
-        return np.unique(np.concatenate(parts).astype(np.int64))
+        return np.unique(np.concatenate(refused).astype(np.int64))
 
 
 def add_negatives(
     engine: SqlEngine, config: EventsConfig, datasets: Conditions, past: PastItems | None = None
 ) -> tuple[Conditions, dict[str, int]]:
-    """Make the stage `drawn` of `rows` and samples drawn for those whose first label is 1.
+    """Make the stage `drawn`: `rows`, and drawn samples for rows whose first label is 1.
 
-    With `past`, the stage `catalogue` is there; else both are made of the log. Returns the
+    With `past`, the stage `catalogue` exists; otherwise both are made from the log. Returns the
     conditions of the splits with their draws, and how many draws found no item left.
     """
     settings = config.negatives
@@ -317,7 +318,7 @@ def add_negatives(
 
 
 def _past_items(engine: SqlEngine, config: EventsConfig) -> PastItems:
-    """Make the stage `catalogue` of numbered items; return what draws know of the log."""
+    """Make the stage `catalogue` of numbered items; return the past items of the log."""
     engine.add("catalogue", numbered_items(item_times(config, "clean_events")))
     events = None
     if config.negatives is not None and config.negatives.by == "popularity":
@@ -328,7 +329,7 @@ def _past_items(engine: SqlEngine, config: EventsConfig) -> PastItems:
 
 
 def item_times(config: EventsConfig, events: str) -> str:
-    """Return SQL of `iid` and `since`: its first event, or when a valid snapshot first says so."""
+    """Return SQL of `iid` and `since`: its first event or time of a valid snapshot, if earlier."""
     since = f"SELECT iid, min({config.arrival}) AS since FROM {events} GROUP BY iid"
     has_snapshots = config.items is not None and config.items.valid_from is not None
     available = "valid_from" if has_snapshots else None
@@ -353,9 +354,9 @@ def numbered_items(items: str, first: int = 0) -> str:
 def _chunk_query(
     columns: list[str], positive_rows: tuple[str, str], datasets: Conditions, past: PastItems
 ) -> str:
-    """Return SQL of each user's items taken, positives held out, and positives to draw for."""
+    """Return SQL of each user's own items, held-out positives, and positives to draw for."""
     train_rows, held_out_rows = positive_rows
-    # A split that is valid of one dataset and test of the one before has one number.
+    # Rows that are valid in one dataset and test in the one before get one block number.
     held_out = [splits[split] for split in ("test", "valid") for splits in datasets.values()]
     cases = " ".join(f"WHEN {sql} THEN {number}" for number, sql in enumerate(held_out, 1))
     block = f"CASE {cases} ELSE 0 END"
@@ -363,26 +364,26 @@ def _chunk_query(
     row = {name: quoted(name) for name in columns}
     pair = {"uid": "r.uid", "ts": "r.since"}
 
-    def part(source: str, values: dict[str, str], kind: int, block: str, role: int) -> str:
+    def rows_of(source: str, values: dict[str, str], kind: int, block: str, role: int) -> str:
         return (
             f"SELECT {aligned(columns, values)}, r.iid, c.inumber, {kind} AS kind, {block} AS "
             f"{quoted(BLOCK)}, {role} AS {DRAWN_AS} FROM (SELECT * FROM {source}) r "
             "JOIN catalogue c ON r.iid = c.iid"
         )
 
-    parts = [
-        part(train_rows, row, POSITIVE, past.block, 1),
-        part(held_out_rows, row, POSITIVE, block, 2),
-        part(f"({past.taken})", pair, TAKEN_ITEM, "0", 0),
-        part(f"({later})", pair, HELD_OUT, "r.block", 0),
+    queries = [
+        rows_of(train_rows, row, POSITIVE, past.block, 1),
+        rows_of(held_out_rows, row, POSITIVE, block, 2),
+        rows_of(f"({past.taken})", pair, TAKEN_ITEM, "0", 0),
+        rows_of(f"({later})", pair, HELD_OUT, "r.block", 0),
     ]
-    return " UNION ALL ".join(parts)
+    return " UNION ALL ".join(queries)
 
 
 def _positive_rows(label: str, datasets: Conditions) -> tuple[str, str]:
-    """Return SQL after FROM of the positive rows in train, and of those in valid or test."""
+    """Return SQL, to follow FROM, of positive rows in train, and in valid or test."""
     train = [splits["train"] for splits in datasets.values()]
     held_out = [splits[split] for splits in datasets.values() for split in ("valid", "test")]
-    first, second = (" OR ".join(f"({sql})" for sql in part) for part in (train, held_out))
+    in_train, in_held_out = (" OR ".join(f"({sql})" for sql in s) for s in (train, held_out))
     is_positive = f"rows WHERE {quoted(label)} = 1"
-    return f"{is_positive} AND ({first})", f"{is_positive} AND ({second})"
+    return f"{is_positive} AND ({in_train})", f"{is_positive} AND ({in_held_out})"

@@ -1,4 +1,4 @@
-"""Writes batches of rows as Parquet files of whole row groups, several at once."""
+"""Write batches of rows as Parquet files, several files at once."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -14,24 +14,24 @@ import pyarrow.parquet as pq
 
 from recsys.data.parquet.values import is_list
 
-BYTES_PER_PART = 32 << 20  # of rows before they are completed
+BYTES_PER_PART = 32 << 20  # of the rows of a file before `Complete` adds columns
 VALUES_TO_COMPARE = 1 << 16
-REPEATED = 16  # times a value occurs on average, from which on a dictionary of values pays
+REPEATED = 16  # mean occurrences of a value from which dictionary encoding saves space
 Batches = Iterable[pa.RecordBatch]
-# Adds columns to the rows of a row group, and chooses them; None: rows are complete.
+# Adds columns to the rows of a row group and selects the columns to write; None: none are missing.
 Complete = Callable[[pa.RecordBatch], pa.RecordBatch] | None
 
 
 def write_parts(
     batches: Batches, folder: Path, rows_per_group: int, threads: int, complete: Complete
 ) -> int:
-    """Write batches in order into a new folder, no file without rows; return the number of rows."""
+    """Write batches in order into a new folder; return the number of rows. No file is empty."""
     folder.mkdir(parents=True)
     rows = 0
     running: deque[Future[None]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for number, part in enumerate(_parts(batches)):
-            if len(running) == threads:  # more would only wait in memory
+            if len(running) == threads:  # further parts would only occupy memory
                 running.popleft().result()
             path = folder / f"part-{number:05}.parquet"
             running.append(pool.submit(_write_part, part, path, rows_per_group, complete))
@@ -42,7 +42,7 @@ def write_parts(
 
 
 def slices_by(batches: Batches, column: str) -> Iterator[tuple[str, pa.RecordBatch]]:
-    """Yield slices of batches that agree in a column, with its value."""
+    """Yield slices of batches in which a column has one value, each with that value."""
     for batch in batches:
         values = batch.column(column)
         is_new = np.asarray(pc.not_equal(values[1:], values[:-1]))
@@ -77,7 +77,7 @@ def _write_part(part: pa.Table, path: Path, rows_per_group: int, complete: Compl
 
 
 def _writer_options(rows: pa.RecordBatch) -> dict[str, Any]:
-    """Return settings of a writer: numbers that hardly repeat are split into streams of bytes."""
+    """Return a writer's options: byte stream split for numbers that rarely repeat."""
     dictionary, streams = [], {}
     for name, column in zip(rows.schema.names, rows.columns, strict=True):
         path, values = name, column

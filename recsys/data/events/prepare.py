@@ -1,4 +1,4 @@
-"""`recsys prepare events`: from logs to datasets, in stages that an engine runs."""
+"""`recsys prepare events`: make datasets of logs in stages, which are tables of an SQL engine."""
 
 import json
 import re
@@ -26,11 +26,11 @@ def prepare_events(
     temp: Path | None = None,
     until: str | None = None,
 ) -> dict[str, Any]:
-    """Write the dataset that `config` describes, complete or not at all; return its report.
+    """Write the dataset that `config` describes, atomically; return its report.
 
     The arguments are those of the command; with `spark_master`, such as local[2], Spark runs it.
     The report, also in `report.json`, has events read, rows left out, and figures of each split.
-    What cannot be used is a ValueError.
+    Unusable settings or data are a ValueError.
     """
     if until is not None:
         report = prepare_days(config, out, until, source, memory, threads, temp, spark_master)
@@ -46,7 +46,7 @@ def prepare_events(
 
 def unused_folder(out: Path) -> Path:
     """Return the absolute path of a folder to write; one in use, or a URL, is a ValueError."""
-    if re.match(r"[A-Za-z][\w+.-]+:/", str(out)):  # a Path has one slash left
+    if re.match(r"[A-Za-z][\w+.-]+:/", str(out)):  # Path turns `://` into `:/`
         raise ValueError(f"--out {out}: a URL; name a local folder, and copy that to the URL")
     out = out.resolve() if out.is_dir() else out.absolute()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -55,7 +55,7 @@ def unused_folder(out: Path) -> Path:
 
 
 def make_samples(engine: SqlEngine, config: EventsConfig) -> tuple[DatasetWriter, dict[str, Any]]:
-    """Run the stages up to `complete`; return the writer of its datasets, and the report so far."""
+    """Run the stages up to `complete`; return a writer of datasets, and the report so far."""
     types, num_read, reasons = read_events(engine, config)
     reasons |= read_snapshots(engine, config, types)
     reasons |= make_rows(engine, config)
@@ -78,18 +78,18 @@ def format_report(report: dict[str, Any]) -> str:
     lines += [f"left out: {count:,} {reason}" for reason, count in report["left_out"].items()]
     if "days" not in report:
         return "\n".join([*lines, format_splits(report["splits"], "positive")])
-    days = {f"date={day}": part for day, part in report["days"].items()}
+    days = {f"date={day}": figures for day, figures in report["days"].items()}
     width = max(map(len, ["partition", *days])) + 1
     head = f"{'partition':<{width}}{'rows':>12}{'positive':>10}"
-    parts = [
-        f"{name:<{width}}{part['rows']:>12,}{part['positive']:>10.2%}"
-        for name, part in days.items()
+    rows = [
+        f"{name:<{width}}{figures['rows']:>12,}{figures['positive']:>10.2%}"
+        for name, figures in days.items()
     ]
-    return "\n".join([*lines, head, *parts])
+    return "\n".join([*lines, head, *rows])
 
 
 def format_splits(splits: dict[str, dict[str, Any]], positive: str) -> str:
-    """Return the figures of splits as a table; `positive` heads the share of positive rows."""
+    """Return the figures of splits as a text table; `positive` titles the share of positives."""
     width = max(map(len, splits)) + 1
     head = f"{'split':<{width}}{'rows':>12}{positive:>10}{'users':>11}{'new users':>11}"
     lines = [

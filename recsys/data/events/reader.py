@@ -1,6 +1,6 @@
-"""Reads the files of a table as Arrow batches with canonical names and types.
+"""Read the files of a table as Arrow batches with canonical names and types.
 
-Shapes: N rows of a batch, M rows that it becomes.
+Shapes: N rows of a batch, M rows after the selection and split of items.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ from recsys.storage.location import Location
 ROWS_PER_BATCH = 1 << 16
 TEXTS = ("id", "text", "words")  # kinds that are texts in text files
 FILE_BITS = 36  # a row's position is its file's number, shifted by this, and its row in the file
-PLACE_BITS = 12  # of a row's position: place of the item among those of its row
-MOST_ITEMS, MOST_ROWS = 1 << PLACE_BITS, 1 << 24  # of a row, and of a file
+PLACE_BITS = 12  # bits of a position for the item's place in its row, if rows hold several items
+MOST_ITEMS, MOST_ROWS = 1 << PLACE_BITS, 1 << 24  # items of a row, and rows of a file
 
 # A row group of a Parquet file, or a text file: its number, URL, row group (-1: all) and first row.
 ReadTask = tuple[int, str, int, int]
 
 
 class NoRows(ValueError):
-    """The files of a table have no row."""
+    """Raised if the files of a table have no row."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Reader:
     source: Source
     fields: list[Field]
     schema: pa.Schema  # position, then the fields
-    untyped: set[str]  # fields without any value, whose types others decide
+    untyped: set[str]  # fields without any value, which get their types from other tables
     tasks: list[ReadTask]
     roots: list[str]
 
@@ -83,7 +83,7 @@ class Reader:
             first_row += batch.num_rows
 
     def _with_split_ids(self, batch: pa.RecordBatch, file: Location) -> pa.RecordBatch:
-        """Return the rows with ids split from texts as integers, if the table's ids are."""
+        """Return the rows with split ids as integers if the table's ids are integers."""
         if not isinstance(self.source, EventTable) or self.source.several is None:
             return batch
         name = self.source.item
@@ -96,7 +96,7 @@ class Reader:
             raise ValueError(f"{file}: {error}") from error
 
     def completed(self, types: Types) -> Reader:
-        """Return this reader with these columns, null if it lacks one; another type is an error."""
+        """Return a reader of columns `types`, null where missing; a ValueError for another type."""
         fields = {field.name: field for field in self.fields}
         for name, field in fields.items():
             if (kind := self.schema.field(name).type) != types[name] and name not in self.untyped:
@@ -117,7 +117,7 @@ class Reader:
                 if field.kind in (*TEXTS, "number") and field.column in columns
             } | _texts_of_times(self.source, self.fields, columns)
             if isinstance(self.source, EventTable) and self.source.several is not None:
-                del types[self.source.item]  # split first
+                del types[self.source.item]  # it is text until items are split
             yield from csv_batches(file, self.source, columns, types)
             return
         with open_parquet(file) as parquet:
@@ -132,14 +132,14 @@ class Reader:
 
 
 def file_sizes(name: str, source: Source, may_be_empty: bool) -> dict[str, tuple[str, int]]:
-    """Return URL and bytes of each file of a table, by its name below the paths of the table."""
+    """Return URL and bytes of each file of a table, by its name relative to the table's paths."""
     sizes = {}
     for number, root in enumerate(map(Location.of, source.path)):
-        root.filesystem.invalidate_cache()  # object stores keep what they have listed
+        root.filesystem.invalidate_cache()  # fsspec caches lists of files in object stores
         folder = fixed_folder(root)
         for file in data_files(name, root, may_be_empty):
             below = file.path[len(folder.path) :] or f"/{file.path.rsplit('/', 1)[-1]}"
-            with suppress(FileNotFoundError):  # removed after it was listed
+            with suppress(FileNotFoundError):  # the file was removed after it was listed
                 sizes[f"{number}{below}"] = str(file), int(file.filesystem.size(file.path))
     return sizes
 
@@ -147,12 +147,12 @@ def file_sizes(name: str, source: Source, may_be_empty: bool) -> dict[str, tuple
 def open_source(
     name: str, source: Source, fields: list[Field], first_file: int = 0, only: Collection[str] = ()
 ) -> Reader:
-    """List the files of a table, or those in `only`, and decide the types of its columns.
+    """List the files of a table, or only those in `only`; return a reader with column types.
 
     Positions of rows count files from `first_file`. No file, or a first file that cannot be read or
     lacks a column, is a ValueError.
     """
-    roots = [Location.of(path) for path in source.path]  # a list, as it is loaded
+    roots = [Location.of(path) for path in source.path]  # loading has made `path` a list
     files = [file for root in roots for file in data_files(name, root, bool(only))]
     urls = Counter(map(str, files))
     if len(urls) < len(files):
@@ -189,7 +189,7 @@ def _columns_to_read(source: Source, fields: list[Field], parts: Parts) -> list[
 
 
 def _texts_of_times(source: Source, fields: list[Field], columns: list[str]) -> Types:
-    """Return the types of times of a `time_format`, which might be read as numbers or dates."""
+    """Return type string for times of a `time_format`, which might be read as numbers or dates."""
     names = [field.column for field in fields if field.kind == "time" and source.time_format]
     return {name: pa.string() for name in names if name in columns}
 
@@ -197,10 +197,7 @@ def _texts_of_times(source: Source, fields: list[Field], columns: list[str]) -> 
 def _schema(
     source: Source, fields: list[Field], roots: list[str], files: list[Location]
 ) -> tuple[pa.Schema, set[str]]:
-    """Return the canonical types: of each column, by the first file that has a value of it.
-
-    Also returns the names of fields without any value.
-    """
+    """Return canonical types, each from the first file with a value, and fields without a value."""
     types: Types = {}
     for file in files:
         for name, kind in _types(source, fields, roots, file).items():
@@ -226,7 +223,7 @@ def _is_untyped(kind: pa.DataType) -> bool:
 
 
 def _types(source: Source, fields: list[Field], roots: list[str], file: Location) -> Types:
-    """Return the types of fields in one file; none if it is a text file without rows."""
+    """Return the types of fields in one file; empty for a text file without rows."""
     parts = partition_values(roots, str(file))
     columns = _columns_to_read(source, fields, parts)
     is_parquet = file.path.endswith(".parquet")
@@ -262,8 +259,8 @@ def selected_rows(
 ) -> tuple[pa.RecordBatch, np.ndarray]:  # batch [N] -> [M], int64 [M]
     """Return the rows that `where` selects, each with one item, and their positions in the file.
 
-    `first_row` is that of the batch, `parts` are the values of the file's folders. A column that
-    cannot be split, or of another type than the value in `where`, is a ValueError.
+    `first_row` is the batch's first row, `parts` are values of the file's folders. A column that
+    cannot be split, or whose type differs from the values in `where`, is a ValueError.
     """
     positions = np.arange(first_row, first_row + batch.num_rows)
     if not isinstance(source, EventTable):
@@ -281,7 +278,7 @@ def selected_rows(
 def _has_value(
     batch: pa.RecordBatch, name: str, values: list[Value], parts: Parts, file: Location
 ) -> pa.Array:  # bool [N]
-    """Mark the rows whose column has one of some values, or raise a ValueError."""
+    """Return which rows have one of `values` in a column; another type is a ValueError."""
     kind = None
     try:
         allowed = pa.array(values)
@@ -292,7 +289,7 @@ def _has_value(
             return pc.is_valid(column)
         cast = allowed.cast(kind)
         if pa.types.is_boolean(kind) and not cast.cast(allowed.type).equals(allowed):
-            raise TypeError("a number other than 0 and 1")  # of which a cast makes true
+            raise TypeError("a number other than 0 and 1")  # the cast would make it true
         return pc.is_in(column, cast)
     except (pa.ArrowException, TypeError, OverflowError) as error:
         types = "values of one type" if kind is None else f"type {kind}"
@@ -314,7 +311,7 @@ def _split(
     elif not is_list(lists.type):
         raise ValueError(f"{where} has type {lists.type}; `several` needs texts or lists")
     lengths = list_lengths(lists)
-    counts = np.maximum(lengths, 1)  # a row without items stays one, without an item
+    counts = np.maximum(lengths, 1)  # a row without items remains, with a null item
     parents = np.repeat(np.arange(len(lists)), counts)
     places = np.arange(len(parents)) - np.repeat(np.cumsum(counts) - counts, counts)
     if len(parents) and (places.max() >= MOST_ITEMS or rows.max() >= MOST_ROWS):
@@ -333,7 +330,7 @@ def _split(
 
 
 def _item_lists(texts: pa.Array, between: str) -> pa.Array:  # [N] -> lists [N]
-    """Split texts into items without white space around them; any of it is as good as a blank."""
+    """Split texts into items without surrounding white space; " " splits at any white space."""
     texts = pc.utf8_trim_whitespace(texts)
     texts = pc.if_else(pc.equal(texts, ""), None, texts)
     if between == " ":
@@ -346,7 +343,7 @@ def _item_lists(texts: pa.Array, between: str) -> pa.Array:  # [N] -> lists [N]
 def _with_number(
     items: pa.Array, several: Several, where: str, rows: np.ndarray
 ) -> tuple[pa.Array, pa.Array]:
-    """Return items such as `N1-1` as the item and the number after it."""
+    """Split items such as `N1-1`; return the items and the numbers after them."""
     pattern = pc.split_pattern(items, several.separator, max_splits=1, reverse=True)
     has_both = pc.equal(pc.list_value_length(pattern), 2)
     has_item = pc.invert(pc.starts_with(items, several.separator))

@@ -1,6 +1,6 @@
-"""Makes the stage `rows`: impressions, or the events that are samples, with labels and splits.
+"""Make the stage `rows`: impressions, or events that are samples, with labels and splits.
 
-Cuts of splits are lower quantiles of time, so that a moment is never cut in two.
+Splits end at lower quantiles of time, so that rows of equal time are in one split.
 """
 
 import logging
@@ -17,13 +17,13 @@ from recsys.data.transforms.steps import least_equal
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "valid", "test")
-BINS = 1 << 14  # of a histogram of times
+BINS = 1 << 14  # bins of a histogram of times
 MOMENT = "(ts)"  # SQL of a row's time in conditions
 Conditions = dict[str, dict[str, str]]  # dataset -> split -> SQL
 
 
 def split_conditions(engine: SqlEngine, config: EventsConfig) -> tuple[Conditions, dict[str, int]]:
-    """Return the SQL condition of each split of each dataset, and rows in no split by reason."""
+    """Return SQL conditions by dataset and split, and the number of rows in no split by reason."""
     datasets = _cuts(engine, config)
     conditions = {name: _until(*cuts) for name, cuts in datasets.items()}
     reasons: dict[str, int] = {}
@@ -48,7 +48,7 @@ def split_conditions(engine: SqlEngine, config: EventsConfig) -> tuple[Condition
 
 
 def _cuts(engine: SqlEngine, config: EventsConfig) -> dict[str, tuple[list[str], str]]:
-    """Return by dataset where its splits end, and the SQL test of a row before such an end."""
+    """Return by dataset the ends of its splits, and the SQL test that a row is before an end."""
     split = config.split
     if split.by == "windows":
         cuts = {}
@@ -68,16 +68,16 @@ def _cuts(engine: SqlEngine, config: EventsConfig) -> dict[str, tuple[list[str],
 
 
 def _user_ends(split: Split) -> list[str]:
-    """Return SQL of the most older rows of a user that a row of train, and of valid, has."""
-    if split.by == "leave_last":  # test comes first, then train with one row, then valid
+    """Return SQL of the largest `older` (a user's number of older rows) in train and in valid."""
+    if split.by == "leave_last":  # few rows fill test first, then one row of train, then valid
         return [f"greatest(total - {count * split.last}, 1) - 1" for count in (2, 1)]
-    # Each user's rows, ordered by time: m older ones of n come before m <= q (n - 1).
+    # A row with m older rows of n is before quantile q if m <= q (n - 1).
     return [f"CAST('{share}' AS DOUBLE) * (total - 1)" for share in split.at[:2]]
 
 
 def user_columns(rows: str, split: Split) -> str:
     """Return SQL that adds `older`, `total`, `valid_begin` and `test_begin` for a split by user."""
-    # Shares of a user's rows cut no moment in two; the last rows are counted one by one.
+    # With shares, rows of equal time have equal ranks; `leave_last` numbers rows one by one.
     order = "rank() OVER (PARTITION BY uid ORDER BY ts"
     if split.by == "leave_last":
         order = "row_number() OVER (PARTITION BY uid ORDER BY ts, position"
@@ -92,23 +92,23 @@ def user_columns(rows: str, split: Split) -> str:
 
 
 def _until(ends: list[str], test: str) -> dict[str, str]:
-    """Return conditions of splits that end one after another; without a third end, test is all."""
-    conditions, before = dict[str, str](), ""
+    """Return conditions of consecutive splits; without a third end, test has all later rows."""
+    conditions, not_earlier = dict[str, str](), ""
     for place, name in enumerate(SPLITS):
         condition = test.format(ends[place]) if place < len(ends) else "1 = 1"
-        conditions[name] = f"{condition}{before}"
-        before = f" AND NOT ({condition})"
+        conditions[name] = f"{condition}{not_earlier}"
+        not_earlier = f" AND NOT ({condition})"
     return conditions
 
 
 def quantiles(engine: SqlEngine, shares: list[float]) -> list[str]:
-    """Return times of the rows at these shares of their order, by histograms on the engine."""
+    """Return lower quantiles of the rows' times, from histograms that the engine computes."""
     limits = engine.table("SELECT min(ts) AS low, max(ts) AS high, count(*) AS n FROM rows")
     earliest, latest, num_rows = (limits[name][0].as_py() for name in ("low", "high", "n"))
     histograms: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}  # bins and rows by limits
 
     def time_at(place: int) -> int:
-        low, high, before = earliest, latest, 0  # rows earlier than `low`
+        low, high, before = earliest, latest, 0  # `before`: number of rows earlier than `low`
         while low < high:
             width = (high - low) // BINS + 1
             if (low, high) not in histograms:
@@ -129,8 +129,8 @@ def quantiles(engine: SqlEngine, shares: list[float]) -> list[str]:
     return [str(latest if place == num_rows - 1 else time_at(place)) for place in places]
 
 
-WEIGHT = "/weight"  # a column; names with / are none of the dataset's
-DAY, END = "/day", "/end"  # of rows that are due: the date when they are written, and its end
+WEIGHT = "/weight"  # a column; the / avoids names of the dataset's columns
+DAY, END = "/day", "/end"  # columns of due rows: the day on which they are written, and its end
 UNRIPE = "unripe: `within` ends after the log"  # reason of rows left out
 
 
@@ -142,11 +142,11 @@ def actions_in(actions: list[str] | None) -> str:
 
 
 def make_rows(engine: SqlEngine, config: EventsConfig, is_daily: bool = False) -> dict[str, int]:
-    """Make the stage `rows`; count the rows left out by reason.
+    """Make the stage `rows`; return the numbers of rows left out, by reason.
 
-    It has position, uid, iid, ts, labels `l_NAME`, context `c_NAME`, `/weight` and `late_NAME`. If
-    no row of the log is left, or a label cannot be made, it is a ValueError. With `is_daily` it is
-    made of the stage `due`, rows whose labels are decided, with `/day` and `/end`.
+    Its columns are position, uid, iid, ts, labels `l_NAME`, context `c_NAME`, `/weight` and
+    `late_NAME`. With `is_daily`, rows come from the stage `due`, which has `/day` and `/end`.
+    Otherwise, a log without a usable row is a ValueError, as is an unusable label.
     """
     required = _make_labelled(engine, config, is_daily)
     _check_values(engine, config)
@@ -171,7 +171,7 @@ def make_rows(engine: SqlEngine, config: EventsConfig, is_daily: bool = False) -
 def complete_rows(
     engine: SqlEngine, stage: str, required: dict[str, str]
 ) -> tuple[str, dict[str, int]]:
-    """Return the SQL condition of rows without null in some columns; count the others by reason."""
+    """Return the SQL condition of rows without null in `required`, and other rows by reason."""
     nulls = {reason: f"{quoted(column)} IS NULL" for reason, column in required.items()}
     if not nulls:
         return "1 = 1", {}
@@ -181,7 +181,7 @@ def complete_rows(
 
 
 def _make_labelled(engine: SqlEngine, config: EventsConfig, is_daily: bool) -> dict[str, str]:
-    """Make the stage `labelled` of rows; return the columns that a sample needs, by reason."""
+    """Make the stage `labelled`; return the columns that must not be null, by reason."""
     if not is_daily:
         check_actions(engine, config.actions, "unique_events")
     rows = f"SELECT * FROM unique_events WHERE {is_row(config)}"
@@ -207,14 +207,14 @@ def _make_labelled(engine: SqlEngine, config: EventsConfig, is_daily: bool) -> d
         end = engine.value("max(ts)", "unique_events")
         columns["ripe"] = f"CASE WHEN ts <= {end - config.ripe_after} THEN 1 END"
         required[UNRIPE] = "ripe"
-    if config.drop.max_events_per_user is not None:  # those left out label rows, but are none
+    if config.drop.max_events_per_user is not None:  # dropped events label rows, but are no rows
         source += " WHERE position IN (SELECT position FROM clean_events)"
     engine.view("labelled", f"SELECT {aligned(columns, columns)} FROM {source}")
     return required
 
 
 def required_features(config: EventsConfig, names: list[str]) -> dict[str, str]:
-    """Return the columns of features that a sample needs, by reason; else null is an unknown id."""
+    """Return feature columns that must not be null, by reason; other nulls are unknown ids."""
     return {
         f"no value in '{name}'": f"c_{name}"
         for name in names
@@ -253,7 +253,7 @@ def is_row(config: EventsConfig) -> str:
 def _make_attributed(
     engine: SqlEngine, labels: dict[str, Label], config: EventsConfig, is_daily: bool
 ) -> None:
-    """Make a stage of candidates with labels of the first strictly later actions within a time."""
+    """Make the stage `attributed`: candidates with labels of strictly later actions in time."""
     key = ["uid", "iid", *(["request"] if config.by_request else [])]
     first_actions = _first_actions_in_time if is_daily else _first_actions
     next_row = str(FOREVER)
@@ -274,7 +274,7 @@ def _make_attributed(
 
 
 def _first_actions_in_time(config: EventsConfig, labels: dict[str, Label], key: list[str]) -> str:
-    """Return the SQL of `_first_actions` where actions and rows count that arrived by `/end`."""
+    """Return SQL as `_first_actions`, with only actions and rows that arrived before `/end`."""
     same_key = " AND ".join(f"r.{column} = a.{column}" for column in key)
     tests = {name: actions_in(label.action) for name, label in labels.items()}
     if config.attribute == "last":
@@ -297,7 +297,7 @@ def _first_actions_in_time(config: EventsConfig, labels: dict[str, Label], key: 
 
 
 def _first_actions(config: EventsConfig, labels: dict[str, Label], key: list[str]) -> str:
-    """Return SQL of candidates with the times `/at NAME` of the actions, and `/at /row`, after."""
+    """Return SQL of candidates with the times of the next actions, `/at NAME`, and `/at /row`."""
     columns = ", ".join(key)
     actions = sorted({action for label in labels.values() for action in label.action or ()})
     acted = f"FROM unique_events WHERE {actions_in(actions)}"
@@ -324,15 +324,15 @@ def _first_actions(config: EventsConfig, labels: dict[str, Label], key: list[str
 def check_actions(
     engine: SqlEngine, settings: dict[str, list[str] | None], events: str, may_come: bool = False
 ) -> None:
-    """Log the actions of settings that no event has; one of a label that may not come is an error.
+    """Log a warning for actions of settings that no event in the stage `events` has.
 
-    `events` is their stage.
+    A label's missing action is a ValueError, unless later events `may_come`.
     """
     table = engine.table(f"SELECT DISTINCT action FROM {events} ORDER BY action")
-    present = table["action"].to_pylist()
+    log_actions = table["action"].to_pylist()
     for setting, actions in settings.items():
-        if absent := sorted(set(actions or ()) - set(present)):
-            text = f"{setting}: no event has the action {absent}; the log has {present[:20]}"
+        if absent := sorted(set(actions or ()) - set(log_actions)):
+            text = f"{setting}: no event has the action {absent}; the log has {log_actions[:20]}"
             if setting.startswith("labels") and not may_come:
                 raise ValueError(f"{text}; correct the name, or leave the label out")
             logger.warning(text)

@@ -15,7 +15,7 @@ SplitBy = Literal["time", "dates", "user", "leave_last", "windows"]
 
 @dataclass
 class Source:
-    """Files of one table, and the form of their times."""
+    """Files of one table, and the format of their times."""
 
     # Parquet or CSV: a file, a folder (with `key=value/` parts, if any), a pattern such as
     # logs/*.csv, a URL, or a list of them.
@@ -25,13 +25,13 @@ class Source:
     header: list[str] | None = None  # column names, for text files without a header line
     delimiter: str | None = None  # in text files; None: tab in .tsv, else comma
     in_quotes: bool = True  # in text files, values may be in double quotes
-    # Form of times that are text but not ISO, for strptime, such as "%d/%m/%Y %H:%M".
+    # Format of times that are text but not ISO, for strptime, such as "%d/%m/%Y %H:%M".
     time_format: str | None = None
 
 
 @dataclass
 class Several:
-    """Form of an item column that holds several items: lists, or texts such as `N1-1 N2-0`."""
+    """Format of an item column that holds several items: lists, or texts such as `N1-1 N2-0`."""
 
     between: str = " "  # text between two items
     column: str | None = None  # new column for the number after each item; None: no numbers
@@ -51,8 +51,8 @@ class EventTable(Source):
     action: str | None = None  # a column; None: every row's action is the table's name
     request: str | None = None  # a column in which a row and the actions that label it must agree
     arrived: str | None = None  # a time column: when the event became known; None: at its time
-    columns: list[str] = field(default_factory=list)  # of labels, context and lists
-    several: Several | None = None  # makes a row of each item, if a row holds several
+    columns: list[str] = field(default_factory=list)  # for labels, context and parallel lists
+    several: Several | None = None  # set if a row holds several items; each becomes a row
     where: dict[str, Value | list[Value]] = field(default_factory=dict)  # values of rows to read
 
 
@@ -61,7 +61,7 @@ class Feature:
     """A column that samples have."""
 
     kind: Literal["id", "ids", "dense"]
-    # Stands for null. None: a sample without a value is dropped, and an id is that of no row.
+    # Replaces null. None: a sample with null is dropped; with exact vocabularies, null ids stay.
     fill: int | float | str | None = None
 
 
@@ -108,9 +108,9 @@ class Weight:
     """Weigh rows in losses and metrics by a column, or else by labels and actions."""
 
     column: str | None = None
-    labels: dict[str, float] = field(default_factory=dict)  # of rows where one is 1, the first
-    actions: dict[str, float] = field(default_factory=dict)  # of the others, by their own action
-    # Of all other rows, and of those drawn as negatives. None: rows without a value are left out.
+    labels: dict[str, float] = field(default_factory=dict)  # by label; the first label of 1 counts
+    actions: dict[str, float] = field(default_factory=dict)  # of other rows, by their own action
+    # Weight of remaining rows and of drawn negatives. None: rows without a weight are left out.
     fill: float | None = 1.0
 
     @property
@@ -120,10 +120,10 @@ class Weight:
 
 @dataclass
 class Negatives:
-    """Items that existed at the moment of a row whose first label is 1, drawn as its negatives.
+    """Draw negatives for rows whose first label is 1, from items that existed at the row's time.
 
-    Those that the user had taken by then are never drawn, and in valid and test his positives of
-    that split.
+    Items that the user had acted on by then are never drawn. In valid and test, neither are the
+    user's positives of that split.
     """
 
     per_positive: int = 1
@@ -131,16 +131,16 @@ class Negatives:
     # A time column of `items`: an item exists from that moment on, if its first event is later.
     # None, or an item without a value: from its first event or snapshot on.
     available_from: str | None = None
-    # Events by which popularity counts each item that exists beside its own (additive smoothing).
+    # Number of events that popularity adds to each existing item's own (additive smoothing).
     # None: 1 (Laplace's) with available_from, else 0, so that items without events are not drawn.
     smoothing: float | None = None
     seed: int = 0
 
     @property
     def events_per_item(self) -> float:
-        """Events by which each item counts beside those that its events are drawn by."""
+        """Number of events added to each item's own; with uniform draws, no own events count."""
         if self.by == "uniform":
-            return 1.0  # without the events themselves
+            return 1.0
         default = 0.0 if self.available_from is None else 1.0
         return default if self.smoothing is None else self.smoothing
 
@@ -156,7 +156,7 @@ class Parallel:
 
     @property
     def stored_fill(self) -> float:
-        """Value of a list in place of null: the fill, scaled as the other values are."""
+        """Value that replaces null in lists: `fill`, scaled like other values."""
         if self.at_least is not None:
             return float(np.float32(self.fill) >= self.at_least)
         return float(np.float32(self.fill) / np.float32(self.scale))
@@ -181,7 +181,7 @@ class Count:
     per: list[str] | None = None  # divide by the number of these actions; 0 if there are none
     within: str = "all"
     delay: str = "0s"
-    max_age: str = "all"  # of the last known number, after which a request is scored with 0
+    max_age: str = "all"  # age of the last known number from which requests are scored with 0
 
 
 @dataclass
@@ -204,13 +204,13 @@ class Drop:
     later_than: str | None = None  # an ISO time; None: now
     max_events_per_user: int | None = None  # leave out a user's later events, as of robots
     # With `--until`: rows that arrive later than this after their time are left out. The state
-    # keeps as many days of all events.
+    # keeps all events of this time.
     late_rows: str = "7d"
 
 
 @dataclass
 class Vocabulary:
-    """Mapping of ids to rows."""
+    """How ids map to rows of tables."""
 
     kind: Literal["exact", "rows"] = "exact"  # rows: ids are rows of tables already
     # By column: occurrences, up to the last training sample, for which an id gets its own row.
@@ -240,22 +240,22 @@ class EventsConfig:
     items: ItemTable | None = None
     users: Snapshots | None = None
     rows: list[str] | None = None  # actions that become samples, without impressions
-    # Rows that an action labels. last: the user's last row with the item before it; all: each row
-    # whose `within` it lies in.
+    # Rows that an action labels. last: the user's last row with the item before the action; all:
+    # each row whose `within` contains the action.
     attribute: Literal["last", "all"] = "last"
     unripe: Literal["drop", "keep"] = "drop"  # rows whose `within` ends after the log
     # Leave out train (valid) rows whose `within` ends after valid (test) begins.
     embargo: bool = True
     context: dict[str, Feature] = field(default_factory=dict)  # columns of the sample's own row
     weight: Weight | None = None
-    # Number columns of the sample's own row that are known later, for losses alone; may be null.
+    # Numeric columns of the sample's own row that are known later, only for losses; may be null.
     late: list[str] = field(default_factory=list)
     negatives: Negatives | None = None
     histories: dict[str, History] = field(default_factory=dict)
     counts: dict[str, Count] = field(default_factory=dict)
     split: Split = field(default_factory=Split)
     partition: Literal["day", "hour"] = "day"  # of rows, with --until and --follow
-    # Columns of `schema.yaml` that are made of others, or take the place of a feature.
+    # Columns of `schema.yaml` that are computed from others, or replace a feature.
     transforms: dict[str, Column] = field(default_factory=dict)
     drop: Drop = field(default_factory=Drop)
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
@@ -269,13 +269,13 @@ class EventsConfig:
 
     @property
     def time_zone(self) -> str | None:
-        """Zone of dates in these settings: that of events and impressions; None: they differ."""
+        """Time zone of dates in these settings, that of all tables of events; None: they differ."""
         zones = {table.time_zone for table in self.tables.values()}
         return zones.pop() if len(zones) == 1 else None
 
     @property
     def row_tables(self) -> list[EventTable]:
-        """Tables of which rows may become samples."""
+        """Tables whose rows may become samples."""
         return [self.impressions] if self.impressions else [*self.events.values()]
 
     @property
@@ -284,13 +284,13 @@ class EventsConfig:
 
     @property
     def latest(self) -> int:
-        """Microseconds of the time after which no event counts: now, if none is set."""
+        """Time in microseconds after which events are ignored; default: now."""
         later_than = self.drop.later_than
         return now() if later_than is None else moment(later_than, self.time_zone)
 
     @property
     def available_from(self) -> str | None:
-        """Column of `items` with the moment from which each may be drawn as a negative."""
+        """Column of `items` with the time from which each item may be drawn as a negative."""
         return None if self.negatives is None else self.negatives.available_from
 
     @property
@@ -299,12 +299,12 @@ class EventsConfig:
 
     @property
     def arrival(self) -> str:
-        """Column of `clean_events` from whose time on they are known."""
+        """Column of `clean_events` with the time from which an event is known."""
         return "arrived" if self.has_arrival else "ts"
 
     @property
     def by_request(self) -> bool:
-        """Whether a row and the actions that label it agree in a request."""
+        """Whether a row and the actions that label it must have the same request."""
         return any(table.request is not None for table in self.row_tables)
 
     @property
@@ -328,8 +328,8 @@ class EventsConfig:
 
     @property
     def parallels(self) -> dict[str, Parallel]:
-        parts = [history.parallel for history in self.histories.values()]
-        return {name: parallel for part in parts for name, parallel in part.items()}
+        by_history = [history.parallel for history in self.histories.values()]
+        return {name: parallel for lists in by_history for name, parallel in lists.items()}
 
     @property
     def actions(self) -> dict[str, list[str] | None]:
@@ -337,7 +337,7 @@ class EventsConfig:
             "rows": self.rows,
             **{f"labels.{name}.action": label.action for name, label in self.labels.items()},
             "weight.actions": None if self.weight is None else [*self.weight.actions] or None,
-            **{f"histories.{name}.actions": part.actions for name, part in self.histories.items()},
+            **{f"histories.{name}.actions": h.actions for name, h in self.histories.items()},
             **{f"counts.{name}.actions": count.actions for name, count in self.counts.items()},
             **{f"counts.{name}.per": count.per for name, count in self.counts.items()},
         }

@@ -25,10 +25,10 @@ from recsys.storage.location import Location
 def read_snapshots(
     engine: SqlEngine, config: EventsConfig, types: dict[str, pa.DataType], must_match: bool = True
 ) -> dict[str, int]:
-    """Make the stages `item_snapshots` and `user_snapshots`; count the rows left out by reason.
+    """Make the stages `item_snapshots` and `user_snapshots`; return rows left out by reason.
 
-    They have id, valid_from, valid_until, features and content. Ids with several rows at one time,
-    or, with `must_match`, without any event, are a ValueError. `types` are those of the events.
+    Columns are id, valid_from, valid_until, features and content. `types` are of the events. An id
+    with several rows at one time, or with `must_match` a table without events, is a ValueError.
     """
     reasons: dict[str, int] = {}
     for name, key, table in snapshot_tables(config):
@@ -65,7 +65,7 @@ def read_snapshots(
 
 
 def snapshot_tables(config: EventsConfig) -> Iterator[tuple[str, str, Snapshots]]:
-    """Yield the tables of items and users with their names and the columns of ids in events."""
+    """Yield name, column of ids in events, and table of the items and the users, if configured."""
     for name, key, table in (("item", "iid", config.items), ("user", "uid", config.users)):
         if table is not None:
             yield name, key, table
@@ -87,7 +87,7 @@ def _fields(config: EventsConfig, table: Snapshots) -> list[Field]:
 
 
 def _check_types(file: str, table: Snapshots, schema: pa.Schema, kind: pa.DataType) -> None:
-    """Raise a ValueError for a column whose type does not fit; ids are of `kind`."""
+    """Raise a ValueError for a column of an unfit type, or ids of another type than `kind`."""
     if (id_kind := schema.field("id").type) != kind:
         raise ValueError(
             f"{file}: column '{table.id}' has type {id_kind}, but {kind} in the events; write one "
@@ -132,7 +132,7 @@ def with_columns(
 ) -> str:
     """Return SQL that adds features of the snapshot that was valid at each row's time.
 
-    `source` is SQL with `ts` and `key`, the column of ids; `prefix` begins the columns' names.
+    `source` is SQL of rows with `ts` and the id column `key`; `prefix` starts new columns' names.
     """
     columns = {
         f"{prefix}{name}": filled(f"t.{quoted(f'f_{name}')}", feature.fill)
@@ -147,7 +147,7 @@ def with_columns(
 def add_features(
     engine: SqlEngine, config: EventsConfig, source: str, may_be_empty: bool = False
 ) -> dict[str, int]:
-    """Make the stage `samples` of `source` with item and user features; count those left out."""
+    """Make the stage `samples`: `source` with item and user features; return rows left out."""
     query = f"SELECT * FROM {source}"
     required: dict[str, str] = {}
     for name, key, table in snapshot_tables(config):
@@ -166,16 +166,16 @@ def add_features(
 
 
 PICTURES_PER_GROUP = 128  # pictures in memory at once
-READERS = 16  # at once: a picture from a URL is mostly waited for
+READERS = 16  # threads that read pictures, which mostly wait for URLs
 
 
 def _named_pictures(items: ItemTable) -> dict[str, Content]:
-    """Return the contents whose pictures are files."""
-    return {name: part for name, part in items.content.items() if part.path_column is not None}
+    """Return the content columns whose pictures are files that a column names."""
+    return {name: c for name, c in items.content.items() if c.path_column is not None}
 
 
 def _check_pictures(engine: SqlEngine, items: ItemTable) -> None:
-    """Raise a ValueError if the first picture of a column is none, or a local file is missing."""
+    """Raise a ValueError if a column's first picture is no image, or a local file is missing."""
     for name, content in _named_pictures(items).items():
         path = quoted(f"t_{name}")
         rows = f"SELECT DISTINCT id, {path} AS path FROM item_snapshots WHERE {path} <> ''"
@@ -215,7 +215,7 @@ def add_pictures(folder: Path, items: ItemTable, id_column: str) -> None:
 
 
 def _read(content: Content, item: object, path: str | None) -> bytes | None:
-    """Return the bytes of an item's picture; None if it has none."""
+    """Return the bytes of an item's picture, None without a path."""
     if not path:
         return None
     file = _location(content, path)

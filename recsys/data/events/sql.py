@@ -1,7 +1,7 @@
-"""SQL engines that run the stages of a transformation, and parts of their SQL.
+"""SQL engines that run the stages of `prepare events`, and helpers that write SQL.
 
-DuckDB runs on one machine; its stages are Parquet files until the end. Spark runs locally or on a
-cluster, whose executors share its folders and have this package.
+A stage is a named table or view. DuckDB runs on one machine and stores stages as Parquet files.
+Spark runs locally or on a cluster, whose executors must share its folders and have this package.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 FOREVER = 2**62  # later than any time
 ROWS_PER_BATCH = 1 << 17
 GROUP_ROWS = 8192  # small enough that several ranks share a split evenly
-READ_SOON = "FORMAT parquet, COMPRESSION lz4_raw"  # of DuckDB's files
+READ_SOON = "FORMAT parquet, COMPRESSION lz4_raw"  # DuckDB's options for files that it reads soon
 AT_START = {"spark.ui.enabled": "false", "spark.ui.showConsoleProgress": "false"}
 SETTINGS = {
     "spark.sql.ansi.enabled": "true",
@@ -41,7 +41,7 @@ SETTINGS = {
 
 
 class BatchFunction(Protocol):
-    """Maps the sorted batches of a partition, in order, to others of a schema."""
+    """A function from the sorted batches of a partition, in order, to batches of `schema`."""
 
     @property
     def schema(self) -> pa.Schema: ...
@@ -50,25 +50,25 @@ class BatchFunction(Protocol):
 
 
 class _Results:
-    """Small results of stages, on any engine."""
+    """Base of the engines, with methods that return small results of queries."""
 
     def table(self, query: str) -> pa.Table:
-        """Return a small result."""
+        """Return a query's result, which must fit into memory."""
         raise NotImplementedError
 
     def schema(self, stage: str) -> pa.Schema:
         return self.table(f"SELECT * FROM {stage} LIMIT 0").schema
 
     def value(self, aggregate: str, source: str) -> int:
-        """Return an aggregate of a stage, or of those rows that a WHERE after its name selects."""
+        """Return an aggregate of `source`, SQL to follow FROM: a stage, maybe with WHERE."""
         return self.table(f"SELECT {aggregate} AS x FROM {source}")["x"][0].as_py()
 
     def count_rows(self, source: str) -> int:
-        """Return the number of rows, as `value`."""
+        """Return the number of rows of `source`, as in `value`."""
         return self.value("count(*)", source)
 
     def count_by_reason(self, cases: dict[str, str], source: str) -> dict[str, int]:
-        """Count the rows of a stage by the first condition in `cases` they meet, "" for none."""
+        """Count the rows of a stage by the first condition in `cases` that holds, "" for none."""
         tests = " ".join(f"WHEN {test} THEN {place}" for place, test in enumerate(cases.values()))
         table = self.table(
             f"SELECT CASE {tests} ELSE {len(cases)} END AS r, count(*) AS n FROM {source} "
@@ -79,14 +79,14 @@ class _Results:
 
 
 class DuckDBEngine(_Results):
-    """Runs stages, which are tables: DuckDB sorts, joins and spills; functions run in this process.
+    """Runs stages with DuckDB, which spills to disk; functions of stages run in this process.
 
-    By default DuckDB takes 80 % of the memory and all cores. What disk or memory refuse is a
-    ValueError, as are a `memory` that is no size and `threads` below 1.
+    By default DuckDB uses 80 % of the memory and all cores. A full disk or memory is a ValueError,
+    as are a `memory` that is no size and `threads` below 1.
 
     unnest, hash: names of SQL functions: one row per value of a list; several values to 64 bits.
     work: folder of the stages, which all processes of the engine share; the caller removes it.
-    scratch: folder for files that functions write, if they run in this process; else None.
+    scratch: scratch folder, if functions run in this process; else None.
     """
 
     unnest, hash = "unnest", "hash"
@@ -111,7 +111,7 @@ class DuckDBEngine(_Results):
         self._duckdb.close()
 
     def add_files(self, name: str, readers: list[Reader]) -> None:
-        """Read the files of tables with the same columns as a stage."""
+        """Make a stage of the rows that the readers read; all have the same columns."""
         batches = (
             batch for reader in readers for task in reader.tasks for batch in reader.read(task)
         )
@@ -136,18 +136,18 @@ class DuckDBEngine(_Results):
         return [file] if by is None else sorted(target.glob(f"*/{file.stem}-*"))
 
     def read_saved(self, name: str, files: Sequence[Path]) -> None:
-        """Name the rows of files that `save` has written."""
+        """Make a view of the rows in files that `save` has written."""
         self.view(name, f"SELECT * FROM {parquet_rows(files)}")
 
     def view(self, name: str, query: str) -> None:
-        """Name a query, to be run wherever the name is used."""
+        """Make a view, whose query runs wherever its name is used."""
         with self._explained():
             self._duckdb.execute(f"CREATE VIEW {name} AS {query}")
 
     def add_mapped(
         self, name: str, query: str, by: list[str], order: list[str], function: BatchFunction
     ) -> None:
-        """Make a stage of a function over a sorted result; rows that agree in `by` share a call."""
+        """Make a stage by a function over sorted rows; rows of equal `by` are in one call."""
         ordered = f"SELECT * FROM ({query}) ORDER BY {listed([*by, *order])}"
         self._add_batches(name, function(self._batches(ordered)), function.schema)
 
@@ -158,13 +158,13 @@ class DuckDBEngine(_Results):
     def write(
         self, query: str, folder: Path, rows_per_group: int = GROUP_ROWS, complete: Complete = None
     ) -> int:
-        """Write rows, made by `complete`, as Parquet in their order; return their number."""
+        """Write a query's rows, after `complete`, as Parquet in order; return their number."""
         batches = self._batches(query, 16 * rows_per_group)
         with self._explained():
             return write_parts(batches, folder, rows_per_group, self._threads, complete)
 
     def write_by(self, query: str, column: str, folder: Path, complete: Complete) -> None:
-        """Write rows, ordered by a column, into a folder for each value of it."""
+        """Write rows that are sorted by a column into a folder for each of its values."""
         for value, parts in groupby(slices_by(self._batches(query), column), itemgetter(0)):
             batches = (batch for _, batch in parts)
             with self._explained():
@@ -172,12 +172,12 @@ class DuckDBEngine(_Results):
 
     @staticmethod
     def least_of_last(column: str, number: int, condition: str) -> str:
-        """Return SQL of the least of the largest values of a column by a condition."""
+        """Return SQL of the least of a column's `number` largest values in rows that qualify."""
         return f"list_min(max({column}, {number}) FILTER (WHERE {condition}))"
 
     def _add_batches(self, name: str, batches: Batches, schema: pa.Schema) -> None:
         file = self._new_file(name)
-        # Read soon, and not searched; by the limits in the statistics DuckDB sorts narrow keys.
+        # Fast compression, as the file is read soon; its statistics let DuckDB sort narrow keys.
         options = {"compression": "lz4", "use_dictionary": False}
         with self._explained(), pq.ParquetWriter(file, schema, **options) as writer:
             for batch in batches:
@@ -194,7 +194,7 @@ class DuckDBEngine(_Results):
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Raise DuckDB's errors as ValueErrors; what disk and memory refuse names the folder."""
+        """Raise DuckDB's errors as ValueErrors; errors of disk and memory name the folder."""
         try:
             yield
         except (duckdb.IOException, duckdb.OutOfMemoryException, OSError) as error:
@@ -207,7 +207,7 @@ class DuckDBEngine(_Results):
 
 
 class SparkEngine(_Results):
-    """A Spark session in the running application, or a new one at `master`; as `DuckDBEngine`."""
+    """Runs stages like `DuckDBEngine`, in the active Spark session or a new one at `master`."""
 
     unnest, hash = "explode", "xxhash64"
     scratch: Path | None = None  # functions run in executors
@@ -224,7 +224,7 @@ class SparkEngine(_Results):
         for name, value in SETTINGS.items():
             self._spark.conf.set(name, value)
         if self._spark.sparkContext.master.startswith("local"):
-            # As many tasks as a cluster has would spend their time in starting.
+            # Spark's default number of tasks is for clusters; here most time would be start-up.
             tasks = self._spark.sparkContext.defaultParallelism
             self._spark.conf.set("spark.sql.shuffle.partitions", tasks)
         self.work = work
@@ -242,8 +242,8 @@ class SparkEngine(_Results):
                     reader, task = tasks[number]
                     yield from reader.read(task)
 
-        parts = min(len(tasks), 10 * self._spark.sparkContext.defaultParallelism)
-        frame = self._spark.range(len(tasks)).repartition(parts)
+        num_partitions = min(len(tasks), 10 * self._spark.sparkContext.defaultParallelism)
+        frame = self._spark.range(len(tasks)).repartition(num_partitions)
         self._save(name, frame.mapInArrow(read, _spark_schema(readers[0].schema)))
 
     def add(self, name: str, query: str) -> None:
@@ -323,7 +323,7 @@ def open_engine(
     threads: int | None = None,
     spark_master: str | None = None,
 ) -> Iterator[SqlEngine]:
-    """Yield an engine, Spark if a master is named, with stages in `temp`, or else in `folder`."""
+    """Yield an engine, Spark if `spark_master` is set, with stages in `temp` or in `folder`."""
     if temp is not None and not temp.is_dir():
         raise ValueError(f"--temp {temp}: no such folder; make it, or name another")
     work = Path(tempfile.mkdtemp(prefix="prepare-events-", dir=temp)) if temp else folder / "stages"
@@ -361,7 +361,7 @@ def _start(builder: Any, master: str) -> Any:
 
 @contextmanager
 def _spark_explained() -> Iterator[None]:
-    """Raise what Spark reports as a ValueError: that of a function in an executor, or its own."""
+    """Raise Spark's errors as ValueErrors, if possible with the message of a failed function."""
     from py4j.protocol import Py4JJavaError
     from pyspark.errors import PySparkException
 
@@ -374,40 +374,40 @@ def _spark_explained() -> Iterator[None]:
 
 
 def parquet_rows(files: Iterable[Path]) -> str:
-    """Return files as DuckDB reads their rows, without columns of folders such as `user=7`."""
+    """Return SQL that reads files in DuckDB, without columns of folders such as `user=7`."""
     paths = ", ".join(map(path_literal, files))
     return f"read_parquet([{paths}], hive_partitioning = false)"
 
 
 def path_literal(path: Path) -> str:
-    """Return a path as DuckDB writes it."""
+    """Return a path as an SQL literal of DuckDB."""
     return "'" + str(path).replace("'", "''") + "'"
 
 
 def quoted(name: str) -> str:
-    """Return a name as SQL writes it."""
+    """Return a name as an SQL identifier in double quotes."""
     return '"' + name.replace('"', '""') + '"'
 
 
 def listed(names: Iterable[str]) -> str:
-    """Return names as SQL lists them."""
+    """Return names as a comma-separated list of SQL identifiers."""
     return ", ".join(map(quoted, names))
 
 
 def aligned(names: Iterable[str], columns: Mapping[str, str]) -> str:
-    """Return the SQL of columns in the order of names, null where there is none."""
+    """Return SQL of columns in the order of `names`, NULL for names that `columns` lacks."""
     return ", ".join(f"{columns.get(name, 'NULL')} AS {quoted(name)}" for name in names)
 
 
 def literal(text: str) -> str:
-    """Return a text as SQL writes it; engines differ in how they escape quotes."""
+    """Return a text as an SQL literal; a ValueError for quotes, as engines escape differently."""
     if "'" in text or "\\" in text:
         raise ValueError(f"action {text!r}: quotes and backslashes cannot be in it; rename it")
     return f"'{text}'"
 
 
 def filled(column: str, fill: float | int | str | None) -> str:
-    """Return the SQL of a column with its nulls filled."""
+    """Return SQL of a column with nulls replaced by `fill`."""
     if fill is None:
         return column
     return f"coalesce({column}, {literal(fill) if isinstance(fill, str) else fill})"

@@ -1,4 +1,4 @@
-"""Times of any form as microseconds since 1970 in UTC, durations such as `7d`, and periods."""
+"""Convert times to microseconds since 1970 in UTC; durations such as `7d`; days and hours."""
 
 import re
 import time
@@ -12,14 +12,14 @@ import pyarrow.compute as pc
 
 MICROS = {"us": 1, "ms": 1_000, "s": 1_000_000}
 DURATIONS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
-# Beyond these the unit is wrong.
+# Times outside of these limits have a wrong unit.
 EARLIEST, LATEST = -(2**51), 2**53
-# Texts that are null: empty ones, and 00 of a month or day that is unknown, as MySQL writes it.
+# Texts that mean null: empty ones, and MySQL's dates with 00 for an unknown month or day.
 UNKNOWN = r"^$|^\d{4}-(00-\d{2}|\d{2}-00)"
 HAS_ZONE = r"(Z|z|:[0-9.]+[+-]\d\d(:?\d\d)?)$"
 HOUR, DAY = DURATIONS["h"] * MICROS["s"], DURATIONS["d"] * MICROS["s"]
 EPOCH = date(1970, 1, 1)
-EXAMPLE = datetime(2026, 11, 21, 12, tzinfo=UTC)  # of a form of times
+EXAMPLE = datetime(2026, 11, 21, 12, tzinfo=UTC)  # a time to try a format with
 Period = tuple[str, int, int]  # name, beginning, and end, in microseconds
 
 
@@ -29,7 +29,7 @@ def now() -> int:
 
 
 def duration(text: str) -> int | None:
-    """Return microseconds of a text such as `90s`, `30m`, `1h`, `7d` or `2w`; None of `all`."""
+    """Return microseconds of a text such as `90s`, `30m`, `1h`, `7d` or `2w`; None for `all`."""
     if text == "all":
         return None
     match = re.fullmatch(r"([0-9]+)([smhdw])", text)
@@ -42,7 +42,7 @@ def duration(text: str) -> int | None:
 
 
 def moment(text: str, zone: str | None) -> int:
-    """Return microseconds of an ISO date or time; without an offset it is in `zone`."""
+    """Return microseconds of an ISO date or time; a time without an offset is in `zone`."""
     try:
         instant = datetime.fromisoformat(text)
     except ValueError as error:
@@ -58,7 +58,7 @@ def moment(text: str, zone: str | None) -> int:
 
 
 class RowError(ValueError):
-    """The value in a row, counted from the first of some, that cannot be used."""
+    """Raised for an unusable value; `row` counts from the first of the converted values."""
 
     def __init__(self, row: int, problem: str) -> None:
         super().__init__(f"row {row}: {problem}")
@@ -67,14 +67,14 @@ class RowError(ValueError):
 
 @dataclass(frozen=True)
 class Calendar:
-    """Days of a time zone, or the hours since each day began, which may be 23 or 25."""
+    """Periods of a time zone: days, or the 23 to 25 hours of each day."""
 
     zone: str
     unit: Literal["day", "hour"]
 
     def periods(self, day: date) -> list[Period]:
         """Return the periods of a day in order."""
-        first, end = (moment(str(one), self.zone) for one in (day, day + timedelta(1)))
+        first, end = (moment(str(start), self.zone) for start in (day, day + timedelta(1)))
         if self.unit == "day":
             return [(str(day), first, end)]
         return [
@@ -83,12 +83,12 @@ class Calendar:
         ]
 
     def around(self, numbers: list[int]) -> list[Period]:
-        """Return the periods that days since 1970 in UTC touch."""
+        """Return the periods of UTC days (days since 1970) and of the days before and after."""
         days = {EPOCH + timedelta(number + shift) for number in numbers for shift in (-1, 0, 1)}
         return [period for day in sorted(days) for period in self.periods(day)]
 
     def end_of(self, name: str) -> int:
-        """Return the end of a day, or of an hour such as 2026-11-01/05; others are a ValueError."""
+        """Return the end of a day or of an hour such as 2026-11-01/05; a ValueError otherwise."""
         text, _, hour = name.partition("/")
         try:
             periods = self.periods(date.fromisoformat(text))
@@ -98,14 +98,14 @@ class Calendar:
             raise ValueError(f"--until {name}: no date; write such as {form}") from error
 
     def last_ended(self, now: int) -> str:
-        """Return the last period that has ended by a time."""
+        """Return the name of the last period that has ended at a time."""
         today = datetime.fromtimestamp(now / MICROS["s"], ZoneInfo(self.zone)).date()
         periods = self.periods(today - timedelta(1)) + self.periods(today)
         return [name for name, _, end in periods if end <= now][-1]
 
 
 def to_micros(values: pa.Array, unit: str, zone: str, form: str | None = None) -> pa.Array:
-    """Convert N integers, timestamps, dates, or strings, ISO or of a form, to int64 or null."""
+    """Convert integers, timestamps, dates, or strings, ISO or of format `form`, to int64."""
     kind = values.type
     if pa.types.is_integer(kind):
         if form is not None and EXAMPLE.strftime(form).isdigit():
@@ -138,13 +138,13 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def first_row(mask: pa.Array) -> int | None:
-    """Return the first row in which a mask is true."""
+    """Return the first row in which a mask is true, or None."""
     row: int = pc.index(mask, True).as_py()
     return row if row >= 0 else None
 
 
 def _scaled(values: pa.Array, factor: int) -> pa.Array:
-    """Multiply, with clipping just beyond the limits of `to_micros` instead of overflow."""
+    """Multiply values; clip them just beyond the limits of `to_micros` instead of overflowing."""
     limit = LATEST // factor + 1
     try:
         values = values.cast(pa.int64())
@@ -155,11 +155,11 @@ def _scaled(values: pa.Array, factor: int) -> pa.Array:
 
 
 def _instants(values: pa.Array, zone: str) -> pa.Array:
-    """Return timestamps as microseconds; those without a zone are in `zone`."""
+    """Return timestamps as microseconds; timestamps without a zone are in `zone`."""
     if values.type == pa.timestamp("us", "UTC"):
         return values.cast(pa.int64())
     if getattr(values.type, "tz", None) is None:
-        # A time that the clock shows twice is the first. One that it skips tells of another zone.
+        # Times that the end of summer time repeats are the earlier ones; skipped times are errors.
         plain = values.cast(pa.timestamp("us"), safe=False)
         try:
             values = pc.assume_timezone(plain, zone, ambiguous="earliest", nonexistent="raise")
@@ -171,22 +171,22 @@ def _instants(values: pa.Array, zone: str) -> pa.Array:
 def _parsed(values: pa.Array, zone: str) -> pa.Array:
     """Return ISO strings as microseconds."""
     zoned = pc.match_substring_regex(values, HAS_ZONE).fill_null(False)
-    parts = []
+    instants = []
     try:
-        for mask, own_zone in ((zoned, "UTC"), (pc.invert(zoned), None)):
-            times = pc.if_else(mask, values, None).cast(pa.timestamp("us", own_zone))
-            parts.append(_instants(times, zone))
+        for mask, type_zone in ((zoned, "UTC"), (pc.invert(zoned), None)):
+            times = pc.if_else(mask, values, None).cast(pa.timestamp("us", type_zone))
+            instants.append(_instants(times, zone))
     except pa.ArrowInvalid as error:
         text = str(error).partition("string: '")[2].rpartition("' as a ")[0]
         row = pc.index(values, pa.scalar(text, values.type)).as_py()
         raise RowError(
             row, f"{error}; write ISO times such as 2026-11-01T12:00:00+01:00, or integers"
         ) from error
-    return pc.coalesce(*parts)
+    return pc.coalesce(*instants)
 
 
 def form_problem(form: str) -> str | None:
-    """Return why times of a form cannot be read; None if they can."""
+    """Return an error message if times of a format cannot be read, else None."""
     if "%Z" in form.replace("%%", ""):
         return "names of zones (%Z) are not read; set time_zone, or write offsets (%z)"
     example = pa.array([EXAMPLE.strftime(form)])
@@ -197,18 +197,18 @@ def form_problem(form: str) -> str | None:
 
 
 def _parsed_by(values: pa.Array, zone: str, form: str) -> pa.Array:
-    """Return strings of a form of strptime as microseconds."""
+    """Return strings of a strptime format as microseconds."""
     times = pc.strptime(values, form, "s", error_is_null=True)
     is_wrong = pc.is_null(times)
-    if times.type.tz is None:  # else written in UTC
-        # A day 31 of February is read as one of March.
+    if times.type.tz is None:  # with a zone, strftime would write UTC and differ
+        # strptime reads 31 February as a day of March: compare the digits.
         is_other = pc.not_equal(_digits(values), _digits(pc.strftime(times, form)))
         is_wrong = pc.or_kleene(is_wrong, is_other)
     row = first_row(pc.and_(is_wrong, pc.is_valid(values)))
     if row is not None:
         raise RowError(row, f"'{values[row].as_py()}' is no time of the form '{form}'")
-    own_zone = "UTC" if "%z" in form.replace("%%", "") else zone  # strptime adds an offset itself
-    return _instants(times.cast(pa.timestamp("us")), own_zone)
+    applied_zone = "UTC" if "%z" in form.replace("%%", "") else zone  # strptime applies an offset
+    return _instants(times.cast(pa.timestamp("us")), applied_zone)
 
 
 def _digits(texts: pa.Array) -> pa.Array:

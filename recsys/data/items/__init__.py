@@ -1,1 +1,1 @@
-"""Reads the catalogue: texts, images and features of items, prepared once and kept on disk."""
+"""Read the items: their texts, images and features, prepared once and cached on disk."""

@@ -1,4 +1,4 @@
-"""Content of all items, read, tokenised and decoded once, served to batches by item id.
+"""Content of all items: read, tokenised and decoded once, then gathered for batches by item id.
 
 Each modality is a `RaggedArray` in a cache folder named by a hash of content and settings.
 Shapes: U unique items, N items with a row.
@@ -19,7 +19,7 @@ from recsys.data.items.ragged_array import RaggedArray, stored_hashes
 from recsys.data.schema_columns import Items
 from recsys.storage.files import home_expanded, whole_folder
 
-SKIPPED = "skipped.json"  # beside an array: the rows left out of it because they are unusable
+SKIPPED = "skipped.json"  # file in an array's folder with the unusable rows that it lacks
 
 
 def default_cache() -> Path:
@@ -28,7 +28,7 @@ def default_cache() -> Path:
 
 
 class ContentStore:
-    """Content of all items by modality; with `may_be_empty`, no item need have any."""
+    """Content of all items by modality; with `may_be_empty`, all items may lack content."""
 
     def __init__(
         self,
@@ -45,18 +45,18 @@ class ContentStore:
             kind.check_column(ItemColumnReader(items, kind.modality.column))
         self.arrays: dict[str, RaggedArray] = {}
         self.folders: dict[str, Path] = {}
-        self.hashes: dict[str, np.ndarray] = {}  # of each row's content, before any encoder
+        self.hashes: dict[str, np.ndarray] = {}  # hash of each row's content, before any encoder
         order = np.argsort(items.ids)
         self._ids, self._rows = items.ids[order], items.rows[order]
 
     def build(self, name: str) -> None:
-        """Build the array of one modality, or open it from the cache; see `on_bad_row`."""
+        """Open the array of one modality from the cache, or build it first."""
         kind = self.kinds[name]
         column, settings = ItemColumnReader(self.items, kind.modality.column), kind.key()
-        if self.may_be_empty:  # nulls alone do not tell the width of a feature
+        if self.may_be_empty:  # a column of nulls does not determine the width of a feature
             settings = (settings, kind.entry_shape)
         if column.skips_bad_rows:
-            settings = (settings, "skip", str(self.items.folder))  # the report names it
+            settings = (settings, "skip", str(self.items.folder))  # cached reports name the folder
         key = digest_of(column.fingerprint(), kind.modality.kind, settings)
         folder = self.cache / f"{type(kind).__name__.lower()}-{key}"
         if not folder.exists():
@@ -76,7 +76,7 @@ class ContentStore:
         self.folders[name], self.arrays[name] = folder, RaggedArray(folder)
 
     def gather(self, item_ids: np.ndarray) -> dict[str, ContentInput]:  # [U]
-        """Return the content of unique items, by modality; an unknown item has none."""
+        """Return the content of unique items, by modality; unknown items have no content."""
         rows, kinds = self.rows_of(item_ids), self.kinds
         arrays = self.arrays.items()
         return {name: kinds[name].as_input(*array.gather(rows)) for name, array in arrays}
@@ -100,7 +100,7 @@ def require_column(items: Items, kind: ModalityKind) -> None:
     name = kind.modality.column
     column = items.columns.get(name)
     if column is None or column.kind != kind.column_kind:
-        choices = ", ".join(f"{name} ({one.kind})" for name, one in items.columns.items())
+        choices = ", ".join(f"{name} ({column.kind})" for name, column in items.columns.items())
         raise ValueError(
             f"{kind.where}: schema.yaml has no item column '{name}' of kind {kind.column_kind}; "
             f"name one of {choices}, or leave the modality out: --{kind.where} null"

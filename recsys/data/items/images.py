@@ -1,4 +1,4 @@
-"""Encoded images of items -> square pixels, for any mode and shape; other bytes are refused.
+"""Decode images of items of any mode and shape to square pixels; other bytes are a ValueError.
 
 Only formats whose decoders merely read pixels are accepted. Shapes: n rows of a chunk, S side.
 """
@@ -18,19 +18,19 @@ from recsys.data.parquet.bad_rows import Report
 from recsys.data.parquet.values import is_list, list_lengths
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-LONGEST_PATH = 260
+LONGEST_PATH = 260  # bytes; a shorter printable text in place of an image may be a path
 BITS_16 = ("I;16", "I;16B", "I;16L", "I;16N")
 
 
 @dataclass(frozen=True)
 class ImagePreparation:
-    """Treatment of an image before its encoder; the default is that of ImageNet encoders."""
+    """How an image is prepared for its encoder; the defaults are those of ImageNet encoders."""
 
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of red, green and blue, from 0 to 1
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     resampling: int = 2  # Pillow's number of a filter (2 bilinear, 3 bicubic)
-    keeps_aspect: bool = True  # crop the centre square; else squeeze the image into a square
-    share: float = 1.0  # visible share of that square's side, or of both sides
+    keeps_aspect: bool = True  # crop the central square; False: squeeze the image into a square
+    share: float = 1.0  # visible share of the sides, cropped around the centre
 
     def __post_init__(self) -> None:
         if len(self.mean) != 3 or len(self.std) != 3 or 0 in self.std:
@@ -43,7 +43,7 @@ class ImagePreparation:
 def decode_image(
     encoded: bytes, size: int, where: str = "", preparation: ImagePreparation | None = None
 ) -> np.ndarray:  # uint8 [3, S, S]
-    """Decode the visible part as a square of side `size`; a ValueError names the image, `where`."""
+    """Decode the visible part as a square of side `size`; errors name the image by `where`."""
     try:
         image = open_image(encoded)
     # A decoder may raise an error of any class for damaged bytes.
@@ -64,7 +64,7 @@ def decode_image(
 def open_image(encoded: bytes) -> Image.Image:
     """Return the decoded image in RGB, upright; raise any error of its decoder."""
     with warnings.catch_warnings():
-        # Above MAX_IMAGE_PIXELS Pillow warns, and refuses only twice as many.
+        # Above MAX_IMAGE_PIXELS Pillow only warns; it raises above twice as many pixels.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         image: Image.Image = Image.open(BytesIO(encoded), formats=_formats())
     if image.mode in BITS_16:  # Pillow would clip these to white
@@ -75,7 +75,7 @@ def open_image(encoded: bytes) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Return the image turned as its EXIF orientation says, which cameras set; bad EXIF is none."""
+    """Return the image turned by its EXIF orientation; damaged EXIF data are ignored."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # of any class, for damaged bytes
@@ -106,10 +106,10 @@ def decoded_images(
     where: str,
     report: Report,
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Decode images of each row, one or a list; an unreadable one is reported and left out.
+    """Decode the images of each row, one or a list; report unreadable images and leave them out.
 
-    `select` maps a row's number of images to the positions of those to use, in order. Returns the
-    images of each row [n], their pixels uint8 [sum, 3, S, S], and rows with unselected images.
+    `select` maps a row's number of images to the positions to use, in order. Returns the numbers of
+    images by row [n], pixels uint8 [sum, 3, S, S], and the number of rows with unselected images.
     """
     has_lists = is_list(chunk.type)
     lengths = np.zeros(len(chunk), np.int64)
@@ -123,10 +123,10 @@ def decoded_images(
         places = select(len(encoded))
         cut += len(places) < len(encoded)
         for place in places:
-            which = f"image {place} of its {len(encoded)}" if has_lists else ""
+            which_image = f"image {place} of its {len(encoded)}" if has_lists else ""
             try:
                 image = encoded[place].as_py()
-                pixels[lengths.sum()] = decode_image(image, size, which, preparation)
+                pixels[lengths.sum()] = decode_image(image, size, which_image, preparation)
                 lengths[row] += 1
             except ValueError as error:
                 causes[row].append(str(error))
@@ -136,7 +136,7 @@ def decoded_images(
 
 
 def check_first_image(chunks: Iterable[tuple[pa.Array, str]], decodes: bool = True) -> None:
-    """Check the first image of a column before long work; without `decodes`, its type alone."""
+    """Raise a ValueError for a wrong column type and, with `decodes`, an unreadable first image."""
     for chunk, where in chunks:
         num_images(chunk, where)
         images = chunk.flatten() if is_list(chunk.type) else chunk
@@ -147,7 +147,7 @@ def check_first_image(chunks: Iterable[tuple[pa.Array, str]], decodes: bool = Tr
 
 
 def num_images(chunk: pa.Array, where: str) -> np.ndarray:  # [n]
-    """Return the number of images of each row, including null ones in a list."""
+    """Return the number of images of each row, including nulls in a list."""
     kind = chunk.type
     image = kind.value_type if is_list(kind) else kind
     if not (pa.types.is_binary(image) or pa.types.is_large_binary(image)):

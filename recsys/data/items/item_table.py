@@ -1,8 +1,8 @@
-"""Parquet files of the items: one row per item, its id checked, its columns read chunk by chunk.
+"""Parquet files of the items: one row per item; ids are checked, columns read in chunks.
 
-A column may be a .npy file instead, [items, W] or [items, T, W]. A token of NaN alone is missing.
-Shapes: N usable items, R rows of all files, n of a chunk or piece, T tokens of a row, W values of
-a token.
+A column may be a .npy file instead, [items, W] or [items, T, W]. A token of only NaN is missing.
+Shapes: N usable items, R rows of all files, n rows of a chunk or piece, T tokens of a row, W values
+of a token.
 """
 
 from collections.abc import Iterator
@@ -33,9 +33,9 @@ Chunk = tuple[Location, int, pa.Array]  # file, first row in the file, values
 class ItemTable:
     """Parquet files of the items at `folder`, by default `items` of the dataset: one row per item.
 
-    `num_items` limits the rows of ids. `on_bad_row` is for ids that are null, repeated or unknown.
-    Of the usable items, `ids` [N] are rows of the target item's table, or raw bounded ids, and
-    `rows` [N] positions among the R rows of all files.
+    Ids must map to rows below `num_items`. `on_bad_row` applies to null, repeated and unknown ids.
+    For usable items, `ids` [N] are rows of the target item's table, or raw bounded ids, and `rows`
+    [N] are positions among the R rows of all files.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class ItemTable:
         if not self.files:
             raise ValueError(f"{self.folder}: no *.parquet files; write one row per item there")
         self.bad_rows = BadRows(on_bad_row)
-        self._footers: dict[Location, str] = {}  # hashes, by which all columns are of one file
+        self._footers: dict[Location, str] = {}  # hashes that detect a replaced file
         self._read_ids()
 
     def _read_ids(self) -> None:
@@ -78,7 +78,7 @@ class ItemTable:
         self._leave_out_repeated(chunks)
 
     def _rows_of_ids(self, file: Location, chunk: pa.Array) -> np.ndarray:  # [n] -> int64 [n]
-        """Return each id's row, -1 if unknown, any for null; bounded ids stay raw."""
+        """Return each id's row, -1 if unknown, arbitrary for null; bounded ids stay raw."""
         name, target = self.items.id, self.schema.target_item
         is_raw = self.schema.vocabulary_of(target) is not None
         if not (is_id_type(chunk.type) if is_raw else pa.types.is_integer(chunk.type)):
@@ -102,7 +102,7 @@ class ItemTable:
     def _usable_rows(
         self, file: Location, first_row: int, chunk: pa.Array, table_rows: np.ndarray
     ) -> np.ndarray:  # chunk [n], table_rows [n], of the target item -> at most [n]
-        """Report null and unknown ids; return the positions of the others in the chunk."""
+        """Report null and unknown ids; return the positions of usable ids in the chunk."""
         limit, target = self.num_items, self.schema.target_item
         null = chunk.is_null().to_numpy(zero_copy_only=False)
         outside = ~null & ((table_rows < 0) | (table_rows >= limit))
@@ -121,15 +121,15 @@ class ItemTable:
         return np.flatnonzero(~null & ~outside)
 
     def _leave_out_repeated(self, chunks: list[tuple[Location, int, int]]) -> None:
-        """Keep the first row of each item; chunks are (file, first row in it, first place)."""
+        """Report all but the first row of each item; chunks: (file, first row, first place)."""
         again = np.ones(len(self.ids), bool)
         again[np.unique(self.ids, return_index=True)[1]] = False
         repeated = np.full(self.num_rows, -1)
         repeated[self.rows[again]] = self.ids[again]
         stops = [place for _, _, place in chunks[1:]]
         vocabulary = self.schema.vocabulary_of(self.schema.target_item)
-        which = "item {}" if vocabulary is None else "this item"
-        message = f"{which} has a row already; keep one row per item"
+        item = "item {}" if vocabulary is None else "this item"
+        message = f"{item} has a row already; keep one row per item"
         if vocabulary is not None and vocabulary.kind == "hash":
             message = (
                 "another item has this item's hash, and content is kept by hash; choose a "
@@ -145,7 +145,7 @@ class ItemTable:
         self.ids, self.rows = self.ids[~again], self.rows[~again]
 
     def chunks(self, name: str) -> Iterator[Chunk]:
-        """Yield a column in order, `ROWS_PER_CHUNK` values at a time; damage is a ValueError."""
+        """Yield a column in chunks of `ROWS_PER_CHUNK` values; a damaged file is a ValueError."""
         for file in self.files:
             with open_parquet(file, streaming=True) as parquet:
                 column_type(parquet, file, name)
@@ -171,7 +171,7 @@ class ItemTable:
                     )
 
     def places_of(self, ids: np.ndarray, file: Location) -> np.ndarray:  # [n] -> [n]
-        """Return the row of each id of a file among the rows of all item files; -1 for none."""
+        """Return each id's position among the rows of all item files, or -1; `file` has the ids."""
         table_rows = self._rows_of_ids(file, pa.array(ids))
         order = np.argsort(self.ids)
         at = np.searchsorted(self.ids[order], table_rows).clip(max=len(order) - 1)
@@ -183,18 +183,18 @@ class ItemTable:
         return np.where(has_item, self.rows[order][at], -1)
 
     def fingerprint(self, name: str) -> str:
-        """Return a hash of a column's content and of the ids it belongs to."""
+        """Return a hash of a column's content and of the items' ids."""
         buffers: list[Any] = [self.ids.tobytes(), self.rows.tobytes()]
         for _, _, chunk in self.chunks(name):
             # A slice shares the buffers of its parent, so hash a compact copy.
             compact = pa.concat_arrays([chunk])
-            parts = [memoryview(part) for part in compact.buffers() if part]
-            buffers += [len(compact), str(compact.type), *parts]
+            views = [memoryview(buffer) for buffer in compact.buffers() if buffer]
+            buffers += [len(compact), str(compact.type), *views]
         return digest_of(*buffers)
 
 
 def plain_values(values: pa.Array) -> pa.Array:
-    """Return values in a type without dictionary or views."""
+    """Return values in a type without dictionary encoding and without Arrow's views."""
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     return without_views(values)
@@ -211,8 +211,8 @@ class FeatureFile:
         self.file = file
         try:
             with file.filesystem.open(file.path, "rb") as stream:
-                is_first = npy.read_magic(stream) == (1, 0)
-                read = npy.read_array_header_1_0 if is_first else npy.read_array_header_2_0
+                is_version_1 = npy.read_magic(stream) == (1, 0)
+                read = npy.read_array_header_1_0 if is_version_1 else npy.read_array_header_2_0
                 shape, is_fortran, dtype = read(stream)
                 self._start = stream.tell()
         except FileNotFoundError:
@@ -231,7 +231,7 @@ class FeatureFile:
         self.row_shape = (shape[1] if len(shape) == 3 else 1, shape[-1])
 
     def pieces(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (first row, values float32 [n, T, W]) from front to back."""
+        """Yield consecutive pieces as (first row, values float32 [n, T, W])."""
         row_bytes = int(np.prod(self.row_shape)) * self.dtype.itemsize
         step = max(BYTES_PER_PIECE // row_bytes, 1)
         with self.file.filesystem.open(self.file.path, "rb") as stream:
@@ -268,7 +268,7 @@ def _read_ids(file: Location, features: FeatureFile) -> np.ndarray:  # [R]
 
 
 class ItemColumnReader:
-    """Reads one column, which schema.yaml names, of the items' files."""
+    """Reads one item column of `schema.yaml` from the items' files."""
 
     def __init__(self, table: ItemTable, name: str) -> None:
         self.table, self.name, self.settings = table, name, table.items.columns[name]
@@ -278,7 +278,7 @@ class ItemColumnReader:
         return self.table.bad_rows.on_bad_row == "skip"
 
     def chunks(self) -> Iterator[tuple[pa.Array, str, Report]]:
-        """Yield (values, file and column for messages, report of bad rows) for each chunk."""
+        """Yield (values, file and column for messages, function that reports bad rows) by chunk."""
         for file, first_row, chunk in self.table.chunks(self.name):
             report = partial(self.table.bad_rows.add, file, self.name, first_row)
             yield chunk, f"{file}: column '{self.name}'", report
@@ -297,7 +297,7 @@ class ItemColumnReader:
         report = partial(self.table.bad_rows.add, features.file, self.name)
         rows, lengths = self._rows_of(features, ids), np.zeros(self.table.num_rows, np.int64)
         for first, values in features.pieces():
-            places = rows[first : first + len(values)]  # a view: bad rows are marked in it
+            places = rows[first : first + len(values)]  # a view, so that -1 is stored in `rows`
             is_token = ~np.isnan(values).all(axis=2)
             bad = (is_token & ~np.isfinite(values).all(axis=2)).any(axis=1) & (places >= 0)
             report(first, bad, reason, lambda row: message)
@@ -311,7 +311,7 @@ class ItemColumnReader:
         return int(lengths.sum())
 
     def _rows_of(self, features: FeatureFile, ids: np.ndarray | None) -> np.ndarray:  # [R]
-        """Return the item's row for each row of a feature file, -1 for none."""
+        """Return the item row of each row of a feature file, or -1."""
         if ids is not None:
             return self.table.places_of(ids, self.table.root / str(self.settings.ids))
         if features.num_rows != self.table.num_rows:

@@ -1,4 +1,4 @@
-"""Values of item columns, checked: categories, stored features and texts; and equal content.
+"""Read and check values of item columns: categories, features, texts; find equal content.
 
 Shapes: n rows of a chunk, U unique items, T tokens, W values of a token.
 """
@@ -22,12 +22,12 @@ from recsys.data.parquet.values import is_list, list_lengths
 if TYPE_CHECKING:
     from recsys.data.items.kind import ContentInput
 
-CHARACTERS_PER_TOKEN = 16  # read first, per token; words of all languages have fewer
-MOST = 0.5  # share of the items from which on equal content is reported
+CHARACTERS_PER_TOKEN = 16  # texts are cut to this length per token; words are mostly shorter
+MOST = 0.5  # a larger share of items with equal content is reported
 
 
 def category_lists(values: pa.Array, where: str) -> tuple[np.ndarray, pa.Array]:
-    """Return the number of categories of each row, int64 [n], and those of all rows."""
+    """Return the number of categories of each row, int64 [n], and the categories of all rows."""
     has_lists = is_list(values.type)
     kind = values.type.value_type if has_lists else values.type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
@@ -44,7 +44,7 @@ def category_lists(values: pa.Array, where: str) -> tuple[np.ndarray, pa.Array]:
 def feature_tokens(chunk: pa.Array, where: str) -> tuple[np.ndarray, pa.Array]:
     """Return the number of tokens of each row [n], and all tokens [T] as lists of floats.
 
-    A number is one token of width 1, a list of floats one token; null and empty have none.
+    A number is a token of width 1, a list of floats is one token; null and empty rows have none.
     """
     kind = chunk.type
     if pa.types.is_integer(kind) or pa.types.is_floating(kind):
@@ -67,7 +67,7 @@ def feature_tokens(chunk: pa.Array, where: str) -> tuple[np.ndarray, pa.Array]:
 def usable_features(
     lengths: np.ndarray, tokens: pa.Array, width: int, report: Report
 ) -> tuple[np.ndarray, np.ndarray]:  # lengths [n], tokens [T] -> [n], float32 [T, W]
-    """Check widths and values of tokens, lists of floats; report bad rows and drop their tokens."""
+    """Report rows with tokens of another width or bad values; return lengths and usable tokens."""
     rows = np.repeat(np.arange(len(lengths)), lengths)  # of each token
     widths = list_lengths(tokens)
     bad = np.bincount(rows[widths != width], minlength=len(lengths)) > 0
@@ -77,7 +77,7 @@ def usable_features(
     report(bad, f"a feature of other than {width} values", lambda row: f"{unlike}; {fix}")
     usable = ~bad[rows]
     rows, tokens = rows[usable], tokens.filter(pa.array(usable))
-    with np.errstate(over="ignore"):  # doubles beyond float32 become infinite, and are refused
+    with np.errstate(over="ignore"):  # doubles beyond float32 become infinite, and are reported
         flat = tokens.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
     values = flat.reshape(len(tokens), width)
     wrong = ~np.isfinite(values).all(axis=1)
@@ -90,7 +90,7 @@ def usable_features(
 
 
 def texts_of(chunk: pa.Array, where: str, report: Report) -> list[str | None]:
-    """Return the texts of a chunk; one that is not UTF-8 is reported, and None."""
+    """Return the texts of a chunk; report texts that are not UTF-8 and replace them by None."""
     if not (pa.types.is_string(chunk.type) or pa.types.is_large_string(chunk.type)):
         raise ValueError(f"{where} has type {chunk.type}, expected string; write it with that type")
     try:
@@ -112,9 +112,9 @@ def texts_of(chunk: pa.Array, where: str, report: Report) -> list[str | None]:
 def tokenize(
     texts: Sequence[str | None], max_length: int, tokenizer: Any, fills: bool = False
 ) -> list[list[int]]:
-    """Return up to `max_length` token ids of each text, as many with `fills`; none if it is empty.
+    """Return up to `max_length` token ids of each text; an empty text has none.
 
-    Long texts are cut before the tokenizer.
+    `fills` pads to `max_length`. Long texts are cut before they are tokenised.
     """
     limit = CHARACTERS_PER_TOKEN * max_length
     non_empty = [text for text in texts if text]
@@ -124,7 +124,7 @@ def tokenize(
 
     encoded = encode([text[:limit] for text in non_empty]) if non_empty else []
     for index, text in enumerate(non_empty):
-        if len(text) > limit and len(encoded[index]) < max_length:  # long blanks, or no words
+        if len(text) > limit and len(encoded[index]) < max_length:  # the cut text was too short
             encoded[index] = encode([text])[0]
     if fills:
         padding = tokenizer.pad_token_id
@@ -134,7 +134,7 @@ def tokenize(
 
 
 def tokenizer_state(tokenizer: Any) -> Any:
-    """Return everything that determines how a text is split: vocabulary, normalisation, merges."""
+    """Return the state that determines tokens: vocabulary, normalisation, merges; for a hash."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return repr(tokenizer), sorted(tokenizer.get_vocab().items())
@@ -144,7 +144,7 @@ def tokenizer_state(tokenizer: Any) -> Any:
 
 
 def digests_of(content: ContentInput) -> list[bytes]:  # values [U, T, ...], mask [U, T]
-    """Return a hash of each item's entries; items without any are left out."""
+    """Return a hash of each item's entries, without items that have no entries."""
     values, mask = content.values, content.mask
     if values.shape[:2] != mask.shape:  # pixels of one image per item, [U, 3, H, W]
         values = values.unsqueeze(1)
@@ -160,12 +160,12 @@ def share_of_most_common(values: Sequence[Hashable]) -> float:
 
 
 def is_mostly_equal(share: float, num_items: int) -> bool:
-    """Return whether a share of equal content is reported: it cannot distinguish the items."""
+    """Return whether too many items have equal content, which cannot distinguish them."""
     return num_items > 1 and share > MOST
 
 
 def shared_beginning(texts: Sequence[str]) -> int:
-    """Return the number of characters with which more than `MOST` of the texts begin alike."""
+    """Return the length of the longest prefix that more than `MOST` of the texts share."""
     ordered = sorted(texts)
     distance = int(MOST * len(ordered))  # texts between the first and the last of such a majority
     if not distance:

@@ -20,7 +20,7 @@ from recsys.data.items.item_table import ItemColumnReader, digest_of
 from recsys.data.items.ragged_array import RaggedWriter
 from recsys.data.parquet.bad_rows import Report
 
-if TYPE_CHECKING:  # the check of settings does without torch
+if TYPE_CHECKING:  # settings are checked without torch
     import torch
     from torch import Tensor, nn
 
@@ -52,14 +52,14 @@ class ContentInput:
 
 
 class ModalityKind:
-    """Interface of all modality kinds; `recsys/content/README.md` has one of your own.
+    """Interface of all modality kinds; `recsys/content/README.md` has a user-defined example.
 
     `where` is the full name of the settings, for messages.
     """
 
-    column_kind: str  # kind of the item columns in schema.yaml that it reads
-    entry_shape: tuple[int, ...] = ()  # of one entry of an item's row in the cache
-    dtype: str = "float32"  # of an entry
+    column_kind: str  # kind in schema.yaml of the item columns that this kind reads
+    entry_shape: tuple[int, ...] = ()  # shape of one entry of an item's row in the cache
+    dtype: str = "float32"  # type of an entry
 
     def __init__(self, where: str, modality: ModalitySettings) -> None:
         self.where, self.modality = where, modality
@@ -74,10 +74,10 @@ class ModalityKind:
             )
 
     def check_column(self, column: ItemColumnReader) -> None:
-        """Raise a ValueError if the first content does not fit, before all is prepared."""
+        """Raise a ValueError if the column's first content is unusable, before all are prepared."""
 
     def key(self) -> Any:
-        """Return, in printable form, all that entries depend on besides the column's content."""
+        """Return everything that entries depend on besides the column's content, printable."""
         return self.modality.options or None
 
     def entries(
@@ -85,14 +85,14 @@ class ModalityKind:
     ) -> tuple[np.ndarray, np.ndarray]:  # [n], [sum of them, *entry_shape]
         """Return the number of entries of each row of a chunk, and all entries in order.
 
-        `report` receives unusable rows, which have no entries; `where` is for errors.
+        `report` receives unusable rows, which have no entries; `where` starts error messages.
         """
         raise NotImplementedError(f"{type(self).__name__} defines no entries")
 
     def as_input(
         self, values: np.ndarray, mask: np.ndarray
     ) -> ContentInput:  # values [U, T, *entry_shape], mask [U, T]
-        """Return padded rows, or outputs of the frozen part, in the form that the encoder takes."""
+        """Return padded rows, or outputs of frozen layers, as input of the encoder."""
         import torch
 
         return ContentInput(torch.from_numpy(values), torch.from_numpy(mask))
@@ -102,7 +102,7 @@ class ModalityKind:
         raise NotImplementedError(f"{type(self).__name__} defines no encoder")
 
     def preparation_digest(self) -> str:
-        """Return a hash of the preparation of content; scoring refuses a run with another."""
+        """Return a hash of how content is prepared; scoring refuses runs with another hash."""
         return digest_of(self.key())
 
     def lengths(self, chunk: pa.Array, where: str) -> np.ndarray:  # [n]
@@ -110,6 +110,7 @@ class ModalityKind:
         return self.entries(chunk, where, lambda bad, reason, message: None)[0]
 
     def write(self, column: ItemColumnReader, folder: Path) -> int:
+        """Write the `RaggedArray` of a column and return its number of entries."""
         with closing(RaggedWriter(folder, self.entry_shape, self.dtype)) as writer:
             for chunk, where, report in column.chunks():
                 writer.add(*self.entries(chunk, where, report))

@@ -1,7 +1,7 @@
 """Rows of varying length, stored as one flat memory-mapped array plus offsets.
 
-Pages read are released whenever about `RESIDENT_BYTES` may be mapped. Shapes: N rows of the array,
-S distinct ones, n written or hashed at once, U gathered, T entries of the longest.
+Mapped pages are released whenever about `RESIDENT_BYTES` may be resident. Shapes: N rows of the
+array, S distinct rows, n rows written or hashed at once, U gathered rows, T entries of the longest.
 """
 
 import hashlib
@@ -16,15 +16,15 @@ from numpy.lib import format as npy
 from recsys.storage.files import flush, whole_file
 
 RESIDENT_BYTES = 2**30
-MAPPED_AROUND = 2**16  # bytes that the kernel maps around each page read
-SHARED = "distinct.npy"  # number of the distinct row of each row; -1 for a row without entries
-HASHES = "hashes.npy"  # of each row's content
+MAPPED_AROUND = 2**16  # bytes that the operating system maps around each page that is read
+SHARED = "distinct.npy"  # file with the distinct row of each row; -1 for a row without entries
+HASHES = "hashes.npy"  # file with a hash of each row's content
 HASH_TYPE = "S16"  # empty for an item without content
 ROWS_PER_HASHING = 256
 
 
 class RaggedArray:
-    """N rows; row n holds `lengths[n]` entries of one shape and type.
+    """N rows; row n has `lengths[n]` entries of one shape and type.
 
     On disk: `values.npy` [sum of lengths, ...] and `offsets.npy` [N + 1]. With shared rows:
     `offsets.npy` [S + 1] and `distinct.npy` [N]. Damaged files are a ValueError.
@@ -45,9 +45,9 @@ class RaggedArray:
         if not fits:
             raise ValueError(f"{folder}: damaged (its files differ); remove it, it is made again")
         self.folder = folder
-        # Slices of a memmap are slow to create; slices of a plain array are not.
+        # Slicing a memmap is slow; slicing a plain array is not.
         self._plain = np.asarray(self.values)
-        self._mapped = 0  # upper bound in bytes
+        self._mapped = 0  # upper bound of resident bytes
 
     def __len__(self) -> int:
         return len(self.offsets) - 1 if self.distinct is None else len(self.distinct)
@@ -65,7 +65,7 @@ class RaggedArray:
         lengths = np.where(rows >= 0, self.offsets[rows + 1] - starts, 0)
         positions = np.arange(max(int(lengths.max(initial=0)), 1))
         mask = positions < lengths[:, None]
-        # Padding reads entry 0 instead of branching; it is cleared so that it cannot pass for data.
+        # Padding reads entry 0 instead of branching, and is set to 0 afterwards.
         values = self._plain.take(np.where(mask, starts[:, None] + positions, 0), axis=0)
         if not mask.all():
             values[~mask] = 0
@@ -88,7 +88,7 @@ class RaggedWriter:
         self._write_header()
 
     def _write_header(self) -> None:
-        # numpy's header has room for a larger number. An empty file cannot be mapped.
+        # The header has room for the final number of entries. An empty file cannot be mapped.
         shape = (max(self.num_entries, 1), *self.shape)
         header = {"descr": npy.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape}
         npy.write_array_header_1_0(self._file, header)
@@ -100,7 +100,7 @@ class RaggedWriter:
         self._file.write(np.ascontiguousarray(values, self.dtype).data)
 
     def close(self) -> None:
-        """Complete the files and flush them to disk, safe from a loss of power."""
+        """Complete the files and flush the values to disk."""
         if not self.num_entries:
             self._file.write(np.zeros(self.shape, self.dtype).tobytes())
         self._file.seek(0)
@@ -135,13 +135,13 @@ class RowWriter(RaggedWriter):
 
 
 def share_rows(folder: Path, distinct: np.ndarray) -> None:  # distinct [N], in [-1, S)
-    """Turn S distinct rows in `folder` into N rows that share their entries; -1: no entries."""
+    """Turn the S rows in `folder` into N rows; row n has the entries of `distinct[n]`, -1: none."""
     np.save(folder / SHARED, distinct.astype(np.int64))
     flush(folder / SHARED)
 
 
 def stored_hashes(folder: Path) -> np.ndarray:  # [N], memory-mapped
-    """Return the hashes of all rows of the array in `folder`, computed at the first call."""
+    """Return the hashes of all rows of the array in `folder`; the first call computes the file."""
     path = folder / HASHES
     if not path.exists():
         array = RaggedArray(folder)

@@ -1,6 +1,6 @@
-"""`recsys prepare movielens`: an archive of MovieLens ratings turned into dataset folders.
+"""`recsys prepare movielens`: make datasets of an archive of MovieLens ratings.
 
-Sources are the archives of https://grouplens.org/datasets/movielens/, `.csv` or `.dat`.
+Archives are those of https://grouplens.org/datasets/movielens/, `.csv` or `.dat`.
 Shapes: N rows of a file.
 """
 
@@ -28,7 +28,7 @@ from recsys.storage.location import Location
 
 EVENTS = Path(__file__).parent / "events.yaml"
 SAMPLE = Path(__file__).parent / "sample"
-ITEMS_PER_GROUP = 1024  # small, since a row may hold a poster
+ITEMS_PER_GROUP = 1024  # rows of a row group, small, since a row may hold a poster
 
 SplitProtocol = Literal["global", "user", "rolling"]
 PROTOCOLS: dict[str, SplitBy] = {"global": "time", "user": "user", "rolling": "windows"}
@@ -39,20 +39,20 @@ RATINGS: Types = {
     "timestamp": pa.int64(),
 }
 MOVIES: Types = {"movieId": pa.int64(), "title": pa.string(), "genres": pa.string()}
-# Types of all posters together may pass 2 GiB.
+# Large types, as all posters together may exceed 2 GiB.
 CONTENTS: Types = {"plot": pa.large_string(), "poster": pa.large_binary()}
-EXACT = 2**53  # numbers of text files below it are exact in float64
-END_OF_TIME = 2**32  # seconds: the year 2106; later times have another unit
+EXACT = 2**53  # smaller integers of text files are exact in float64
+END_OF_TIME = 2**32  # seconds, the year 2106; larger numbers are not in seconds
 
 
 def prepare_movielens(
     source: Path | None, out: Path, history_length: int = 20, split: SplitProtocol = "global"
 ) -> dict[str, dict[str, Any]]:
-    """Write the dataset folder `out`, complete or not at all; return figures of each split.
+    """Write the dataset folder `out` atomically; return figures of each split.
 
-    `source` is that of `read_movielens`. Splits are at the quantiles 0.8 and 0.9 of time
-    (`global`), or of the times of each user (`user`), or global at five origins, a tenth of the
-    ratings apart (`rolling`: folders `window-1` to `window-5`).
+    `source` is as in `read_movielens`. Splits are at the quantiles 0.8 and 0.9 of time (`global`),
+    or of the times of each user (`user`). `rolling` makes five datasets, `window-1` to `window-5`,
+    whose global splits are a tenth of the ratings apart.
     """
     if history_length < 1:
         raise ValueError(f"history_length is {history_length}; it must be at least 1")
@@ -93,21 +93,21 @@ def _write_tables(folder: Path, movies: pa.Table, ratings: pa.Table) -> None:
 
 
 def _text(movies: pa.Table, genres: pa.ChunkedArray) -> pa.ChunkedArray:
-    parts = [movies["title"], pc.replace_substring(genres, "|", ", ")]
+    texts = [movies["title"], pc.replace_substring(genres, "|", ", ")]
     if "plot" in movies.column_names:
-        parts.append(movies["plot"])
-    parts = [pc.utf8_trim_whitespace(part.cast(pa.large_string())) for part in parts]
-    parts = [pc.if_else(pc.equal(part, ""), None, part) for part in parts]
+        texts.append(movies["plot"])
+    texts = [pc.utf8_trim_whitespace(column.cast(pa.large_string())) for column in texts]
+    texts = [pc.if_else(pc.equal(column, ""), None, column) for column in texts]
     separator = pa.scalar(" | ", pa.large_string())
-    text = pc.binary_join_element_wise(*parts, separator, null_handling="skip").cast(pa.string())
+    text = pc.binary_join_element_wise(*texts, separator, null_handling="skip").cast(pa.string())
     return pc.if_else(pc.equal(text, ""), None, text)
 
 
 def read_movielens(source: Path | None) -> tuple[pa.Table, pa.Table]:
-    """Return movies, ordered by movieId, and ratings, with `item`, the row of the movie.
+    """Return movies, sorted by movieId, and ratings, with the movie's row as column `item`.
 
-    `source` has `ratings` and `movies`, `.csv` or `.dat`, and maybe `items.parquet` (movieId with
-    plot, poster or both); None: the bundled sample.
+    The folder `source` has `ratings` and `movies`, `.csv` or `.dat`, and maybe `items.parquet`
+    (movieId with plot, poster or both). None: the bundled sample.
     """
     folder, suffix = (SAMPLE, "parquet") if source is None else (Path(source), "csv")
     if (folder / "ratings.dat").is_file() and not (folder / "ratings.csv").is_file():
@@ -137,7 +137,7 @@ def read_movielens(source: Path | None) -> tuple[pa.Table, pa.Table]:
 
 
 def _add_contents(movies: pa.Table, path: Path) -> pa.Table:
-    """Add plot and poster, if `path` has these columns, matched by movieId; else null."""
+    """Add the columns plot and poster of `path`, if present, by movieId; null for other movies."""
     try:
         available = [name for name in CONTENTS if name in pq.read_schema(path).names]
     except (pa.ArrowException, OSError) as error:
@@ -169,7 +169,7 @@ def _read(path: Path, types: Types) -> pa.Table:
             table = pq.read_table(path, partitioning=None)
         elif path.suffix == ".dat":
             table = _read_dat(path, types)
-        else:  # numbers of any kind as float64, so that Arrow names the row of a bad one
+        else:  # all numbers as float64, so that Arrow's errors name the row
             kinds = {n: k if pa.types.is_string(k) else pa.float64() for n, k in types.items()}
             batches = csv_batches(Location.of(path), Source(str(path)), list(types), kinds)
             table = pa.Table.from_batches(batches, pa.schema(kinds))
@@ -196,10 +196,10 @@ def _read_dat(path: Path, types: Types) -> pa.Table:
         content.decode()
     except UnicodeDecodeError:
         content = content.decode("latin-1").encode()
-    # Arrow accepts one character as separator: this one occurs in no title.
+    # Arrow accepts only one character as separator; \x1f occurs in no title.
     return pa_csv.read_csv(
         BytesIO(content.replace(b"::", b"\x1f")),
-        # One thread: with several, Arrow does not report the row of a bad value.
+        # With several threads, Arrow does not report the row of a bad value.
         pa_csv.ReadOptions(use_threads=False, column_names=list(types)),
         pa_csv.ParseOptions(delimiter="\x1f", quote_char=False),
         pa_csv.ConvertOptions(column_types=types),
@@ -207,7 +207,7 @@ def _read_dat(path: Path, types: Types) -> pa.Table:
 
 
 def _repeats(table: pa.Table, names: list[str]) -> np.ndarray:  # bool [N]
-    """Return which rows agree with an earlier one in some columns."""
+    """Return which rows equal an earlier row in these columns."""
     keys = [table[name].to_numpy() for name in names]
     order = np.lexsort(keys)  # stable: the first of equal rows stays first
     repeats = np.zeros(len(order), bool)

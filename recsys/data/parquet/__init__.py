@@ -1,1 +1,1 @@
-"""Reads the rows of Parquet files by position: columns, order, checks and bad rows."""
+"""Read the rows of Parquet files by position: columns, order, checks and bad rows."""

@@ -1,7 +1,7 @@
 """Unusable rows: the first one ends the job, or all are skipped and counted.
 
-A defect of a whole file (no footer, a missing column, a wrong type) is always an error. Shapes: n
-rows of the part of a file that is read at once.
+A defect of a whole file (no footer, a missing column, a wrong type) is always an error. A part is a
+range of a file's rows that is read at once. Shapes: n rows of a part.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
     from recsys.distributed.ranks import Ranks
 
 OnBadRow = Literal["error", "skip"]
-LINES = 20  # of the report; `metrics.json` has all entries
+LINES = 20  # largest number of lines of the printed report; `metrics.json` has all entries
 
 # Takes the mask of bad rows in a part of a file, their reason, and a function from row to message.
 Report = Callable[[np.ndarray, str, Callable[[int], str]], None]
-# File, column, first row of the part of the file that was read at once, reason.
+# File, column, first row of the part, reason.
 Place = tuple[str, str, int, str]
 
 
 class BadRows:
-    """Raises at the first bad row, or counts all; a part of a file read again counts once."""
+    """Raises at the first bad row, or counts all; a part that is read again counts once."""
 
     def __init__(self, on_bad_row: OnBadRow = "error") -> None:
         self.on_bad_row = on_bad_row
-        self.counts: dict[Place, tuple[int, int]] = {}  # number of rows, the first of them
+        self.counts: dict[Place, tuple[int, int]] = {}  # number of bad rows, and the first one
 
     def add(
         self,
@@ -44,7 +44,7 @@ class BadRows:
     ) -> None:
         """Record the bad rows of a column, "" for whole rows, in the part from `first_row` on.
 
-        If `on_bad_row` is error, the first is a ValueError with file, column, row and its message.
+        If `on_bad_row` is error, raise a ValueError with file, column, row and message instead.
         """
         if not bad.any():
             return
@@ -55,7 +55,7 @@ class BadRows:
         self.counts[str(file), column, first_row, reason] = (int(bad.sum()), first_row + row)
 
     def summary(self, ranks: Ranks, what: str) -> dict[str, Any]:
-        """Return `rows` and `found` (`by_reason`) of all ranks; rank 0 logs them. A collective."""
+        """Return `by_reason` of all ranks as `rows` and `found`; rank 0 prints it. A collective."""
         merged: dict[Place, tuple[int, int]] = {}
         for bad_rows in ranks.gather(self.counts):
             merged |= bad_rows
@@ -70,7 +70,7 @@ class BadRows:
 
 
 def by_reason(bad_rows: dict[Place, tuple[int, int]]) -> tuple[int, list[dict[str, Any]]]:
-    """Return the number of bad rows, and an entry by file, column and reason."""
+    """Return the number of bad rows, and an entry for each file, column and reason."""
     entries: dict[tuple[str, str, str], dict[str, Any]] = {}
     for (file, column, _, reason), (rows, first) in sorted(bad_rows.items()):
         entry = {"file": file, "column": column, "reason": reason, "rows": 0, "first_row": first}

@@ -1,6 +1,6 @@
-"""Impressions as numpy arrays, from which the rows of a batch are copied by position.
+"""Impressions as numpy arrays, from which batches copy rows by position.
 
-Shapes: R rows, N values of all lists of a column, n rows taken.
+Shapes: R rows, N values of all lists of a column, n selected rows.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from recsys.data.parquet.values import is_list, list_lengths, one_chunk
 
 @dataclass(frozen=True)
 class ListColumns:
-    """Columns of equal list lengths: `offsets` int64 [R + 1], and `values` [N] of each column."""
+    """List columns whose lists have equal lengths."""
 
-    offsets: np.ndarray
-    values: dict[str, np.ndarray]
+    offsets: np.ndarray  # int64 [R + 1]
+    values: dict[str, np.ndarray]  # [N] by column
 
     def take(self, rows: np.ndarray) -> ListColumns:  # [n]
         starts = self.offsets[rows]
@@ -34,10 +34,10 @@ class ListColumns:
 
 @dataclass(frozen=True)
 class RowColumns:
-    """R impressions: `numbers` [R] by column, and `lists` grouped by equal lengths."""
+    """R impressions."""
 
-    numbers: dict[str, np.ndarray]
-    lists: tuple[ListColumns, ...]
+    numbers: dict[str, np.ndarray]  # [R] by column
+    lists: tuple[ListColumns, ...]  # list columns, grouped by equal lengths
 
     @staticmethod
     def of(table: pa.Table) -> RowColumns:
@@ -49,7 +49,7 @@ class RowColumns:
             if not is_list(array.type):
                 numbers[name] = array.to_numpy(zero_copy_only=False)
                 continue
-            # flatten omits the values of a null list, so offsets follow from the lengths alone.
+            # `flatten` omits values of null lists, so compute offsets from the lengths.
             offsets = np.concatenate([[0], np.cumsum(list_lengths(array), dtype=np.int64)])
             equal = (columns for columns in lists if np.array_equal(columns.offsets, offsets))
             if (columns := next(equal, None)) is None:
@@ -63,15 +63,15 @@ class RowColumns:
 
     def values(self, name: str) -> np.ndarray:
         """Return the values of all lists of a column, [N]; [R] for a column of numbers."""
-        return self.numbers[name] if name in self.numbers else self._holder(name).values[name]
+        return self.numbers[name] if name in self.numbers else self._lists_of(name).values[name]
 
     def lengths(self, name: str) -> np.ndarray:
         """Return the lengths of a column's lists, int64 [R]; 1 each for a column of numbers."""
         if name in self.numbers:
             return np.ones(self.num_rows, np.int64)
-        return np.diff(self._holder(name).offsets)
+        return np.diff(self._lists_of(name).offsets)
 
-    def _holder(self, name: str) -> ListColumns:
+    def _lists_of(self, name: str) -> ListColumns:
         return next(columns for columns in self.lists if name in columns.values)
 
     def take(self, rows: np.ndarray) -> RowColumns:  # [n]

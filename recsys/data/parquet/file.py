@@ -20,7 +20,7 @@ STREAM_BYTES = 1 << 20
 
 @contextmanager
 def open_parquet(file: Location, streaming: bool = False) -> Iterator[pq.ParquetFile]:
-    """Open a file, with `streaming` to read pages on demand; a ValueError names a damaged file."""
+    """Open a file; `streaming` reads pages on demand. A ValueError names a damaged file."""
     try:
         if not file.exists():
             raise ValueError(f"{file}: no such file; correct the path")
@@ -52,8 +52,8 @@ def read_row_group(
 def rows_digest(file: Location, parquet: pq.ParquetFile, names: Collection[str] = ()) -> str:
     """Return a hash of a file's footer and of the stored values of these columns.
 
-    The footer changes with nearly any change of the content, but not where a column of few values,
-    such as a label, has others in some rows.
+    The footer changes with nearly any change of content, but may not for a column of few distinct
+    values, such as a label.
     """
     metadata, system = parquet.metadata, file.filesystem
     end_of_file = 8  # length of the footer and the magic number
@@ -70,7 +70,7 @@ def rows_digest(file: Location, parquet: pq.ParquetFile, names: Collection[str] 
 
 
 def column_type(parquet: pq.ParquetFile, file: Location, name: str) -> pa.DataType:
-    """Return the Arrow type of a column; a ValueError says if it is missing or occurs twice."""
+    """Return the Arrow type of a column; a ValueError if it is missing or occurs twice."""
     names = parquet.schema_arrow.names
     if name not in names:
         raise ValueError(
@@ -83,7 +83,7 @@ def column_type(parquet: pq.ParquetFile, file: Location, name: str) -> pa.DataTy
 
 
 def mean_list_lengths(root: Location, schema: Schema, folder: str = "train") -> dict[str, float]:
-    """Return the mean ids per row of the first training file by list column; {} if unreadable."""
+    """Return the mean ids per row by list column, from the first file; {} if it is unreadable."""
     try:
         file = (root / folder).files(".parquet")[0]
         with open_parquet(file) as parquet:

@@ -1,4 +1,4 @@
-"""Rows of Parquet files; their row groups are the chunks that are read at once."""
+"""Rows of Parquet files, whose chunks are row groups."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from recsys.storage.location import Location
 
 @dataclass(frozen=True, kw_only=True)
 class RowGroup(Chunk):
-    """A row group of a file: size of its uncompressed pages, digest of the file with its labels."""
+    """A row group: `num_bytes` of uncompressed pages, `digest` of the file's footer and labels."""
 
     file: Location
     index: int
-    footer: str  # digest of the footer alone, compared whenever the file is opened
+    footer: str  # digest of only the footer, compared whenever the file is opened
 
 
 class ParquetRows(RowSource):
-    """Rows of Parquet files, in their order; `on_bad_row` is for unreadable row groups, too."""
+    """Rows of Parquet files in order; `on_bad_row` also applies to unreadable row groups."""
 
     def __init__(
         self,
@@ -50,13 +50,13 @@ class ParquetRows(RowSource):
     def of_split(
         root: Location, split: str, schema: Schema, on_bad_row: OnBadRow = "error"
     ) -> ParquetRows:
-        """Return all `*.parquet` files of the split `train`, `valid` or `test` of a dataset."""
+        """Return the rows of all `*.parquet` files in the folder `split` of a dataset."""
         folder = root / split
         files = folder.files(".parquet")
         if not files:
             raise ValueError(f"{folder}: no *.parquet files; write the rows of this split there")
         rows = ParquetRows(files, schema, on_bad_row=on_bad_row)
-        if split not in ("valid", "test"):  # whose users keep their numbers in scores
+        if split not in ("valid", "test"):  # in these, stored scores rely on the group numbers
             rows.null_groups = zlib.crc32(split.encode()) << 31
         return rows
 
@@ -83,8 +83,8 @@ class ParquetRows(RowSource):
                 raise OSError(f"{table.num_rows} rows instead of {group.num_rows}")
         except READ_ERRORS as error:
             bad, reason = np.ones(group.num_rows, bool), "row group that cannot be read"
-            what = f"row group {group.index} (rows from {group.first_row})"
-            message = f"{what} cannot be read ({error}); write the file again"
+            place = f"row group {group.index} (rows from {group.first_row})"
+            message = f"{place} cannot be read ({error}); write the file again"
             self.bad_rows.add(group.place, "", group.first_row, bad, reason, lambda row: message)
             return self.padding(group.num_rows)
         return self.usable(number, table)

@@ -1,6 +1,6 @@
-"""Columns of a row group in the types of a batch, with their values checked.
+"""Convert columns of a row group to the types of a batch, and check their values.
 
-A raw id of null is the unknown id: the last row of an exact or bounded map, an own id of a hash.
+A null raw id is unknown: the last row of an exact or bounded vocabulary, a reserved id in a hash.
 Shapes: R rows, N values of a column, H rows per id.
 """
 
@@ -29,9 +29,9 @@ from recsys.data.transforms.steps import is_number
 from recsys.storage.location import errors_at
 
 VIEWS = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
-MAX_LIST_VALUES = np.iinfo(np.int32).max  # of a column of lists, whose offsets are int32
+MAX_LIST_VALUES = np.iinfo(np.int32).max  # values of a list column, whose offsets are int32
 
-# Column, mask of its bad rows [R], their common reason, and a function from a row to its message.
+# Takes a column, the mask of its bad rows [R], their reason, and a function from row to message.
 ReportColumn = Callable[[str, np.ndarray, str, Callable[[int], str]], None]
 
 
@@ -47,6 +47,7 @@ def list_lengths(column: pa.ChunkedArray | pa.Array) -> np.ndarray:  # [R] -> [R
 
 
 def _expected(schema: Schema, name: str) -> tuple[bool, bool]:
+    """Return whether a column has lists, and whether its values are ids."""
     column = schema.columns.get(name)
     if column is None:  # a parallel list
         return True, False
@@ -61,7 +62,7 @@ def check_type(schema: Schema, name: str, kind: pa.DataType, file: str) -> None:
     may_be_null = has_lists or is_raw or schema.columns[name].kind == "extra"
     may_be_null = may_be_null or schema.columns[name].nullable
     if pa.types.is_null(value) and may_be_null and (has_lists or not is_list(kind)):
-        return  # nulls or empty lists alone
+        return  # a column of only nulls or empty lists
     is_fitting = is_id_type if is_raw else pa.types.is_integer if has_integers else is_number
     if is_list(kind) != has_lists or not is_fitting(value):
         expected = "integer or string" if is_raw else "integer" if has_integers else "float"
@@ -80,7 +81,7 @@ def check_type(schema: Schema, name: str, kind: pa.DataType, file: str) -> None:
 
 
 def empty_table(schema: Schema, names: list[str]) -> pa.Table:
-    """Return an empty table with the columns of a batch: `names`, raw groups, row positions."""
+    """Return an empty table with columns `names`, the raw group if there is one, and positions."""
     kinds = []
     for name in names:
         is_list_column, is_integer = _expected(schema, name)
@@ -93,7 +94,7 @@ def empty_table(schema: Schema, names: list[str]) -> pa.Table:
 
 
 def padding_rows(like: pa.Table, num_rows: int) -> pa.Table:
-    """Return rows without effect on losses and metrics: zeros, empty lists, position -1."""
+    """Return rows that losses and metrics ignore: zeros, empty lists, position -1."""
     columns = {}
     for field in like.schema:
         value: Any = [] if is_list(field.type) else -1 if field.name == ROW_POSITION else 0
@@ -108,10 +109,10 @@ def usable_table(
     report: ReportColumn,
     null_groups: int = 0,
 ) -> pa.Table:
-    """Return the rows at these positions in canonical types, with padding rows for bad ones.
+    """Return the rows at these positions in canonical types; padding rows replace bad rows.
 
-    A row is reported for its first bad column. Rows without a group are groups of their own, which
-    differ between values of `null_groups`.
+    A row is reported for its first bad column. Each row with a null group gets a group of its own;
+    these groups differ between values of `null_groups`.
     """
     bad = np.zeros(table.num_rows, bool)
 
@@ -121,7 +122,7 @@ def usable_table(
 
     arrays = [usable_column(table, name, schema, note) for name in table.column_names]
     if schema.vocabulary_of(schema.group) is not None:
-        # Raw ids of the group as integers; a row without one is a group of its own.
+        # Raw ids of the group as integers; each row without an id is a group of its own.
         ids = _with_values(one_chunk(table[schema.group]), False, True)
         groups, null, _ = _rows_of_ids(ids, None)
         arrays.append(
@@ -144,8 +145,8 @@ def usable_column(table: pa.Table, name: str, schema: Schema, note: ReportColumn
     if schema.vocabulary_of(name) is not None:
         return _rows_of_raw_ids(array, name, schema, note)
     # Ids are checked in the file's type, since a cast makes large unsigned ids negative.
-    own_type = array.type.value_type if is_list_column else array.type
-    array = _cast(array, own_type if is_integer else pa.float32(), is_list_column)
+    file_type = array.type.value_type if is_list_column else array.type
+    array = _cast(array, file_type if is_integer else pa.float32(), is_list_column)
     column = schema.columns.get(name)
     if column is not None and column.kind == "extra":
         array = pc.fill_null(array, float("nan"))
@@ -164,9 +165,10 @@ def usable_column(table: pa.Table, name: str, schema: Schema, note: ReportColumn
     if is_integer:
         limit, owner = schema.limit(name), schema.table_of(name)
         if len(numbers) and (numbers.min() < 0 or numbers.max() >= limit):
-            outside, what = (numbers < 0) | (numbers >= limit), f"outside [0, {limit})"
+            outside, problem = (numbers < 0) | (numbers >= limit), f"outside [0, {limit})"
             fix = f"raise num_embeddings of '{owner}' in schema.yaml or map the ids to rows"
-            note_values(outside, f"id {what}", f"id {numbers[outside.argmax()]} is {what}; {fix}")
+            first = numbers[outside.argmax()]
+            note_values(outside, f"id {problem}", f"id {first} is {problem}; {fix}")
         return _cast(array, pa.int64(), is_list_column)
     for bad, reason, fix in _bad_numbers(numbers, column):
         if bad.any():
@@ -175,7 +177,7 @@ def usable_column(table: pa.Table, name: str, schema: Schema, note: ReportColumn
 
 
 def _with_values(array: pa.Array, is_list_column: bool, is_integer: bool) -> pa.Array:
-    """Return nulls or empty lists that have no type of values with one."""
+    """Return the array; if its values have type null, cast them to the expected type."""
     value = array.type.value_type if is_list(array.type) else array.type
     if not pa.types.is_null(value):
         return array
@@ -185,6 +187,7 @@ def _with_values(array: pa.Array, is_list_column: bool, is_integer: bool) -> pa.
 def _note_values(
     note: ReportColumn, name: str, array: pa.Array, bad: np.ndarray, reason: str, message: str
 ) -> None:  # array [R], of values or lists; bad bool [N]
+    """Report the rows of the bad values of a column, which may have lists."""
     if not bad.any():
         return
     if is_list(array.type):
@@ -208,7 +211,7 @@ def without_views(values: pa.Array) -> pa.Array:
 
 
 def _rows_of_raw_ids(array: pa.Array, name: str, schema: Schema, note: ReportColumn) -> pa.Array:
-    """Return raw ids as rows, or as integers if their vocabulary is bounded; null is unknown."""
+    """Return the rows of raw ids, or the ids as integers if the vocabulary is bounded."""
     as_list = is_list(array.type)
     values = array.flatten() if as_list else array
     vocabulary = schema.vocabularies.get(schema.table_of(name))
@@ -232,9 +235,9 @@ def _rows_of_raw_ids(array: pa.Array, name: str, schema: Schema, note: ReportCol
 def _rows_of_ids(
     ids: pa.Array, vocabulary: ExactVocabulary | HashVocabulary | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # [N] -> int64 [N] or [N, H], bool [N], bool [N]
-    """Return rows of raw ids, or integers without `vocabulary`, and which are null or too large.
+    """Return rows of raw ids, which ids are null, and which are too large for int64.
 
-    Null is the unknown id; ids beyond int64 have row 0.
+    Without `vocabulary`, ids become integers instead. Null is the unknown id. Too large ids get 0.
     """
     if pa.types.is_dictionary(ids.type):
         ids = ids.dictionary_decode()
@@ -258,7 +261,7 @@ def _rows_of_ids(
 def _bad_numbers(
     numbers: np.ndarray, column: Column | None
 ) -> Iterator[tuple[np.ndarray, str, str]]:  # numbers float32 [N]
-    """Yield a mask of unusable values [N], their reason and the fix; column None: a list."""
+    """Yield masks of unusable values [N] with reason and fix; `column` is None for a list."""
     fix = "write a finite number that fits float32"
     if column is not None and column.kind == "extra":  # NaN: the row has no value
         yield np.isinf(numbers), "not finite", f"{fix}, or null"

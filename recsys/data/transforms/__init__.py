@@ -1,1 +1,1 @@
-"""Transforms of columns that `schema.yaml` declares: steps, their fit on train/, their use."""
+"""Transforms of columns that `schema.yaml` declares: steps, their fit to train/, their use."""

@@ -1,6 +1,6 @@
 """Chains of steps, from `column` and `transform` of a column in `schema.yaml`.
 
-`column` names columns of the file, or results of other transforms: `{kind: dense, column: price,
+`column` names columns of the file or of other transforms, such as `{kind: dense, column: price,
 transform: [{fill: 0}, log1p, standardize]}`. `transforms.yaml` has the chains with fitted values.
 """
 
@@ -31,14 +31,14 @@ HEAD = "# Written by `recsys prepare transforms`: fitted on the rows in train/.\
 
 @dataclass(frozen=True)
 class Call:
-    """One step of a chain with all of its settings."""
+    """One step of a chain with all its settings."""
 
     name: str
     settings: dict[str, Any]
 
     @staticmethod
     def of(step: Any) -> Call:
-        """Read and check a step as in `schema.yaml`: its name, or a mapping of it to settings."""
+        """Parse a step of `schema.yaml`, a name or {name: settings}; a ValueError if unusable."""
         step = {step: {}} if isinstance(step, str) else step
         if not isinstance(step, dict) or len(step) != 1:
             raise ValueError(f"{short(step)} is no step; write a name, or {{name: settings}}")
@@ -66,7 +66,7 @@ class Call:
 
     @property
     def fitted_settings(self) -> tuple[str, ...]:
-        """Settings that a fit computes; none if boundaries are given without quantiles."""
+        """Settings that a fit computes; empty for given boundaries without quantiles."""
         return () if self.settings.get("quantiles", 0) is None else STEPS[self.name].fitted
 
     @property
@@ -93,16 +93,17 @@ class Call:
 
 
 def _unusable(settings: dict[str, Any]) -> str | None:
+    """Return an error message if a setting is NaN, or None."""
     for name, value in settings.items():
-        parts = value if isinstance(value, list) else [value]
-        if any(isinstance(part, float) and np.isnan(part) for part in parts):
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(number, float) and np.isnan(number) for number in numbers):
             return f"{name} is {short(value)}; NaN is no number"
     return None
 
 
 @dataclass(frozen=True)
 class Chain:
-    """Source columns of a transformed column, and the steps."""
+    """The source columns of a transformed column, and its steps."""
 
     sources: tuple[str, ...]
     steps: tuple[Call, ...]
@@ -126,7 +127,7 @@ class Chain:
         return Chain(self.sources, (*self.steps[:number], fitted, *self.steps[number + 1 :]))
 
     def is_fit_of(self, chain: Chain) -> bool:
-        """Return whether this is a fitted `chain`, which may be fitted in part or not at all."""
+        """Return whether this is `chain` with all steps fitted."""
         pairs = zip(self.steps, chain.steps, strict=False)
         steps = (step if target.is_fitted else step.without_fit for step, target in pairs)
         return self.unfitted is None and chain == Chain(self.sources, tuple(steps))
@@ -139,14 +140,14 @@ class Chain:
         for step in self.steps:
             try:
                 columns = step(columns)
-            except (ValueError, pa.ArrowException) as error:  # also those of Arrow
+            except (ValueError, pa.ArrowException) as error:
                 raise ValueError(f"step {step.name} {error}") from error
         [values] = columns
         return values
 
 
 def _read(values: pa.Array) -> pa.Array:
-    """Return values of a file in few types: floats rounded to float32, NaN as null."""
+    """Return a file's values with floats rounded to float32 (stored as float64), NaN as null."""
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     if pa.types.is_floating(values.type) or pa.types.is_decimal(values.type):
@@ -156,7 +157,7 @@ def _read(values: pa.Array) -> pa.Array:
 
 
 def chain_of(name: str, column: Column) -> Chain:
-    """Return the chain of a column that has one; a ValueError says which step is unusable."""
+    """Return the chain of a transformed column; a ValueError names an unusable step."""
     sources, steps = column.sources(name), []
     for number, step in enumerate(column.transform):
         with errors_at(f"transform, step {number + 1}"):
@@ -179,15 +180,15 @@ def chain_of(name: str, column: Column) -> Chain:
 
 
 def chains_of(columns: Mapping[str, Column], target_item: str, path: str) -> dict[str, Chain]:
-    """Return the checked chains of a schema's columns, and write them there with all defaults."""
+    """Return the checked chains by column, and store them in the columns with all defaults."""
     chains: dict[str, Chain] = {}
     for name, column in columns.items():
         if column.column is None and not column.transform:
             continue
         where = f"{path}: column '{name}'"
         if column.kind not in KINDS or name == target_item:
-            what = "the target item" if name == target_item else f"of kind {column.kind}"
-            raise ValueError(f"{where} is {what}; only features of kinds {KINDS} are transformed")
+            role = "the target item" if name == target_item else f"of kind {column.kind}"
+            raise ValueError(f"{where} is {role}; only features of kinds {KINDS} are transformed")
         with errors_at(where):
             chains[name] = chain_of(name, column)
         for source in chains[name].sources:
@@ -207,7 +208,7 @@ def chains_of(columns: Mapping[str, Column], target_item: str, path: str) -> dic
 
 
 def set_chain(column: Column, chain: Chain) -> None:
-    """Write a chain into its column, in the form of `schema.yaml`."""
+    """Store a chain in its column, in the form of `schema.yaml`."""
     plain = chain.plain()
     column.column, column.transform = plain["column"], plain["transform"]
 
@@ -218,7 +219,7 @@ def transformed_sources(name: str, chains: Mapping[str, Chain]) -> list[str]:
 
 
 def file_columns(names: Iterable[str], chains: Mapping[str, Chain]) -> list[str]:
-    """Return the columns of the files from which some columns are read, each once."""
+    """Return the columns of the files that the columns `names` need, each once."""
     columns: dict[str, None] = {}
     for name in names:
         if name not in chains:
@@ -231,7 +232,7 @@ def file_columns(names: Iterable[str], chains: Mapping[str, Chain]) -> list[str]
 
 
 def write_fitted(chains: Mapping[str, Chain], root: Location) -> None:
-    """Write the chains of a dataset to its `transforms.yaml`, complete or not at all."""
+    """Write the chains of a dataset to its `transforms.yaml`, atomically."""
     partial = root / f".{FILE}.partial"
     content = {name: chain.plain() for name, chain in chains.items()}
     text = HEAD + yaml.safe_dump(content, sort_keys=False, default_flow_style=None)
@@ -242,7 +243,7 @@ def write_fitted(chains: Mapping[str, Chain], root: Location) -> None:
 def load_fitted(
     chains: dict[str, Chain], columns: Mapping[str, Column], root: Location, required: bool
 ) -> None:
-    """Put the fitted values of the dataset at `root` into the chains of its schema's columns."""
+    """Replace `chains` by the fitted ones in `transforms.yaml`; the file may be `required`."""
     unfitted = [name for name, chain in chains.items() if chain.unfitted is not None]
     file, command = root / FILE, f"run `recsys prepare transforms --data {root}`"
     if not unfitted or not (required or file.exists()):

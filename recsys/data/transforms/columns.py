@@ -1,4 +1,4 @@
-"""Compute the columns of a schema from those of a file or request; no other module does."""
+"""Compute the columns of a schema from the columns of a file or request."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +16,7 @@ from recsys.storage.location import errors_at
 
 
 def read_columns(table: pa.Table, schema: Schema, names: Sequence[str], place: str) -> pa.Table:
-    """Return columns `names`, filled and transformed, of `schema.file_columns(names)`."""
+    """Return columns `names`, filled and transformed, from a table of the file's columns."""
     if not {*schema.transforms, *schema.fills} & set(names):
         return table.select(names)
     rows = TransformedRows(table, schema, place)
@@ -24,26 +24,26 @@ def read_columns(table: pa.Table, schema: Schema, names: Sequence[str], place: s
 
 
 class TransformedRows:
-    """Columns of a schema, each computed on demand; see `read_columns`."""
+    """Columns of a schema, each computed when it is first asked for; see `read_columns`."""
 
     def __init__(self, table: pa.Table, schema: Schema, place: str) -> None:
         self.table, self.chains, self.place = table, schema.transforms, place
         self._fills = schema.fills
-        self._made: dict[str, pa.Array] = {}
+        self._computed: dict[str, pa.Array] = {}
 
     def column(self, name: str) -> pa.Array:
         if name not in self.chains:
             return self._filled(name)
-        if name not in self._made:
-            self._made[name] = self._apply(self.chains[name], name)
-        return self._made[name]
+        if name not in self._computed:
+            self._computed[name] = self._apply(self.chains[name], name)
+        return self._computed[name]
 
     def _filled(self, name: str) -> pa.Array:
         with errors_at(f"{self.place}: column '{name}': fill", pa.ArrowException):
             return filled(one_chunk(self.table[name]), name, self._fills)
 
     def before_step(self, name: str, number: int) -> pa.Array:
-        """Return a column before one step of its chain, which follows no cross."""
+        """Return a column before step `number` of its chain; no step before it may be a cross."""
         chain = self.chains[name]
         return self._apply(Chain(chain.sources, chain.steps[:number]), name)
 
@@ -59,7 +59,7 @@ class TransformedRows:
 
 
 def filled(values: pa.Array, name: str, fills: Mapping[str, int | float | str]) -> pa.Array:
-    """Return values of a column of the files with its fill in place of null and NaN."""
+    """Return the values of a column with null and NaN replaced by its fill, if it has one."""
     if name not in fills:
         return values
     flat = values.flatten() if is_list(values.type) else values
@@ -74,7 +74,7 @@ def filled(values: pa.Array, name: str, fills: Mapping[str, int | float | str]) 
 
 
 def _is_between(fill: int | float | str, kind: pa.DataType) -> bool:
-    """Return whether a fill is no value of a column's type, but a number as its values are."""
+    """Return whether a fill is a number that an integer or boolean column cannot hold."""
     if pa.types.is_boolean(kind):
         return fill not in (0, 1)
     return pa.types.is_integer(kind) and isinstance(fill, float)
@@ -89,7 +89,7 @@ def _with_values(lists: pa.Array, values: pa.Array) -> pa.Array:
 def check_types(
     schema: Schema, names: Iterable[str], column_type: Callable[[str], pa.DataType], place: str
 ) -> None:
-    """Check the types of columns, which `column_type` returns by name, against the schema."""
+    """Raise a ValueError if a column's type, from `column_type(name)`, differs from the schema."""
     for name in names:
         if name not in schema.transforms and name not in schema.fills:
             check_type(schema, name, column_type(name), place)
@@ -106,7 +106,7 @@ def check_types(
 
 
 def _refuse_date(chain: Chain, fill: object, name: str, place: str) -> None:
-    """Refuse a date that fills times: it is one of UTC in them, but of the zone in requests."""
+    """Raise a ValueError if a date fills times: files read it in UTC, requests in the zone."""
     zone = next((step.settings["zone"] for step in chain.steps if "zone" in step.settings), "UTC")
     values = [fill, *(step.settings["value"] for step in chain.steps if step.name == "fill")]
     dates = [value for value in values if re.match(DATE_TEXT, str(value))]
@@ -118,7 +118,7 @@ def _refuse_date(chain: Chain, fill: object, name: str, place: str) -> None:
 
 
 def _is_crossed(name: str, schema: Schema) -> bool:
-    """Return whether a column is made by `cross`, whose text of true is not that of 1."""
+    """Return whether `cross` makes a column; it turns true and 1 into different texts."""
     chains = schema.transforms
     sources = transformed_sources(name, chains)
     return chains[name].joins or any(_is_crossed(source, schema) for source in sources)

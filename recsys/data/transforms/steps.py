@@ -1,7 +1,7 @@
-"""The steps of a column's `transform`: one function each, and its name in `STEPS`.
+"""The steps of a column's `transform`: a function for each step, by name in `STEPS`.
 
-A step maps N values, or S columns of them, to N. Null stays null, except in `fill`. Its keyword
-arguments are its settings; a `Fit` computes those that are fitted on the training rows.
+A step maps N values, or S columns of N values, to N values. Null stays null, except in `fill`. The
+keyword arguments are the settings; a `Fit` computes fitted settings from the training rows.
 """
 
 import math
@@ -15,20 +15,20 @@ import pyarrow.compute as pc
 
 from embeddings.vocabulary.fixed import HashVocabulary, is_id_type, mix64
 
-SEPARATOR = "\x1f"  # between crossed values: the ASCII unit separator, which no text has
+SEPARATOR = "\x1f"  # between crossed values: the ASCII unit separator, which texts do not contain
 ZONED_TEXT = r"[T ].*(Z|[+-]\d\d(:?\d\d)?)$"
 DATE_TEXT = r"^\d{4}-\d\d-\d\d$"
-# Largest number of values with exact quantiles; of more, a sample of this size, without
-# replacement and the same in every run, is used.
+# Quantiles of more values are computed from a sample of this size, drawn without replacement and
+# the same in every run.
 SAMPLED = 1 << 22
-ROUNDING = 1e-13  # of a mean of equal numbers, as a share of it
+ROUNDING = 1e-13  # relative rounding error of the mean of equal numbers
 Unit = Literal["s", "ms", "us"]
 UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000}
 END_OF_TIME = 253_402_300_799  # seconds of the last moment of the year 9999
 
 
 class Moments:
-    """Mean and standard deviation, merged from those of the parts (Chan et al., 1979)."""
+    """Mean and standard deviation, merged batch by batch (Chan et al., 1979)."""
 
     def __init__(self, **settings: Any) -> None:
         self.num_values = 0
@@ -44,12 +44,12 @@ class Moments:
 
     def result(self) -> dict[str, Any]:
         deviation = math.sqrt(self.squares / self.num_values)
-        is_rounding = deviation <= ROUNDING * abs(self.mean)  # equal values, such as log1p(3)
+        is_rounding = deviation <= ROUNDING * abs(self.mean)  # all values are equal
         return {"mean": self.mean, "std": 0.0 if is_rounding else deviation}
 
 
 class Quantiles:
-    """Boundaries of `quantiles` buckets with nearly equal numbers of values, or of a sample."""
+    """Boundaries of `quantiles` buckets with nearly equal numbers of (sampled) values."""
 
     def __init__(self, quantiles: int, **settings: Any) -> None:
         self.quantiles, self.num_values = quantiles, 0
@@ -69,27 +69,27 @@ class Quantiles:
         return {"boundaries": np.unique(np.quantile(self.values, shares)).tolist()}
 
 
-# Computes settings of one step from values; other settings are its keyword arguments.
+# Computes settings of one step from values; it is constructed with the step's other settings.
 Fit = Moments | Quantiles
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step, as functions of its settings."""
+    """One step; its functions take the settings as keyword arguments."""
 
     apply: Callable[..., pa.Array]  # maps values [N] to values [N]; or S columns, if `joins` is set
-    num_ids: Callable[..., int] | None = None  # the number of ids that it gives, if that is known
+    num_ids: Callable[..., int] | None = None  # number of ids that the step returns, if known
     joins: bool = False
     fit: Callable[..., Fit] | None = None  # computes the settings `fitted` from all training rows
     fitted: tuple[str, ...] = ()
 
 
 def fill(values: pa.Array, value: int | float | str) -> pa.Array:
-    """Replace null and NaN by `value`, which has the type of the column."""
+    """Replace null by `value`, which must fit the type of the column."""
     filler = pa.scalar(value)
     if pa.types.is_null(values.type):
         return values.cast(filler.type).fill_null(filler)
-    if isinstance(value, str) == is_number(values.type):  # times are filled by text, too
+    if isinstance(value, str) == is_number(values.type):  # times are filled with text
         raise ValueError(f"value {value!r} is none of type {values.type}")
     try:
         if pa.types.is_boolean(values.type) and value not in (0, 1):
@@ -113,7 +113,7 @@ def clip(values: pa.Array, low: float | None = None, high: float | None = None) 
 
 
 def log1p(values: pa.Array) -> pa.Array:
-    """Return log(1 + x), null where x is -1 or less."""
+    """Return log(1 + x), null for x of -1 or less."""
     values = _numbers(values)
     return pc.if_else(pc.greater(values, -1.0), pc.log1p(values), pa.scalar(None, pa.float64()))
 
@@ -128,7 +128,7 @@ def standardize(values: pa.Array, mean: float | None = None, std: float | None =
 def bucketize(
     values: pa.Array, boundaries: list[float] | None = None, quantiles: int | None = None
 ) -> pa.Array:
-    """Return the number of boundaries at or below each value, a bucket counted from 0."""
+    """Return the bucket of each value, the number of boundaries at or below it."""
     if boundaries is None and quantiles is None:
         raise ValueError("needs boundaries, or a number of quantiles to fit them")
     if quantiles is not None and not 2 <= quantiles <= 100_000:
@@ -136,7 +136,7 @@ def bucketize(
     places = np.array(boundaries or [], np.float64)
     if not (np.diff(places) > 0).all():
         raise ValueError(f"boundaries are {boundaries}; sort them, each once")
-    if quantiles is None:  # others are of values that are read already
+    if quantiles is None:  # fitted boundaries are already rounded like values of files
         places = least_equal(places)
     values = _numbers(values)
     buckets = np.searchsorted(places, values.fill_null(0).to_numpy(False), side="right")
@@ -144,9 +144,9 @@ def bucketize(
 
 
 def least_equal(limits: np.ndarray) -> np.ndarray:  # float64 [N] -> float64 [N]
-    """Return the least numbers that equal these limits in float32; integers are as they were.
+    """Return the smaller of each limit and its value rounded to float32; integers are unchanged.
 
-    A number 0.7 is read as float32, which is less than a limit 0.7 of the settings.
+    Values are read as float32, in which 0.7 is less than a limit of 0.7 in the settings.
     """
     with np.errstate(over="ignore"):
         rounded = limits.astype(np.float32).astype(np.float64)
@@ -155,7 +155,7 @@ def least_equal(limits: np.ndarray) -> np.ndarray:  # float64 [N] -> float64 [N]
 
 
 def hash_ids(values: pa.Array, buckets: int, seed: int = 0) -> pa.Array:
-    """Return one of `buckets` ids for each integer or string, by a stable hash."""
+    """Return an id below `buckets` for each integer or string, by a stable hash."""
     vocabulary = HashVocabulary(buckets, seed=seed)
     if pa.types.is_null(values.type):
         return values.cast(pa.int64())
@@ -167,7 +167,7 @@ def hash_ids(values: pa.Array, buckets: int, seed: int = 0) -> pa.Array:
 
 
 def cross(columns: Sequence[pa.Array]) -> pa.Array:
-    """Return one string for each combination of values, null where one of them is."""
+    """Return a string for each combination of values; null if one of the values is null."""
     for values in columns:
         kind = values.type
         if not (is_id_type(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind)):
@@ -183,11 +183,11 @@ def lower(values: pa.Array) -> pa.Array:
     return pc.utf8_lower(values.cast(pa.large_string()))
 
 
-def _of_moment(part: Callable[[pa.Array], pa.Array]) -> Callable[..., pa.Array]:
-    """Return the step that takes a part, counted from 0, of a time or date in a zone."""
+def _of_moment(component: Callable[[pa.Array], pa.Array]) -> Callable[..., pa.Array]:
+    """Return the step that computes a component, counted from 0, of a time or date in a zone."""
 
     def step(values: pa.Array, zone: str = "UTC", unit: Unit = "s") -> pa.Array:
-        return part(_moments(values, zone, unit))
+        return component(_moments(values, zone, unit))
 
     return step
 
@@ -216,7 +216,7 @@ STEPS: dict[str, Step] = {
 
 
 def is_number(kind: pa.DataType) -> bool:
-    """Return whether a column of this type holds numbers, of which booleans are 0 and 1."""
+    """Return whether a column of this type has numbers; booleans count as 0 and 1."""
     return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
 
 
@@ -235,7 +235,7 @@ def _with_nulls(numbers: np.ndarray, values: pa.Array) -> pa.Array:
 
 
 def _moments(values: pa.Array, zone: str, unit: Unit) -> pa.Array:
-    """Return local times in a zone. Integers and times without one are UTC; a date is kept."""
+    """Return local times in a zone; integers and times without a zone are UTC, dates stay."""
     kind = values.type
     try:
         pc.assume_timezone(pa.array([0], pa.timestamp("us")), zone)
@@ -262,7 +262,7 @@ def _moments(values: pa.Array, zone: str, unit: Unit) -> pa.Array:
 
 
 def _local_times(texts: pa.Array, zone: str) -> pa.Array:
-    """Return local times of ISO 8601 in a zone; a date alone, as of a request in JSON, is kept."""
+    """Return ISO 8601 texts as local times in a zone; a date without a time stays that date."""
     is_zoned, none = pc.match_substring_regex(texts, ZONED_TEXT), pa.scalar(None, pa.string())
     is_date = pc.match_substring_regex(texts, DATE_TEXT)
     try:

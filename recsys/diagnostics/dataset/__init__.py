@@ -1,1 +1,1 @@
-"""Describes a dataset and warns of problems in it before training: `recsys explain-data`."""
+"""Describe a dataset and warn of problems in it before training: `recsys explain-data`."""

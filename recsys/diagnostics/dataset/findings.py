@@ -1,4 +1,4 @@
-"""Runs `recsys explain-data DATA [--on-bad-row skip] [--json FILE]`: tables, and findings last."""
+"""Run `recsys explain-data DATA [--on-bad-row skip] [--json FILE]`: tables, and findings last."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +29,7 @@ from recsys.storage.output_file import check_output
 
 logger = logging.getLogger(__name__)
 
-# Shares from which on something is reported.
+# A share above one of these thresholds is reported.
 FEW, MANY, MOST = 0.001, 0.1, 0.5
 MINUTES = "%Y-%m-%d %H:%M"
 LONG_BEGINNING = 80  # characters, about 20 tokens
@@ -37,7 +37,7 @@ LONG_BEGINNING = 80  # characters, about 20 tokens
 
 @dataclass(frozen=True)
 class Finding:
-    """A fact to act on before training, with numbers, and its fix."""
+    """A problem to act on before training, with numbers, and its fix."""
 
     what: str
     fix: str
@@ -54,7 +54,7 @@ def _bad_rows(summary: DatasetSummary) -> Iterator[Finding]:
     fix = "fix the files, or set on_bad_row: skip, which leaves these rows out"
     entries = {name: split.bad_rows for name, split in summary.splits.items()}
     entries["items"] = [] if summary.items is None else summary.items.bad_rows
-    for name, entry in ((name, entry) for name, part in entries.items() for entry in part):
+    for name, entry in ((name, entry) for name, rows in entries.items() for entry in rows):
         column = f" column '{entry['column']}'" if entry["column"] else ""
         yield Finding(
             f"{name}: {entry['rows']:,} rows cannot be used, {entry['file']}{column}: "
@@ -218,9 +218,9 @@ def _items(summary: DatasetSummary) -> Iterator[Finding]:
 def explain_data(
     data: str, on_bad_row: OnBadRow = "error", json_file: Path | None = None
 ) -> DatasetSummary:
-    """Read a dataset, print its summary, and write the numbers to `json_file`.
+    """Read a dataset, print and return its summary, and write the numbers to `json_file`.
 
-    What training would refuse is a ValueError; if `on_bad_row` is skip, a row is none.
+    Data that training would refuse is a ValueError; with `on_bad_row` skip, bad rows are not.
     """
     if json_file is not None:
         check_output(json_file)
@@ -239,7 +239,7 @@ def explain_data(
 
 
 def _raise_first(summary: DatasetSummary) -> None:
-    """Raise the error that training would raise, reading in the same order."""
+    """Raise the error that training would raise first, by reading in the same order."""
     schema = load_schema(summary.root)
     if summary.items is not None:
         ItemTable(summary.root, schema)
@@ -337,7 +337,7 @@ def _table_text(summary: DatasetSummary) -> str:
         ids = [split.ids[name] for split in summary.splits.values() if name in split.ids]
         limits = [column[end] for column in ids for end in ("least", "greatest") if column["count"]]
         ends = ("-", "-")
-        if limits and use.vocabulary != "bounded":  # whose ids are raw, not rows
+        if limits and use.vocabulary != "bounded":  # its columns hold raw ids, not rows
             ends = (f"{min(limits):,}", f"{max(limits):,}")
         cells = (f"{use.ids:,}", _percent(use.unused_share))
         rows.append((name, f"{use.rows:,}", use.vocabulary or "-", *cells, *ends))

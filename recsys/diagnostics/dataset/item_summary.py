@@ -1,4 +1,4 @@
-"""Summarizes the items' files, content by column, and the times of splits by their footers."""
+"""Summarize the items' files and content columns, and the times of splits by Parquet footers."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -27,13 +27,14 @@ from recsys.data.parquet.values import list_lengths
 from recsys.data.schema import Schema
 from recsys.storage.location import Location
 
+# Names of integer columns that hold times.
 NAMES = ("timestamp", "time", "datetime", "date", "ts", "event_time", "event_timestamp")
-# Ranges of integers read as seconds, milli-, micro- or nanoseconds since 1970, from 1973 on.
+# Ranges of integers that, as seconds, ms, us or ns since 1970, are times from 1973 on.
 UNITS = ((1e8, 1e10, 1.0), (1e11, 1e13, 1e3), (1e14, 1e16, 1e6), (1e17, 1e19, 1e9))
 
 
 def time_ranges(rows: ParquetRows, schema: Schema) -> dict[str, tuple[datetime, datetime]]:
-    """Return the first and last time of each column with times, by name."""
+    """Return the first and last time of each time column, by name."""
     times: dict[str, list[datetime]] = {}
     for file in {str(group.file): group.file for group in rows.row_groups}.values():
         with open_parquet(file) as parquet:
@@ -53,7 +54,7 @@ def _has_times(field: pa.Field, schema: Schema) -> bool:
 
 
 def footer_statistics(metadata: pq.FileMetaData, name: str) -> Iterator[pq.Statistics | None]:
-    """Yield a column's statistics for each row group; None where the footer has none."""
+    """Yield a column's statistics for each row group; None if the footer has none."""
     for index in range(metadata.num_row_groups):
         group = metadata.row_group(index)
         columns = map(group.column, range(group.num_columns))
@@ -61,7 +62,7 @@ def footer_statistics(metadata: pq.FileMetaData, name: str) -> Iterator[pq.Stati
 
 
 def _time(value: Any) -> datetime | None:
-    """Return an integer, date or time as time in UTC; None for an integer that is none."""
+    """Return an integer, date or time as UTC time; None for an integer outside of `UNITS`."""
     if isinstance(value, int):
         units = (unit for low, high, unit in UNITS if low <= value < high)
         return next((datetime.fromtimestamp(value / unit, UTC) for unit in units), None)
@@ -71,14 +72,14 @@ def _time(value: Any) -> datetime | None:
 
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
-LONGEST = 1 << 20  # longer ones count as this length
+LONGEST = 1 << 20  # longer lists and texts count as this length
 IMAGES_OPENED = 256
-SAMPLED_ITEMS = 1024  # whose content is compared
+SAMPLED_ITEMS = 1024  # items whose content is compared with each other
 
 
 @dataclass
 class Lengths:
-    """Lengths of lists or texts: a histogram, from which quantiles are exact."""
+    """A histogram of lengths of lists or texts, with exact quantiles."""
 
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(1))
 
@@ -93,7 +94,7 @@ class Lengths:
         return int(self.histogram.sum())
 
     def summary(self) -> dict[str, Any]:
-        """Return mean, quantiles, maximum and share of empty ones by name; {} without lengths."""
+        """Return mean, quantiles, maximum and share of length 0 by name; {} without lengths."""
         if not self.count:
             return {}
         ends = self.histogram.cumsum()
@@ -108,18 +109,18 @@ class Lengths:
 
 @dataclass
 class ColumnSummary:
-    """One column of content."""
+    """Figures of one content column."""
 
     kind: str
-    missing: int | None = 0  # items without content; None: unknown without reading all images
+    missing: int | None = 0  # items without content; None: unknown, as images are not all read
     lengths: Lengths = field(default_factory=Lengths)  # of texts, and of features in tokens
     widths: Counter[int] = field(default_factory=Counter)  # of feature vectors
-    opened: int = 0  # images that were decoded for a trial
-    broken: int = 0  # those of them that cannot be
-    problem: str = ""  # the first content at which training would fail
+    opened: int = 0  # images that were decoded as a test
+    broken: int = 0  # opened images that cannot be decoded
+    problem: str = ""  # the first error that training would raise
     values: int | None = None  # number of different categories
     most_common_share: float = 0.0  # of the most frequent content in a sample
-    shared_beginning: int = 0  # characters with which most texts of the sample begin alike
+    shared_beginning: int = 0  # length of the prefix that most texts of the sample share
 
     def add_lengths(self, lengths: np.ndarray) -> None:  # int [N]
         self.missing = (self.missing or 0) + int((lengths == 0).sum())
@@ -132,16 +133,16 @@ class ColumnSummary:
 
 @dataclass
 class ItemSummary:
-    """Summary of all items; `ids` int64 [usable items] are rows in the target item's table."""
+    """Summary of all items."""
 
     rows: int
-    ids: np.ndarray
+    ids: np.ndarray  # int64 [usable items], rows of the target item's table
     columns: dict[str, ColumnSummary]
     bad_rows: list[dict[str, Any]]
 
 
 def summarize_items(root: Location, schema: Schema) -> ItemSummary | None:
-    """Read and summarize the items, None without any; unreadable ones are a ValueError."""
+    """Read and summarize the items; None without items, a ValueError for unreadable items."""
     if schema.items is None:
         return None
     items = ItemTable(root, schema, on_bad_row="skip")
@@ -155,7 +156,7 @@ def summarize_items(root: Location, schema: Schema) -> ItemSummary | None:
 
 
 def _summarize_file(file: Location, num_items: int) -> ColumnSummary:
-    """Summarize features in a .npy file, which has rows for all or some of the items."""
+    """Summarize features in a .npy file, which may have rows for only some of the items."""
     features, summary = FeatureFile(file), ColumnSummary("feature")
     summary.widths[features.width] = features.num_rows
     sample: list[bytes] = []

@@ -1,4 +1,4 @@
-"""Summarizes a dataset for `recsys explain-data`: splits, id tables, items and their overlaps."""
+"""Summarize a dataset for `recsys explain-data`: splits, id tables, items and their overlaps."""
 
 import json
 import tempfile
@@ -32,12 +32,12 @@ GROUPS, PAIRS, ROWS = "groups", "group and item", "rows"
 NUMBERS = ("label", "dense", "extra", "weight", "sampled")  # kinds of columns
 Database = duckdb.DuckDBPyConnection
 Figures = dict[str, Any]
-TOP_SHARE = 0.01  # of the items, by rows
+TOP_SHARE = 0.01  # share of the items that count as most frequent
 
 
 @dataclass
 class SplitSummary:
-    """Figures of a split; those after `bad_rows` are of the rows that training can use."""
+    """Figures of a split; fields after `bad_rows` cover only rows that training can use."""
 
     split: str
     rows: int
@@ -47,22 +47,20 @@ class SplitSummary:
     times: dict[str, tuple[datetime, datetime]]
     bad_rows: list[dict[str, Any]]
     usable_rows: int
-    # By column: count, min, max, mean and deviation of numbers, without NaN; count, least,
-    # greatest, unknown and distinct ids; lengths of lists.
-    numbers: dict[str, dict[str, Any]]
-    ids: dict[str, dict[str, Any]]
-    lists: dict[str, Lengths]
-    # Number of different groups; and of pairs of group and item, and rows, with known items.
+    numbers: dict[str, dict[str, Any]]  # by column: count, min, max, mean, deviation, without NaN
+    ids: dict[str, dict[str, Any]]  # by column: count, least, greatest, unknown, distinct
+    lists: dict[str, Lengths]  # by column
+    # Number of distinct groups, (group, item) pairs and rows; the last two only with known items.
     distinct: dict[str, int]
-    target_in_history: int  # rows with a history that holds their own target
-    known_rows: int  # whose target is no unknown id of an exact vocabulary
-    item_counts: ItemCounts  # without drawn rows and those of weight 0
+    target_in_history: int  # rows whose history contains their target item
+    known_rows: int  # rows whose target item is not an unknown id of an exact vocabulary
+    item_counts: ItemCounts  # rows per item, without sampled negatives and rows of weight 0
     shares: dict[str, float]
 
 
 @dataclass
 class TableUse:
-    """Number of rows of a table, and of the different ids in all splits that use them."""
+    """Number of rows of a table, and of distinct ids that all splits look up in it."""
 
     rows: int
     ids: int
@@ -86,7 +84,7 @@ class DatasetSummary:
     @property
     def has_bad_rows(self) -> bool:
         items_fail = self.items is not None and (
-            bool(self.items.bad_rows) or any(part.problem for part in self.items.columns.values())
+            bool(self.items.bad_rows) or any(item.problem for item in self.items.columns.values())
         )
         return items_fail or any(split.bad_rows for split in self.splits.values())
 
@@ -98,7 +96,7 @@ class DatasetSummary:
 
 
 def summarize_dataset(data: str) -> DatasetSummary:
-    """Read a dataset, a folder or URL, from end to end; what training refuses is a ValueError."""
+    """Read and summarize a whole dataset, a folder or URL; a ValueError if it is unreadable."""
     root = Location.of(data)
     schema = load_schema(root)
     with tempfile.TemporaryDirectory(prefix="explain-data-") as folder:
@@ -173,7 +171,7 @@ def _summarize_split(
 
 
 def _unknown_item(schema: Schema) -> int:
-    """Return the row that all unknown target items share, or -1: they are different items."""
+    """Return the row that all unknown target items share, or -1 without such a row."""
     vocabulary = schema.vocabulary_of(schema.target_item)
     is_exact = vocabulary is not None and vocabulary.kind == "exact"
     return schema.limit(schema.target_item) - 1 if is_exact else -1
@@ -233,7 +231,7 @@ def _list_lengths(database: Database, schema: Schema, split: str) -> dict[str, L
 
 
 def _item_counts(database: Database, schema: Schema, split: str) -> ItemCounts:
-    """Return the rows of each item that a run counts: not drawn, nor of weight 0."""
+    """Return the number of rows of each item, without sampled negatives and rows of weight 0."""
     is_logged = "true" if schema.sampled is None else f"{quoted(schema.sampled)} = 0"
     has_weight = "true" if schema.weight is None else f"{quoted(schema.weight)} > 0"
     counts = database.sql(
@@ -250,7 +248,7 @@ def _shares(
     is_known: np.ndarray,
     items: ItemSummary | None,
 ) -> dict[str, float]:
-    """Return shares of a split's rows: cold and unseen items, repeats, known groups, ..."""
+    """Return shares of a split's rows by name, the keys of `findings.SHARES`."""
     counts = split.item_counts.counts
     parts = frequency_masks(train_counts)
     logged_rows, rows = max(int(counts.sum()), 1), max(split.usable_rows, 1)
@@ -289,7 +287,7 @@ def _table_uses(database: Database, schema: Schema) -> dict[str, TableUse]:
 
 
 def to_json(summary: DatasetSummary, findings: list[Any]) -> str:
-    """Return summary and findings as JSON, without the items of each row."""
+    """Return summary and findings as JSON, without arrays and item counts."""
     parts = {"splits": summary.splits, "tables": summary.tables, "items": summary.items}
     content = {"data": str(summary.root), **parts, "findings": findings}
     return json.dumps(content, default=_plain, indent=2) + "\n"
@@ -301,4 +299,4 @@ def _plain(value: Any) -> Any:
     if isinstance(value, datetime):
         return str(value)
     hidden = (ItemCounts, np.ndarray)
-    return {name: part for name, part in vars(value).items() if not isinstance(part, hidden)}
+    return {name: field for name, field in vars(value).items() if not isinstance(field, hidden)}

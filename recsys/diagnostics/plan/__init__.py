@@ -1,1 +1,1 @@
-"""Describes a run before any training and on any cluster: `recsys describe`."""
+"""Describe a run before training, on any cluster: `recsys describe`."""

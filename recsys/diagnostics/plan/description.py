@@ -1,4 +1,4 @@
-"""Describes a run on any cluster, without weights or devices: parameters, memory and plan."""
+"""Describe a run on any cluster, without weights or devices: parameters, memory and plan."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -48,10 +48,9 @@ from recsys.model.tables import check_placement, planner_hardware, pooled_featur
 from recsys.optimizer.dense import count_state, dense_parameters
 from recsys.storage.location import Location
 
-# More bytes than any table needs: for the plan of devices with unlimited memory.
-NO_LIMIT = 2**60
+NO_LIMIT = 2**60  # memory in bytes for a plan without a limit, more than any table needs
 SAMPLED_ITEMS = 2048
-# By prefix of parameter names; the first match counts; `{}` is the modality.
+# Parts by prefix of their parameters' names; the first match counts; `{}` is the modality.
 DENSE_PARTS = (
     ("content.encoders.", "encoder {}"),
     ("content.projections.", "projections"),
@@ -66,7 +65,7 @@ DENSE_PARTS = (
 
 @dataclass(frozen=True)
 class ModelPart:
-    """One line of the list of parameters; bytes are of the rank that holds the most."""
+    """One line of the list of parameters, with bytes on the rank that holds the most."""
 
     name: str
     parameters: int  # total over all ranks
@@ -91,13 +90,13 @@ def _table_part(memory: TableMemory) -> ModelPart:
         place += ", in host memory"
     size = table.num_embeddings * table.embedding_dim
     trainer = "nothing" if table.frozen else table.optimizer
-    # Gradients of tables take no memory: the backward applies them row by row.
+    # Table gradients take no memory: the backward pass applies them row by row.
     return ModelPart(f"table {table.name}", size, trainer, place, weights, 0, state)
 
 
 def _dense_parts(em3: EM3, world_size: int, optimizer: OptimizerSettings) -> Iterator[ModelPart]:
     trained = dense_parameters(em3)
-    state_sizes = count_state(optimizer, {name: part.shape for name, part in trained.items()})
+    state_sizes = count_state(optimizer, {name: weight.shape for name, weight in trained.items()})
     table_ids = {id(parameter) for _, parameter in table_parameters(em3)}
     sizes, state = Counter[tuple[str, bool]](), Counter[tuple[str, bool]]()
     for name, parameter in em3.named_parameters():
@@ -112,14 +111,14 @@ def _dense_parts(em3: EM3, world_size: int, optimizer: OptimizerSettings) -> Ite
         num_bytes = (FLOAT * number for number in (size, gradients, moments))
         trainer = optimizer.name if is_trained else "nothing"
         yield ModelPart(title, size, trainer, "every rank", *num_bytes)
-    if em3.neighbours is not None:  # statistics of items, which grow with these
+    if em3.neighbours is not None:  # its statistics grow with the number of items
         buffers = (getattr(em3.neighbours, name) for name in em3.neighbours.item_row_buffers)
         size = sum(buffer.nbytes for buffer in buffers)
         yield ModelPart("statistics of neighbours", 0, "nothing", "every rank", size, 0, 0)
 
 
 def part_of(name: str) -> str:
-    """Return the part that a dense parameter belongs to, by its name in the model."""
+    """Return the part of the model that a dense parameter belongs to, by its name."""
     for prefix, part in DENSE_PARTS:
         if name.startswith(prefix):
             return part.format(name.removeprefix(prefix).split(".")[0])
@@ -128,7 +127,7 @@ def part_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on the rank that holds the most, without activations; the total omits `host_tables`."""
+    """Bytes on the rank that holds the most, without activations; `total` omits `host_tables`."""
 
     tables: int
     dense: int
@@ -150,12 +149,12 @@ class Description:
     parts: list[ModelPart]
     table_bytes: list[int]  # by rank
     memory: RankMemory
-    times: RankTime | None  # of a step's tables, as TorchRec expects them on GPUs; None on CPU
+    times: RankTime | None  # TorchRec's estimate for a step's tables on GPUs; None on CPU
     plan: str
     problems: list[str]  # why tables do not fit, with fixes; the plan is for unlimited memory
-    frozen_layers: dict[str, int]  # parameters that run only before training, by encoder
+    frozen_layers: dict[str, int]  # by encoder, parameters that run only before training
     training_rows: int
-    without_kernel: dict[str, str]  # why PyTorch computes on CPU though a kernel exists
+    without_kernel: dict[str, str]  # by kernel, why PyTorch computes on CPU instead
 
     def to_json(self) -> dict[str, Any]:
         parameters = sum(part.parameters for part in self.parts)
@@ -165,9 +164,9 @@ class Description:
 def describe(
     config: Config, data: str, cluster: Cluster, rows: dict[str, int] | None = None
 ) -> Description:
-    """Describe a run on that cluster without starting it; unfitting data are a ValueError.
+    """Describe a run on a cluster without starting it; unusable data are a ValueError.
 
-    A small sample of the data is enough. `rows` replaces the numbers of rows of tables, by column.
+    A small sample of the data is enough. `rows` replaces the tables' numbers of rows, by column.
     """
     root = Location.of(data)
     schema = load_schema(root)
@@ -182,9 +181,9 @@ def describe(
     memories = [table_memory(table, plan) for table in tables]
     parts = [*map(_table_part, memories), *_dense_parts(em3, world_size, config.optimizer)]
     is_native = device.kind == "cpu" and config.kernels != "torch"
-    sharing = range(world_size // config.embedding.parallel.copies)
-    table_bytes = [sum(memory.on_device_of(rank) for memory in memories) for rank in sharing]
-    host_bytes = [sum(memory.on_host_of(rank) for memory in memories) for rank in sharing]
+    copy_ranks = range(world_size // config.embedding.parallel.copies)
+    table_bytes = [sum(memory.on_device_of(rank) for memory in memories) for rank in copy_ranks]
+    host_bytes = [sum(memory.on_host_of(rank) for memory in memories) for rank in copy_ranks]
     memory = RankMemory(
         tables=max(table_bytes),
         dense=sum(part.bytes for part in parts if part.where == "every rank"),
@@ -214,12 +213,13 @@ def _bank_bytes(config: Config, em3: EM3, world_size: int) -> int:
     banks = [branch.bank] if branch.outputs is None else [branch.bank, branch.outputs.bank]
     num_bytes, items, placement = 0, branch.bank.num_items, content.history.bank
     for dim in (bank.dim for bank in banks):
-        is_whole = is_replicated(items, dim, world_size, placement)
-        num_bytes += FLOAT * (items if is_whole else -(-items // world_size)) * (dim + 1)
+        replicated = is_replicated(items, dim, world_size, placement)
+        num_bytes += FLOAT * (items if replicated else -(-items // world_size)) * (dim + 1)
     return num_bytes
 
 
 def _read_a_batch(config: Config, root: Location, schema: Schema) -> int:
+    """Build one training batch, which raises for unusable data; return the number of rows."""
     rows = open_rows(config.source, root, "train", schema, config.on_bad_row)
     content = content_settings(config.content)
     build = BatchBuilder(
@@ -235,14 +235,14 @@ def _read_a_batch(config: Config, root: Location, schema: Schema) -> int:
 def _meta_em3(
     config: Config, root: Location, schema: Schema, tables: list[TableConfig]
 ) -> tuple[EM3, dict[str, int]]:
-    """Return the model without weights, after a look at a few items, and `frozen_layers`."""
+    """Return the model without weights, and `frozen_layers`; reads a few items for widths."""
     content = content_settings(config.content)
     encoders, frozen_layers = {}, {}
     bank: MemoryBank | None = None
     if content is not None:
         widths = _feature_widths(root, schema, content.modalities)
         for name, modality in content.modalities.items():
-            # A module of the user's own may do anything with its weights.
+            # A user-defined module may compute with its weights, so it cannot be on meta.
             with torch.device("cpu" if modality.module else "meta"):
                 encoders[name] = build_encoder(name, modality, widths.get(name))
             if encoders[name].caches and modality.cache_frozen_layers:
@@ -270,7 +270,7 @@ def _resize(schema: Schema, rows: dict[str, int]) -> None:
 def _feature_widths(
     root: Location, schema: Schema, modalities: dict[str, ModalitySettings]
 ) -> dict[str, int]:
-    """Return the widths of stored features; a column that training refuses is a ValueError."""
+    """Return the widths of stored features; a ValueError for a column that training refuses."""
     folder = root / "items"
     if schema.items is None:
         raise ValueError(f"{root}/schema.yaml: a model with content needs `items`; add them")
@@ -315,7 +315,7 @@ def _plan(
     config: Config, em3: EM3, tables: list[TableConfig], cluster: Cluster
 ) -> tuple[ShardingPlan, list[str], RankTime | None]:
     settings, batch_size, device = config.embedding, config.batch_size, cluster.device
-    copies, wires = settings.parallel.copies, sharders(*astuple(settings.communication))
+    copies, senders = settings.parallel.copies, sharders(*astuple(settings.communication))
 
     def plan_on(where: Cluster) -> ShardingPlan:
         return plan_sharding(
@@ -324,7 +324,7 @@ def _plan(
             device=device.kind,
             batch_size=batch_size,
             topology=where.topology(copies),
-            module_sharders=wires,
+            module_sharders=senders,
             prefetch=settings.prefetch,
             copies=copies,
             hardware=device.hardware,
@@ -343,5 +343,5 @@ def _plan(
     if device.kind == "cpu":
         return plan, problems, None
     topology = cluster.topology(copies)
-    times = slowest_rank(em3, tables, plan, topology, wires, batch_size, settings.prefetch)
+    times = slowest_rank(em3, tables, plan, topology, senders, batch_size, settings.prefetch)
     return plan, problems, times

@@ -27,7 +27,7 @@ MOST_RANKS_SHOWN = 16
 def describe_run(
     config: Config, data: str, cluster: Cluster, rows: dict[str, int], json_file: Path | None
 ) -> None:
-    """Print the description of a run, and write its numbers to `json_file`; see `describe`."""
+    """Print what `describe` returns for a run, and write its numbers to `json_file`."""
     if json_file is not None:
         check_output(json_file)
     description = describe(config, data, cluster, rows)
@@ -38,7 +38,7 @@ def describe_run(
 
 
 def parse_rows(words: list[str]) -> dict[str, int]:
-    """Read TABLE=NUMBER from each word; another form is a ValueError."""
+    """Return rows by table from arguments TABLE=NUMBER; another form is a ValueError."""
     rows = {}
     for word in words:
         name, _, number = word.partition("=")
@@ -56,8 +56,8 @@ def find_cluster(
 ) -> Cluster:
     """Return the cluster that the command line names; an unusable option is a ValueError.
 
-    `device` is a name in `DEVICES`, or auto, cpu or cuda. `memory_bytes` is by default that of the
-    data sheet, else this machine's.
+    `device` is a name in `DEVICES`, or auto, cpu or cuda. `memory_bytes` defaults to the memory in
+    `DEVICES`, or that of this machine.
     """
     names = [*DEVICES, "cpu", "cuda", "auto"]
     if device not in names:
@@ -96,7 +96,7 @@ def _this_machine(device: str, ranks_per_node: int) -> Device:
 
 
 def format_description(description: Description) -> str:
-    """Return all tables, the verdict last."""
+    """Return all tables as text, followed by whether the run fits."""
     cluster, device = description.cluster, description.cluster.device
     ranks = f"{cluster.world_size:,} rank{'s' if cluster.world_size > 1 else ''}"
     blocks = [
@@ -113,7 +113,7 @@ def format_description(description: Description) -> str:
 
 
 def in_bytes(number: float) -> str:
-    """Return bytes to three digits: 1,536 as 1.5 KiB."""
+    """Return bytes as text with three digits: 1,536 as 1.5 KiB."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if number < 1024 or unit == "TiB":
             break
@@ -155,7 +155,7 @@ def _memory(description: Description) -> str:
 
 
 def _shortened(plan: str) -> str:
-    """Shorten lines that list the shards of many ranks."""
+    """Return the plan with shortened lines for tables of many shards."""
     lines = []
     for line in plan.splitlines():
         pieces = line.split(", ")

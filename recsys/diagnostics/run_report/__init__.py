@@ -1,1 +1,1 @@
-"""Writes one self-contained HTML page on a finished run: metrics, curves, vectors, attention."""
+"""Write one self-contained HTML page on a finished run: metrics, curves, item vectors."""

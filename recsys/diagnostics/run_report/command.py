@@ -1,4 +1,4 @@
-"""Runs `recsys report`: scores the test split and writes one page on a finished run."""
+"""Run `recsys report`: score the test split and write one page on a finished run."""
 
 import logging
 from pathlib import Path
@@ -46,9 +46,9 @@ PROBABILITIES = {"logloss": "log loss", "ne": "normalised entropy", "calibration
 def report_run(
     run: Path, data: str | None, out: Path, ranks: Ranks, device: str, colour_by: str | None
 ) -> None:
-    """Write the page of a run. A collective.
+    """Write the page of a run to `out`, and a folder for TensorBoard's projector. A collective.
 
-    The projector is the folder `report_projector` beside the page; `colour_by` names a column of
+    That folder is beside the page, such as `report_projector`. `colour_by` names an item column of
     texts or integers.
     """
     with ranks.raise_on_all_ranks():
@@ -63,7 +63,7 @@ def report_run(
     is_partition = (run / PARTITION).is_file()
     has_probabilities = softmax_settings(job.config.ranking) is None
     split, scores = _of_partition(run) if is_partition else (SPLIT, _scores(job, run))
-    recorded = run.parents[1] if is_partition else run
+    tracked_run = run.parents[1] if is_partition else run
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
             num_items = write_projector(projector, job, run, table, category)
@@ -71,12 +71,12 @@ def report_run(
                 prequential(run.parents[1], has_probabilities)
                 if is_partition
                 else _results(scores, has_probabilities),
-                learning_curves(recorded, job.config.best_model_by, best_step(run)),
+                learning_curves(tracked_run, job.config.best_model_by, best_step(run)),
                 *_popularity(scores, split, has_probabilities),
                 _item_vectors(projector, num_items),
                 settings,
             ]
-            write_whole(out, html_page(f"Run {recorded.resolve().name}", sections))
+            write_whole(out, html_page(f"Run {tracked_run.resolve().name}", sections))
             logger.info("report written to %s", out)
 
 
@@ -104,7 +104,7 @@ def _popularity(scores: SplitScores | None, split: str, has_probabilities: bool)
 
 
 def _of_partition(run: Path) -> tuple[str, SplitScores | None]:
-    """Return the name of a partition and its rows as they were scored; None of the first."""
+    """Return a partition's name and the scores of its rows; None for the first partition."""
     name = read_json(run / PARTITION)["name"]
     file = ContinualFolder(run.parents[1]).scores_of(name)
     return name, read_scores(file) if file.exists() else None
@@ -126,17 +126,17 @@ def _scores(job: Job, run: Path) -> SplitScores:
 def _item_vectors(folder: Path, num_items: int) -> Section:
     if not num_items:
         return Section("Item vectors", ["No item has training impressions and content."])
-    words = [
+    paragraphs = [
         f"The vectors of the {num_items:,} items seen most in training are in the projector of "
         "TensorBoard: maps and nearest items, coloured by category or impressions. Choose "
         "Projector in the menu, and there ID, content, or their vectors after the maps of the "
         "contrastive loss (CIC)."
     ]
-    return Section("Item vectors", words, text=f"tensorboard --logdir {folder}")
+    return Section("Item vectors", paragraphs, text=f"tensorboard --logdir {folder}")
 
 
 def summary(metrics: dict[str, Any], has_probabilities: bool) -> Section:
-    """Return the metrics of the test split as a table per label, with findings."""
+    """Return the section with the test metrics, a table per label, and findings."""
     test = metrics[SPLIT]
     tables = []
     for label, report in test.get("labels", {"items": test}).items():
@@ -167,7 +167,7 @@ def _parts(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def findings(metrics_by_part: dict[str, dict[str, Any]]) -> list[str]:
-    """Return findings from the test metrics of all, warm, cold and unseen items as sentences."""
+    """Return sentences on the test metrics of all, warm and unseen items."""
     every, warm, unseen = metrics_by_part["all"], metrics_by_part["warm"], metrics_by_part["unseen"]
     sentences = _compared_with_mean("Log loss", every["ne"])
     if warm["gauc"] is not None and unseen["gauc"] is not None:
@@ -190,9 +190,9 @@ def findings(metrics_by_part: dict[str, dict[str, Any]]) -> list[str]:
 def _settings(run: Path, metrics: dict[str, Any]) -> Section:
     train = metrics["train"]
     versions = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
-    words = (
+    paragraph = (
         f"Trained for {train['steps']:,} steps in {train['seconds']:,.0f} s on "
         f"{metrics['world_size']} rank(s), {train['samples_per_second']:,.0f} samples/s, with "
         f"{versions}."
     )
-    return Section("Configuration", [words], text=(run / "config.yaml").read_text())
+    return Section("Configuration", [paragraph], text=(run / "config.yaml").read_text())

@@ -1,4 +1,4 @@
-"""Writes a page of sections as one self-contained HTML file, with figures as data URIs."""
+"""Write a page of sections as one self-contained HTML file, with figures as data URIs."""
 
 import base64
 import io
@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from recsys.evaluation.metrics import marked_cell
 
 BLUE, ORANGE, GREY = "#2a6f97", "#d9722e", "#8a8f98"
-_DRAWING: dict[Any, Any] = {  # matplotlib settings; Any, since matplotlib types their names
+_DRAWING: dict[Any, Any] = {  # matplotlib settings; Any, as matplotlib's type of names is strict
     "font.size": 11,
     **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
     **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
@@ -26,16 +26,16 @@ _DRAWING: dict[Any, Any] = {  # matplotlib settings; Any, since matplotlib types
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure of the page: its name (the id of its element), SVG and caption."""
+    """A figure of the page."""
 
-    name: str
+    name: str  # id of its HTML element
     svg: bytes
     caption: str
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table: `rows` below `head`; the first column has names, the others numbers."""
+    """A table: `rows` below `head`. The first column holds names, other columns numbers."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -43,21 +43,18 @@ class Table:
 
 @dataclass
 class Section:
-    """A title, paragraphs, and below them figures, tables and plain text, in this order.
-
-    Its `verdicts` open the page.
-    """
+    """A section: title, paragraphs `words`, figures, tables and plain text, in this order."""
 
     title: str
     words: list[str] = field(default_factory=list)
     drawings: list[Drawing] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     text: str = ""
-    verdicts: list[str] = field(default_factory=list)
+    verdicts: list[str] = field(default_factory=list)  # the page starts with those of all sections
 
 
 def new_figure(num_plots: int) -> tuple[Figure, list[matplotlib.axes.Axes]]:
-    """Return a figure and its plots, side by side, readable on a page 1,280 pixels wide."""
+    """Return a figure and its plots side by side, readable on a page 1,280 pixels wide."""
     with matplotlib.rc_context(_DRAWING):
         figure = Figure(figsize=(11, 4), layout="constrained")
         axes = figure.subplots(1, num_plots, squeeze=False)[0]
@@ -67,17 +64,17 @@ def new_figure(num_plots: int) -> tuple[Figure, list[matplotlib.axes.Axes]]:
 def drawn(name: str, figure: Figure, caption: str) -> Drawing:
     """Return the figure as SVG; equal figures give equal bytes."""
     output = io.BytesIO()
-    nothing: dict[str, Any] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    # Text stays text: the browser has letters of all languages, unlike matplotlib's font.
+    metadata: dict[str, Any] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    # Text stays text, because browsers have glyphs of all languages, unlike matplotlib's font.
     style: Any = {"svg.hashsalt": name, "svg.fonttype": "none", "font.size": 11}
     with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        FigureCanvasSVG(figure).print_svg(output, metadata=nothing)
+        FigureCanvasSVG(figure).print_svg(output, metadata=metadata)
     return Drawing(name, output.getvalue(), caption)
 
 
 def metrics_table(title: str, names: dict[str, str], parts: dict[str, dict[str, Any]]) -> Table:
-    """Return a table of metrics with a row per part; `names` are their headings by metric."""
+    """Return a table with a row of metrics per part; `names` maps metrics to column headings."""
     rows = []
     for part, values in parts.items():
         cells = (marked_cell(values, name, "–") for name in names)
@@ -86,7 +83,7 @@ def metrics_table(title: str, names: dict[str, str], parts: dict[str, dict[str, 
 
 
 def html_page(title: str, sections: Sequence[Section]) -> str:
-    """Return the whole page; every text is escaped."""
+    """Return the page as HTML; all text is escaped."""
     pages = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -1,4 +1,4 @@
-"""Writes what a run has learned of items for TensorBoard's projector: vectors, names, pictures.
+"""Write a run's item vectors for TensorBoard's projector, with names and pictures of items.
 
 Names, categories and small pictures come from the items' Parquet files.
 Shapes: I chosen items, D ID dimension, E content dimension.
@@ -28,7 +28,7 @@ from recsys.data.parquet.values import is_list
 from recsys.data.schema import read_schema
 from recsys.storage.location import Location
 
-CATEGORY_COLUMNS = ("genres", "genre", "category", "categories")  # default: the first there is
+CATEGORY_COLUMNS = ("genres", "genre", "category", "categories")  # default: the first existing one
 NAME_COLUMNS = ("title", "name")
 MOST_CHARACTERS = 60
 PICTURE_SIZE = 48  # pixels
@@ -49,7 +49,7 @@ def item_table(job: Job) -> ItemTable | None:
 
 
 def column_values(table: ItemTable, name: str, items: np.ndarray) -> list[Any]:
-    """Return a column's values for items, int64 [I]; None where null or without a row."""
+    """Return a column's values for items, int64 [I]; None for null and for items without a row."""
     rows_by_item = dict(zip(table.ids.tolist(), table.rows.tolist()))
     rows = [rows_by_item.get(item, -1) for item in items.tolist()]
     sorted_rows, first = np.array(sorted(set(rows) - {-1}), np.int64), 0
@@ -62,7 +62,7 @@ def column_values(table: ItemTable, name: str, items: np.ndarray) -> list[Any]:
 
 
 def _as_python(values: pa.Array) -> list[Any]:
-    """Return values as Python objects; bytes of a text that are not UTF-8 are replaced."""
+    """Return values as Python objects; replace bytes in texts that are not UTF-8."""
     try:
         return values.to_pylist()
     except UnicodeDecodeError:
@@ -71,7 +71,7 @@ def _as_python(values: pa.Array) -> list[Any]:
 
 
 def column_types(files: Sequence[Location]) -> dict[str, pa.DataType]:
-    """Return the types of the columns that all items' files have, in the schema or not."""
+    """Return the types of columns that all items' files have, even columns not in the schema."""
     schemas: list[pa.Schema] = []
     for file in files:
         with open_parquet(file) as parquet:
@@ -81,7 +81,7 @@ def column_types(files: Sequence[Location]) -> dict[str, pa.DataType]:
 
 
 def category_column(files: Sequence[Location], column: str | None) -> str | None:
-    """Return the column to colour items by: the chosen, or a usual one; misuse is a ValueError."""
+    """Return the column to colour items by, `column` or a usual one; misuse is a ValueError."""
     if not files and column is not None:
         raise ValueError(
             f"--colour-by {column}: the dataset has no items with columns; leave the option out"
@@ -109,7 +109,7 @@ def _is_category(kind: pa.DataType | None) -> bool:
 
 
 def categories(table: ItemTable, name: str, items: np.ndarray) -> list[str | None]:  # [I] -> [I]
-    """Return the category of each item: the first of several in a list or separated by `|`."""
+    """Return each item's category, the first of several in a list or separated by `|`, or None."""
     result: list[str | None] = []
     for value in column_values(table, name, items):
         first = next(iter(value), None) if isinstance(value, list) else value
@@ -119,7 +119,7 @@ def categories(table: ItemTable, name: str, items: np.ndarray) -> list[str | Non
 
 
 def item_names(table: ItemTable | None, items: np.ndarray) -> list[str]:  # int64 [I] -> [I]
-    """Return each item's title or name, else the beginning of its text, else its id."""
+    """Return each item's title or name, or the beginning of its text, or its id."""
     if table is None:
         return [f"item {item}" for item in items.tolist()]
     kinds = column_types(table.files)
@@ -152,13 +152,13 @@ def item_pictures(table: ItemTable | None, items: np.ndarray) -> Tensor | None:
 
 
 def small_picture(encoded: bytes | list[bytes | None] | None) -> Tensor:
-    """Return an image, or the first of a list, on a white square: float32 [3, SIZE, SIZE]."""
+    """Return an image, or the first of a list, scaled onto a white square: [3, SIZE, SIZE]."""
     size = PICTURE_SIZE
     square = Image.new("RGB", (size, size), "white")
     if isinstance(encoded, list):
         encoded = next((image for image in encoded if image is not None), None)
     if encoded is not None:
-        with suppress(Exception):  # decoders raise anything on damaged bytes; training reported it
+        with suppress(Exception):  # decoders may raise anything; training reports damaged images
             image = open_image(encoded)
             image.thumbnail(square.size)
             square.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
@@ -170,7 +170,7 @@ CONFIG = "projector_config.pbtxt"  # of TensorBoard's projector
 
 
 def check_folder(folder: Path) -> None:
-    """Raise a ValueError unless a folder is new or has an earlier projector, which is replaced."""
+    """Raise a ValueError if a folder exists and is no projector, as it would be replaced."""
     if folder.exists() and not (folder / CONFIG).exists():
         raise ValueError(
             f"{folder}: is no projector of a report; move it away, or name another --out"
@@ -205,7 +205,7 @@ def write_projector(
 
 
 def frequent_items(job: Job, counts: ItemCounts) -> np.ndarray:  # int64 [I]
-    """Return the most frequent items in training; with content, if the model has it."""
+    """Return the most frequent training items; of a model with content, only items with content."""
     items = counts.items
     if job.store is not None:
         items = np.intersect1d(items, job.store.items.ids)
@@ -214,25 +214,25 @@ def frequent_items(job: Job, counts: ItemCounts) -> np.ndarray:  # int64 [I]
 
 @torch.no_grad()
 def item_vectors(job: Job, run: Path, items: np.ndarray) -> dict[str, Tensor]:
-    """Return the best model's vectors of items [I], before and after the contrastive maps, by kind.
+    """Return the best model's vectors of items [I], by kind, before and after the CIC loss's maps.
 
-    If the model has a content branch, the items have content. Not a collective.
+    With a content branch, all `items` must have content. Not a collective.
     """
     rows = torch.from_numpy(items)
     if (find := job.vocabularies.find_items) is not None:
         table_rows = find(rows)
-        rows = table_rows.where(table_rows >= 0, job.schema.num_items - 1)  # that of unknown ids
+        rows = table_rows.where(table_rows >= 0, job.schema.num_items - 1)  # row of unknown ids
     table = stored_tables(run / "checkpoints" / "best")[job.schema.target_item]
     ids = torch.cat([table.rows(row, row + 1) for row in rows.tolist()])
     branch, store = job.em3.content, job.store
     if branch is None or store is None:
         return {"ID": ids}
     branch.eval()
-    device, parts = job.ranks.device, []
+    device, content = job.ranks.device, []
     for chunk in np.split(items, range(ITEMS_PER_CALL, len(items), ITEMS_PER_CALL)):
-        inputs = {name: part.to(device) for name, part in store.gather(chunk).items()}
-        parts.append(branch.encode(inputs)[:, : branch.dim].float().cpu())
-    vectors = {"ID": ids, "content": torch.cat(parts)}
+        inputs = {name: tensor.to(device) for name, tensor in store.gather(chunk).items()}
+        content.append(branch.encode(inputs)[:, : branch.dim].float().cpu())
+    vectors = {"ID": ids, "content": torch.cat(content)}
     if (loss := job.em3.losses.contrastive) is not None:
         vectors["ID_after_CIC"] = loss.id_map(ids.to(device)).cpu()
         vectors["content_after_CIC"] = loss.content_map(vectors["content"].to(device)).cpu()

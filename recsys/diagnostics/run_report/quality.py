@@ -1,7 +1,7 @@
-"""Draws losses and validation metrics by step, those of a walk by partition, and quality by item.
+"""Draw metrics by step, by partition of a continual run, and by items' training impressions.
 
-A partition of a continual run is scored before it is trained on. ID vectors of items with few
-training impressions are untrained. Shapes: N rows of the split.
+A continual run scores a partition before it trains on it. ID vectors of items with few training
+impressions are hardly trained. Shapes: N rows of the split.
 """
 
 from pathlib import Path
@@ -44,11 +44,11 @@ QUESTIONS = {
     "train/": "Does the training loss still fall?",
     "valid/": "Does the model still improve in validation?",
 }
-ROUNDING = 1e-6  # of events, which are float32
+ROUNDING = 1e-6  # rounding error of TensorBoard's events, which are float32
 
 
 def read_curves(run: Path) -> dict[str, Curve]:
-    """Return every scalar of the run by tag and step; empty without the tracker TensorBoard."""
+    """Return the curve of every scalar of the run, by tag; empty without TensorBoard files."""
     if not (run / "tensorboard").is_dir():
         return {}
     for file in (run / "tensorboard").glob("*tfevents*"):
@@ -62,7 +62,7 @@ def read_curves(run: Path) -> dict[str, Curve]:
 
 
 def selection_curve(curves: dict[str, Curve], best_model_by: BestModelBy) -> Curve:
-    """Return the score that chose the best model, by step, negative for errors; may be empty."""
+    """Return the curve of the score that chose the best model (negative errors); may be empty."""
     metrics_by_step: dict[int, dict[str, float]] = {}
     for name in METRICS[best_model_by]:
         for step, value in zip(*curves.get(f"valid/{tracked_name(name)}", ([], []))):
@@ -76,7 +76,7 @@ def selection_curve(curves: dict[str, Curve], best_model_by: BestModelBy) -> Cur
 
 
 def learning_curves(run: Path, best_model_by: BestModelBy, best_step: int | None = None) -> Section:
-    """Return the section of the curves that the run has; `best_step` is the best model's."""
+    """Return the section with the run's curves; `best_step` is the step of the best model."""
     curves = read_curves(run)
     plots = {}
     for tag, colours in (("train/", LOSS_COLOURS), ("valid/", METRIC_COLOURS)):
@@ -97,17 +97,17 @@ def learning_curves(run: Path, best_model_by: BestModelBy, best_step: int | None
     if best_model_by == "auc_and_gauc" and "valid/gauc" not in curves:
         best_model_by = "auc"
     steps, scores = selection_curve(curves, best_model_by)
-    words, verdicts = [], []
+    paragraphs, verdicts = [], []
     if steps:
         best = steps[scores.index(max(scores))] if best_step is None else best_step
         all_axes[-1].axvline(best, color=GREY, linestyle="--", label="best model")
-        words = [_best_in_words(best, steps, scores, selection_words(best_model_by))]
+        paragraphs = [_best_in_words(best, steps, scores, selection_words(best_model_by))]
         verdicts = [_trend(best, steps)]
     for axes in all_axes:
         axes.legend()
     caption = "Losses of training, and metrics of the validation split, by step."
     drawing = drawn("learning-curves", figure, caption)
-    return Section("Learning curves", words, [drawing], verdicts=verdicts)
+    return Section("Learning curves", paragraphs, [drawing], verdicts=verdicts)
 
 
 def _trend(best: int, steps: list[int]) -> str:
@@ -135,7 +135,7 @@ def _best_in_words(best: int, steps: list[int], scores: list[float], name: str) 
 
 
 def _style(num_points: int) -> dict[str, Any]:
-    """Return marker and line of a curve: points alone where a line would show no trend."""
+    """Return marker and line of a curve; few points get no line, as it would suggest a trend."""
     return {
         "marker": "o" if num_points <= MARKED_POINTS else "",
         "linestyle": "-" if num_points >= FEWEST_OF_A_LINE else "none",
@@ -147,13 +147,13 @@ COLOURS = dict(zip(PARTS, (BLUE, GREY, ORANGE, "#7a4f9a")))
 
 
 def prequential(run: Path, has_probabilities: bool) -> Section:
-    """Return the section on the continual run in a folder, a row and a point per partition."""
+    """Return the section on a continual run, with a table row and a point per partition."""
     lines = ContinualFolder(run).metrics()
     if not lines:
         return Section("Partitions", ["One partition is trained on, and none was scored before."])
     names = {
-        name: words
-        for name, words in SHOWN.items()
+        name: title
+        for name, title in SHOWN.items()
         if any(line.get(name) is not None for line in lines) and (name != "ne" or has_probabilities)
     }
     head = ("partition", *names.values(), "GAUC cold", "GAUC unseen", "rows")
@@ -163,15 +163,15 @@ def prequential(run: Path, has_probabilities: bool) -> Section:
         numbers = (*map(line.get, names), *part_gaucs)
         cells = ["–" if number is None else f"{number:,.4f}" for number in numbers]
         rows.append([line["partition"], *cells, f"{line['rows']:,}"])
-    words = [
+    paragraphs = [
         f"{len(lines)} partitions were scored before they were trained on; the model of this page "
         f"is trained up to {ContinualFolder(run).read().trained[-1].name}."
     ]
-    return Section("Partitions", words, _by_partition(lines, names), tables=[Table(head, rows)])
+    return Section("Partitions", paragraphs, _by_partition(lines, names), [Table(head, rows)])
 
 
 def _by_partition(lines: list[dict[str, Any]], names: dict[str, str]) -> list[Drawing]:
-    """Return the figure of metrics by partition; none without a metric that can be drawn."""
+    """Return a list with the figure of metrics by partition; empty if no metric can be drawn."""
     shown = [name for name in names if name in METRIC_COLOURS]
     if not shown:
         return []
@@ -194,7 +194,7 @@ def _of(line: dict[str, Any], part: str) -> dict[str, Any]:
     return metrics
 
 
-# Least and most training impressions of an item by bucket.
+# Fewest and most training impressions of an item, by bucket.
 BUCKETS = {"0": (0, 0), "1–4": (1, 4), "5–19": (5, 19), "20–99": (20, 99), "100+": (100, np.inf)}
 NAMES = {"auc": "AUC", "gauc": "GAUC", "logloss": "log loss"}
 NAMES_OF_NUMBERS = {"rmse": "RMSE", "mae": "MAE"}
@@ -205,7 +205,7 @@ UNTRAINED = (
 
 
 def metrics_by_count(rows: ScoredRows, counts: np.ndarray) -> dict[str, dict[str, Any]]:
-    """Return the metrics of each bucket of the rows' items by training impressions, int64 [N]."""
+    """Return metrics by bucket; `counts`, int64 [N], are training impressions of rows' items."""
     return {
         name: rows.metrics((counts >= least) & (counts <= most))
         for name, (least, most) in BUCKETS.items()
@@ -213,22 +213,22 @@ def metrics_by_count(rows: ScoredRows, counts: np.ndarray) -> dict[str, dict[str
 
 
 def item_popularity(scores: SplitScores, split: str, has_probabilities: bool) -> Section:
-    """Return the section with figure and table, of rows that count for label 0."""
+    """Return the section on quality by training impressions, of the first label's rows."""
     labels, logits, loss = scores.labels[:, 0], scores.logits[:, 0], scores.loss_of(0)
     rows = ScoredRows(labels, logits, scores.groups, scores.weights, loss)
     buckets = metrics_by_count(rows, scores.counts)
     names = NAMES if loss == "bce" else NAMES_OF_NUMBERS
     if not has_probabilities:
-        names = {name: words for name, words in names.items() if name != "logloss"}
+        names = {name: title for name, title in names.items() if name != "logloss"}
     table = metrics_table("training impressions", names, buckets)
     if loss != "bce":
         return Section("Quality by item popularity", [UNTRAINED], [], [table])
-    words, drawings = [UNTRAINED], []
+    paragraphs, drawings = [UNTRAINED], []
     if any(values["auc"] is not None for values in buckets.values()):
         drawings = [_bars(buckets, split)]
     else:
-        words.append("No figure: the items of each range have rows of one label only.")
-    return Section("Quality by item popularity", words, drawings, [table])
+        paragraphs.append("No figure: the items of each range have rows of one label only.")
+    return Section("Quality by item popularity", paragraphs, drawings, [table])
 
 
 def _bars(buckets: dict[str, dict[str, Any]], split: str) -> Drawing:
