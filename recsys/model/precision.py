@@ -1,7 +1,7 @@
 """bfloat16 in the dense parts of the model, and torch.compile of some of them.
 
-Wrapping each part limits autocast's cache of cast weights to it. Attention to histories has kernels
-that would break a compiled graph, and frozen layers must equal the cache.
+Wrapping each part limits autocast's cache of cast weights to that part. Not compiled are attention
+to histories, whose kernels break graphs, and frozen layers, whose outputs must equal the cache.
 """
 
 import logging
@@ -125,9 +125,9 @@ def compile_dense_parts(
 ) -> None:
     """Compile the dense parts in place; each is compiled at its first call.
 
-    On a host these are `compiled_parts`. A GPU waits for launches, so that there training has two
-    graphs: from tokens to content vectors, and `Scoring`, from vectors to losses. A backbone that
-    reads lengths on the host would break the second one, and has parts, and methods of its layers.
+    On a CPU these are `compiled_parts`. On a GPU, where launches of kernels take long, training has
+    two graphs: from tokens to content vectors, and `Scoring`, from vectors to losses. A backbone
+    that reads lengths on the host would break `Scoring`: its parts and `compiled_methods` compile.
     """
     if backend == "inductor":
         require_compiler(device)
@@ -163,7 +163,7 @@ def uses_tf32(config: Config, device: torch.device) -> bool:
 
 
 def compiles_by_default(device: torch.device) -> bool:
-    """Return whether `compile: auto` compiles: on GPUs; a warning says where that does not work."""
+    """Return whether `compile: auto` compiles: on GPUs, unless torch.compile fails (a warning)."""
     if device.type != "cuda":
         return False
     try:
