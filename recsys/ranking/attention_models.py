@@ -112,7 +112,7 @@ class Mmoe(AttendedFeatures):
 
 
 class AgedAttention(nn.Module):
-    """SIM's exact search unit: H heads over items and the time since each -> one interest."""
+    """SIM's exact search unit: H heads over items and the time since each -> one vector."""
 
     def __init__(self, dim: int, num_parallel: int, num_heads: int) -> None:
         super().__init__()
@@ -192,7 +192,7 @@ class Sim(RowFeatures):
     def search(
         self, ids: IDVectors, content: ContentVectors | None, history: JaggedHistory
     ) -> Tensor:  # [K]
-        """Return the places of the history items most similar to each target, in rising order."""
+        """Return the places of the history items most similar to each target, ascending."""
         if content is None or self.content_interest is None:
             id_history = history if ids.history_is_unique else history.unindexed()
             scores = id_history.dot(ids.target.float(), ids.history.float())

@@ -19,8 +19,8 @@ from recsys.ranking.vectors import InputDimensions
 
 EVIDENCE = ("regression", "variance", "item_mean", "item_count", "user_mean", "history_length")
 MEANS = [EVIDENCE.index(name) for name in ("regression", "item_mean", "user_mean")]
-# Items of the history whose numbers have a mean of their own. That of the latest 5 would follow how
-# a user's level drifts, and rank worse within users.
+# Lists have a mean over this many latest items. A mean over the latest 5 would follow the drift of
+# a user's level and rank worse within users.
 LATEST = (20, 200)
 NUM_VOTES = 5  # numbers of one similarity
 

@@ -78,7 +78,7 @@ class PiecewiseLinear(nn.Module):
     """Numbers -> weights of the two nearest of evenly spaced knots, which add up to 1.
 
     A linear map of them is a piecewise linear function of each number (Gorishniy et al. 2022, arXiv
-    2203.05556, section 3.2, with knots in place of quantiles). Numbers outside count as the end.
+    2203.05556, section 3.2, with knots in place of quantiles). Numbers beyond the ends are clamped.
     """
 
     knots: Tensor
@@ -159,7 +159,8 @@ class AttendedFeatures(RowFeatures):
         content: ContentSettings | None,
     ) -> None:
         dim, units = dimensions.id_dim, settings.attention_units
-        interest = TargetAttention(dim, dimensions.num_parallel, units)  # drawn first
+        # Built first: the order decides the initial weights.
+        interest = TargetAttention(dim, dimensions.num_parallel, units)
         super().__init__(settings, dim, dimensions, content)
         self.interest = interest
 
@@ -173,7 +174,7 @@ class AttendedFeatures(RowFeatures):
 
 
 class ExtraSequences(nn.Module):
-    """`IDVectors` -> the same with the vectors of extra sequences behind the pooled ones.
+    """`IDVectors` -> the same with vectors of extra sequences appended to the pooled ones.
 
     `widths` has each vector's width, by the sequence's name or `content of` its name, in order.
     """
@@ -196,7 +197,7 @@ class ExtraSequences(nn.Module):
         self.content_encoders = nn.ModuleList()
         for place, sequence in enumerate(histories):
             if content is not None and sequence.name in content.history.columns:
-                # Both are built: what is drawn after them does not depend on the setting.
+                # Both are built, so that later parts' initial weights do not depend on the setting.
                 interest = ContentInterest.of(content, len(sequence.numbers))
                 mean = MeanOfEvents(content.dim, len(sequence.numbers))
                 self.content_places.append(place)

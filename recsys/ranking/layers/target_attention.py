@@ -1,4 +1,4 @@
-"""Target attention (DIN, Zhou et al. 2018, arXiv 1706.06978): the history as the target sees it.
+"""Target attention (DIN, Zhou et al. 2018, arXiv 1706.06978): the target weights the history.
 
 Terms of an item alone are computed once per unique item: the first layer of (h, t, h - t, h * t) is
 (W1 + W3) h + (W2 - W3) t + W4 (h * t).
@@ -31,7 +31,7 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 class HistoryAttention(nn.Module):
-    """Base of both attentions: softmax over scores, and the sum weighted by it.
+    """Base of attention to a history: the sum of its items, weighted by the softmax of scores.
 
     An empty history gives zeros. Under autocast the interest is float32.
     """
@@ -87,7 +87,7 @@ class TargetAttention(HistoryAttention):
             layers += [nn.Linear(width, unit), nn.ReLU(inplace=True)]
             width = unit
         self.score = nn.Sequential(*layers, nn.Linear(width, 1))
-        self.rounds_shared = False  # factors of products for a shared history, to bfloat16
+        self.rounds_shared = False  # whether products for a shared history have bfloat16 factors
 
     def packaged(self, bfloat16: bool) -> TargetAttention:  # which shares the weights
         packaged = copy.copy(self)
