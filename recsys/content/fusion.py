@@ -198,7 +198,7 @@ class FusionQFormer(nn.Module):
         return fused if self.linear is None else fused + self.linear(tokens, mask, modality)
 
     def kernel_refusal(self) -> str | None:
-        """Return None: what counts are an item's tokens, of which `forward` logs too many."""
+        """Return None: the kernel limits the tokens of an item, which `forward` checks and logs."""
         return None
 
     def _has_kernel(self, tokens: Tensor) -> bool:  # [U, T, D]

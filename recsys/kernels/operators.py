@@ -1,4 +1,4 @@
-"""Operators with their backward, the types of their inputs, and three of the operators.
+"""Defines operators with a backward, checks types of inputs, and defines three operators.
 
 Kernels read float32, int64 and bool. The functions `native_...` cast; operators refuse other types.
 `recsys::content_interest` is attention and cosines over items without gradient: a linear map of the
@@ -83,7 +83,7 @@ class Operator:
         ctx.zero_shapes = {part: by_name[part].shape for part in self.zero_gradients}
         ctx.save_for_backward(*outputs[self.num_results :], *tensors, *chain(*lists))
         ctx.mark_non_differentiable(*outputs[self.num_results :])
-        ctx.set_materialize_grads(False)  # no zeros for saved tensors, megabytes
+        ctx.set_materialize_grads(False)  # zeros for saved tensors would take megabytes
 
     def _backward(self, ctx: Any, *incoming: Tensor | None) -> tuple[Any, ...]:
         by_name: dict[str, Any] = {part: [None] * size for part, size in ctx.list_sizes.items()}
@@ -111,14 +111,14 @@ class Operator:
 
 def row_stride(width: int) -> int:
     """Return the distance of rows of this width in kernels' memory: `distance_of` in C++."""
-    whole = (width + 15) // 16 * 16
-    return whole + 16 if whole >= 128 else whole
+    padded = (width + 15) // 16 * 16
+    return padded + 16 if padded >= 128 else padded
 
 
 def as_float32(operator: str, **inputs: Tensor) -> list[Tensor]:
-    """Return inputs in float32; of other types than FLOATS they are a ValueError.
+    """Return inputs in float32; a type that is not in FLOATS is a ValueError.
 
-    A forward-mode derivative, which would be zero in silence, is a RuntimeError.
+    A forward-mode derivative, which would silently be zero, is a RuntimeError.
     """
     if is_forward_mode():
         message = f"recsys::{operator} has no forward-mode derivative; set kernels to torch"
@@ -182,8 +182,8 @@ def native_content_interest(
     """Return attention's weighted sums and the similarity features, in float32, by a kernel.
 
     Sums are of the items' first vectors v and the lists, by the softmax of queries[b, 0] . v +
-    list_factors[b] . parallel[n]. Features are those of `similarity_features`. Queries of the first
-    vector have passed the transposed map.
+    list_factors[b] . parallel[n]. Features are those of `similarity_features`. Queries for the
+    first vectors are already multiplied by the transposed map.
     """
     operator = "content_interest"
     vectors = as_float32(operator, queries=queries, items=items, map=map_)

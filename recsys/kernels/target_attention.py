@@ -2,8 +2,8 @@
 
 The first is over jagged histories. The score's first layer is one matrix per row, M_b = (W1 + W3) +
 W4 diag(t). Results are equal to the last bit in every run and for any number of threads.
-Graphs of packages call the second one, where all rows have one history. Without gradient, it is the
-kernel of the first where that is compiled, and else PyTorch: a server waits for no compiler.
+Graphs of packages, whose rows all have one history, call the second, which has no gradient. It uses
+the kernel if it is already compiled, and else PyTorch, so that a server waits for no compiler.
 Shapes: B batch, U unique items, N history items of the batch, D dimension, P parallel lists, H and
 G units of the two hidden layers.
 """
@@ -21,7 +21,7 @@ from recsys.kernels.choice import has_built
 from recsys.kernels.operators import Operator, as_float32, as_int64, result_dtype, rounds_products
 
 MAX_UNITS = 512
-MAX_UNIT_BYTES = 16 * 2**20  # of units kept for the backward: larger blocks are not reused
+MAX_UNIT_BYTES = 16 * 2**20  # of units saved for the backward: larger blocks are not reused
 _INPUTS = (
     "Tensor target, Tensor items, Tensor index, Tensor offsets, Tensor parallel, Tensor lists, "
     "Tensor first, Tensor first_bias, Tensor second, Tensor second_bias, Tensor last"

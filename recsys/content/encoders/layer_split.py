@@ -119,7 +119,7 @@ def find_split(
     run: Callable[[], Tensor],
     run_from_cut: Callable[[Tensor], Tensor],
 ) -> tuple[LayerSplit | None, str]:
-    """Return the cut above `below` if the model gives the same output through it, else the reason.
+    """Return a cut above `below`, or None and the reason why outputs differ or it fails.
 
     `run` returns tokens [U, T, D] of a sample, `run_from_cut` those from hidden states.
     """

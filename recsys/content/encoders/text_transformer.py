@@ -78,7 +78,7 @@ class TextTransformer(TransformerEncoder):
 
     def _trained(self, content: ContentInput) -> ContentInput:
         """Run each text once, with others of similar length if pooled; equal texts share tokens."""
-        # Lengths and contents are unknown, or cost a wait for a GPU, which has room for padding.
+        # Lengths and contents are unknown on meta; on a GPU to read them would make the host wait.
         if content.mask.is_meta or not is_on_host(content.mask):
             return super()._trained(content)
         first, place = distinct_items(content)
@@ -100,7 +100,7 @@ class TextTransformer(TransformerEncoder):
 
 
 def unread_masks() -> AbstractContextManager[Any]:
-    """Keep transformers from reading a mask to learn whether it can be left out: a GPU waits."""
+    """Keep transformers from reading whether a mask is needed, which makes a GPU wait."""
     names = ("_ignore_bidirectional_mask_sdpa", "_ignore_causal_mask_sdpa")
     unread: dict[str, Any] = dict.fromkeys(names, lambda *_, **options: False)
     return patch.multiple(masking_utils, create=True, **unread)  # later versions may not read

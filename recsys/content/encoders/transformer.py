@@ -331,7 +331,7 @@ class TransformerEncoder(Encoder):
         raise NotImplementedError
 
     def _run_above_cut(self, mask: Tensor) -> Any:  # [U, T]
-        """Run the model on dummy inputs, as its embeddings return the given hidden states."""
+        """Run the model on dummy inputs; its embeddings return the given hidden states instead."""
         raise NotImplementedError
 
     def _token_mask(self, mask: Tensor, length: int) -> Tensor:  # [U, length]
