@@ -166,7 +166,10 @@ def copy_of(state: State, job: Job) -> State:
 
 @torch.no_grad()
 def describe_not_finite(state: State, parameters: Collection[str]) -> str | None:
-    """Describe the first weight or moment, no buffer, on this rank that is not finite, if any."""
+    """Describe the first weight or moment on this rank that is not finite; None if all are.
+
+    Buffers are not checked.
+    """
     for name, value in state.items():
         if name.startswith("model.") and name.removeprefix("model.") not in parameters:
             continue

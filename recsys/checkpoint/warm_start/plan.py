@@ -1,4 +1,4 @@
-"""Decides about every tensor of a new run: taken over, begun anew, or refused."""
+"""Decides for every tensor of a new run: taken over, initialised, or refused."""
 
 import logging
 from collections import Counter
@@ -35,7 +35,7 @@ SCALING = f"{MODEL}scaling."  # a number per dense column and list
 MOST_SHAPES = 8  # in a message
 # Parts whose weights make the vectors in the memory bank.
 ENCODING = ("model.content.encoders.", "model.content.projections.", "model.content.fusion.")
-# Parts of the model that tell inputs apart by their places; of others the ranking model alone.
+# Parts whose weights depend on the order of a kind of inputs; default: the ranking model.
 _PARTS_BY_PLACE = {
     "modalities": ("ranking.", "content."),
     "further sequences": ("ranking.", "further_histories."),
@@ -48,8 +48,8 @@ class WarmStartPlan:
     """Tensors and rows that a new run takes over from another one."""
 
     source: Source
-    tensors: dict[str, StoredState] = field(default_factory=dict)  # its checkpoint, by name
-    # Rows of tables, by table, and of tensors with a row per item, by name.
+    tensors: dict[str, StoredState] = field(default_factory=dict)  # checkpoint of each, by name
+    # Rows of tables, by table, and rows of tensors with a row per item, by tensor.
     maps: dict[str, RowMap] = field(default_factory=dict)
     items: RowMap | None = None  # rows of the items; None if the memory bank is filled anew
 
@@ -75,7 +75,7 @@ class WarmStartPlan:
         return {table for name in names if (table := _table_of(name)) is not None}
 
     def take_unused_rows(self, job: Job) -> None:
-        """Take over the rows of ids that are new in exact maps, too."""
+        """Take over unused rows of exact maps, too, which new ids get."""
         new_maps = exact_maps(job.schema)
         for table, old in exact_maps(self.source.schema).items():
             rows, new = self.maps.get(table), new_maps.get(table)
@@ -90,7 +90,7 @@ class WarmStartPlan:
 
     @torch.no_grad()
     def apply(self, job: Job) -> None:
-        """Fill the job with what is taken over; the rest stays. A collective."""
+        """Load the tensors and rows that are taken over into the job. A collective."""
         training, ranks = TrainingState(job), job.ranks
         entries = {name: stored.entries[name] for name, stored in self.tensors.items()}
         state = training.state_dict(entries)
@@ -148,27 +148,27 @@ def plan_warm_start(job: Job, source: Source) -> WarmStartPlan:
 
 
 def _refuse_moved_inputs(source: Source, job: Job) -> None:
-    """Refuse weights of inputs and labels at whose places the new model has others.
+    """Refuse weights whose inputs or labels have another order in the new model.
 
-    Lists of unlike lengths have shapes that do not fit, except those of labels and sequences.
+    Another number of inputs changes the shapes, except for labels and further sequences.
     """
     inputs = _inputs(source.config, source.schema)
     for kind, names in _inputs(job.config, job.schema).items():
-        before, parts = inputs.get(kind, names), _PARTS_BY_PLACE.get(kind, ("ranking.",))
-        kept = [name for name in names if name in before]
-        are_moved = len(names) == len(before) and names != before
+        previous, parts = inputs.get(kind, names), _PARTS_BY_PLACE.get(kind, ("ranking.",))
+        shared = [name for name in names if name in previous]
+        are_moved = len(names) == len(previous) and names != previous
         if kind in ("labels", "further sequences"):
-            are_moved &= bool(kept)
-            are_moved |= any(names.index(name) != before.index(name) for name in kept)
+            are_moved &= bool(shared)
+            are_moved |= any(names.index(name) != previous.index(name) for name in shared)
         if are_moved and any(map(source.request.takes, parts)):
-            what = f"their places tell them apart, and were {before}, are {names}"
+            what = f"their places tell them apart, and were {previous}, are {names}"
             patterns = " ".join(f"'{part}*'" for part in parts)
             fix = f"keep the places of the run, or --warm-start-skip {patterns}"
             source.differences.refuse(kind, what, fix)
 
 
 def _inputs(config: Config, schema: Schema) -> dict[str, list[str]]:
-    """Return what a model tells apart by place alone, by kind."""
+    """Return the inputs and labels that a model distinguishes by order alone, by kind."""
     lists = {f"lists beside '{history.name}'": history.numbers for history in schema.histories}
     dense, pooled = schema.of_kind("dense"), pooled_features(config.embedding, schema)
     query, features = list[str](), getattr(config.ranking, "query_features", None)
@@ -245,7 +245,7 @@ def _refuse_shapes(shapes: dict[str, str], differences: Differences) -> None:
 
 
 def _shared_weights(plan: WarmStartPlan, state: State) -> list[str]:
-    """Return the weights that both runs have and that are asked for; list the others."""
+    """Return the requested weights that both runs have; list all others as differences."""
     request, names = plan.source.request, {name for name in state if name.startswith(MODEL)}
     stored = {name for name in plan.source.model.entries if name.startswith(MODEL)}
     skipped = {name for name in names & stored if not request.takes(name.removeprefix(MODEL))}

@@ -1,6 +1,6 @@
 """Maps the rows of a new run's tables to those of the same ids in another run, and moves them.
 
-Rows go by raw id where a table has a map, else they keep their place; -1 begins anew.
+Rows are matched by raw id if a table has a map, else by their number; -1: initial values.
 Shapes: R rows, N rows of a range or block, D dimension, S sets of a bounded vocabulary.
 """
 
@@ -157,9 +157,9 @@ def _map_bounded(
 
     with ranks.raise_on_all_ranks():
         first, last = (num_rows * rank // ranks.world_size for rank in (ranks.rank, ranks.rank + 1))
-        num_own = int((find(first, last) >= 0).sum())
+        num_local = int((find(first, last) >= 0).sum())
         num_ids = sum(int((rows.last_used >= 0).sum()) for rows in _used_rows(source, table))
-    num_kept = sum(ranks.gather(num_own)) - 1  # without the row of unknown ids
+    num_kept = sum(ranks.gather(num_local)) - 1  # without the row of unknown ids
     what = f"{old_rows:,} rows and {num_ids:,} ids before, {num_rows:,} rows now"
     rule = f"{num_kept:,} ids keep their rows at another place, {num_ids - num_kept:,} have no room"
     source.differences.add(f"table '{table}'", what, rule)
