@@ -65,7 +65,7 @@ from recsys.storage.output_file import check_output
 
 logger = logging.getLogger(__name__)
 
-MOST_ROWS = 1 << 18  # of statistics: row groups evenly among those of the files, at least one
+MOST_ROWS = 1 << 18  # sampled for statistics, in evenly spaced row groups, at least one
 CONTENT_PREFIX = "model.content."  # of the branch's weights in the state of a model
 
 

@@ -1,6 +1,6 @@
-"""Features in a package: a file of Arrow per table, mapped into memory, with an index of its ids.
+"""Features in a package: an Arrow file per table, mapped into memory, with an index of its ids.
 
-Items that were added since the export have theirs in one further table. Shapes: K keys.
+Features of items that were added since the export are in one more table. Shapes: K keys.
 """
 
 from collections.abc import Sequence
@@ -54,7 +54,7 @@ class IndexedRows:
         return places
 
 
-# By identity of the file: packages that follow each other share files, and so their index.
+# By identity of the file: successive packages share unchanged files, and so their index.
 _shared: WeakValueDictionary[tuple[Any, ...], IndexedRows] = WeakValueDictionary()
 
 
@@ -75,7 +75,7 @@ class PackageFeatures(FeatureSource):
     def __init__(self, package: Path, schema: Schema, later_rows: pa.Table | None = None) -> None:
         """Open the files; `later_rows`, by the ranked item, replace rows of the files."""
         self.types: dict[str, pa.Schema] = {}
-        self._parts: dict[str, list[IndexedRows]] = {}  # of each table; a later part's rows count
+        self._parts: dict[str, list[IndexedRows]] = {}  # of each table; later parts take precedence
         for table in schema.features:
             parts = [_opened(features_file(package, table), table)]
             self.types[table.name] = parts[0].schema
@@ -99,7 +99,7 @@ class PackageFeatures(FeatureSource):
 def updated_rows(
     features: PackageFeatures, table: FeatureTable, rows: pa.Table, unix_time: float
 ) -> tuple[pa.Table, pa.Array]:
-    """Return rows with new values of some columns and known ones of others, and which change."""
+    """Return rows with stored values of columns that `rows` lacks, and a mask of changed rows."""
     ids = [plain_values(one_chunk(rows[name])) for name in table.by]
     stored, types = features.read(table, ids), features.types[table.name]
     columns = dict(zip(table.by, ids, strict=True))
