@@ -203,7 +203,7 @@ class Scorer:
         )
 
     def _content_vectors(self, part: str, items: np.ndarray) -> Tensor:  # [N] -> [N, E]
-        """Return content vectors, of added items those that came with them; zeros if not read."""
+        """Return content vectors, also of added items; zeros if content is not read."""
         if part not in self._content:
             history = self._content.get("history")
             return torch.zeros(len(items), 0 if history is None else history.shape.dim)
@@ -229,7 +229,7 @@ class Scorer:
         vectors = self._tables[self.schema.table_of(name)].rows(column.rows)
         lengths = torch.from_numpy(np.asarray(column.lengths, np.int64))
         sums = torch.segment_reduce(vectors, "sum", lengths=lengths, initial=0.0)
-        return sums.expand(num_rows, -1)  # those of one user are the same for all candidates
+        return sums.expand(num_rows, -1)  # a user's sum is the same for all candidates
 
     def _warm_up(self) -> None:
         one = np.zeros(1, np.int64)

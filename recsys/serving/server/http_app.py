@@ -111,7 +111,7 @@ def _refuse(request: Request, error: Exception) -> Response:
 
 
 def _describe(app: FastAPI) -> None:
-    """Complete the description in OpenAPI by the messages, whose bodies the routes parse."""
+    """Add the messages to the OpenAPI description; routes parse their bodies themselves."""
     schemas = app.openapi()["components"]["schemas"]
     for kind in (InferRequest, BatchRequest, RankRequest, ItemsRequest):
         schema = kind.model_json_schema(ref_template=SCHEMAS)
@@ -183,7 +183,7 @@ class Routes:
         package = self._scoring.package
         message = parse_message(RankRequest, await self._body(request))
         ranking = await self._ranking(message, package)
-        return _json(_head(request, package) | ranking)  # the version of what was looked up
+        return _json(_head(request, package) | ranking)  # with the version of features just read
 
     async def rank_batch(self, request: Request) -> Response:
         """Return the ranking of each request of several users, or why it is refused."""
