@@ -149,15 +149,15 @@ def _fbgemm_problems() -> list[Problem]:
     # PyTorch's own index serves a CPU build under the CUDA name, marked +cpu.
     needs_driver = not installed.get(FBGEMM_CUDA, "+cpu").endswith("+cpu")
     if len(installed) == 2:
-        what = f"{FBGEMM_CUDA} and {FBGEMM_CPU} are both installed and overwrite each other's files"
+        flaw = f"{FBGEMM_CUDA} and {FBGEMM_CPU} are both installed and overwrite each other's files"
     elif needs_driver and not nvidia_driver_found():
-        what = (
+        flaw = (
             f"{FBGEMM_CUDA} {installed[FBGEMM_CUDA]} is the CUDA wheel, which cannot be imported "
             "without an NVIDIA driver, and this machine has none"
         )
     else:
         return []
-    return [Problem(what, _reinstall_command(FBGEMM_CUDA, FBGEMM_CPU))]
+    return [Problem(flaw, _reinstall_command(FBGEMM_CUDA, FBGEMM_CPU))]
 
 
 def _triple_problems() -> list[Problem]:
@@ -172,8 +172,8 @@ def _triple_problems() -> list[Problem]:
         return []
     versions = ", ".join(f"{name} {version}" for name, version in installed.items())
     matching = "; ".join(" / ".join(triple) for triple in MATCHING_TRIPLES)
-    what = f"{versions} do not match; the matching versions are {matching}"
-    return [Problem(what, install_command())]
+    flaw = f"{versions} do not match; the matching versions are {matching}"
+    return [Problem(flaw, install_command())]
 
 
 def _import_problems(imports_torchrec: bool = True) -> list[Problem]:
@@ -182,8 +182,8 @@ def _import_problems(imports_torchrec: bool = True) -> list[Problem]:
         try:
             _import(name)
         except Exception as error:  # a broken shared library may raise any error
-            what = f"import {name} fails: {type(error).__name__}: {error}"
-            return [Problem(what, install_command(force=True))]
+            flaw = f"import {name} fails: {type(error).__name__}: {error}"
+            return [Problem(flaw, install_command(force=True))]
     import torch
 
     try:
@@ -192,11 +192,11 @@ def _import_problems(imports_torchrec: bool = True) -> list[Problem]:
     except Exception as error:
         offsets, cause = None, f"{type(error).__name__}: {error}"
     if offsets != [0, 1, 3]:
-        what = f"FBGEMM is installed but does not compute: {cause}"
-        return [Problem(what, install_command(force=True))]
+        flaw = f"FBGEMM is installed but does not compute: {cause}"
+        return [Problem(flaw, install_command(force=True))]
     if torch.cuda.is_available() and FBGEMM_CPU in _installed_fbgemm():
-        what = f"torch sees a GPU, but {FBGEMM_CPU} has no CUDA operators"
-        return [Problem(what, _reinstall_command(FBGEMM_CPU))]
+        flaw = f"torch sees a GPU, but {FBGEMM_CPU} has no CUDA operators"
+        return [Problem(flaw, _reinstall_command(FBGEMM_CPU))]
     return []
 
 
@@ -247,7 +247,7 @@ def _gpu_problems() -> list[Problem]:
             )
         elif (reason := untrained_table(f"cuda:{index}")) is not None:
             problems.append(f"{name} does not train a table of FBGEMM: {reason}")
-    return [Problem(what, "use another GPU, or set device to cpu") for what in problems]
+    return [Problem(flaw, "use another GPU, or set device to cpu") for flaw in problems]
 
 
 def untrained_table(device: str) -> str | None:

@@ -84,8 +84,8 @@ def changed_items(
     file = run / FOLDER / f"{stored}.npy"
     stored_items = np.load(file, allow_pickle=False) if file.is_file() else np.zeros(0, TYPE)
     if digest_of(stored_items.tobytes()) != file.stem:
-        words = f"{file} is missing or damaged, so all {len(items):,} items are taken as changed"
-        return ChangedItems(items["item"].copy(), 0, 0, words)
+        summary = f"{file} is missing or damaged, so all {len(items):,} items are taken as changed"
+        return ChangedItems(items["item"].copy(), 0, 0, summary)
     if new_rows is not None:
         stored_items["item"] = new_rows(stored_items["item"])
         stored_items = np.sort(stored_items[stored_items["item"] >= 0], order="item")
@@ -94,12 +94,12 @@ def changed_items(
     edited = is_stored.copy()
     edited[is_stored] = stored_items["content"][place] != items["content"][is_stored]
     removed = np.setdiff1d(stored_items["item"], items["item"], assume_unique=True)
-    words = (
+    summary = (
         f"since the checkpoint was written {edited.sum():,} of {len(items):,} items were edited, "
         f"{(~is_stored).sum():,} are new and {len(removed):,} are gone"
     )
     ids = np.sort(np.concatenate([items["item"][edited | ~is_stored], removed]))
-    return ChangedItems(ids, int(edited.sum()), int(is_stored.sum()), words)
+    return ChangedItems(ids, int(edited.sum()), int(is_stored.sum()), summary)
 
 
 def _content(job: Job) -> np.ndarray | None:  # TYPE [N], by item

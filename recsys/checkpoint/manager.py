@@ -183,14 +183,12 @@ class Checkpoints:
                 own_files += [partial / ".metadata"] if ranks.is_first else []
                 for file in own_files:
                     flush(file)
-                own_entries = describe_all(partial, own_files)
-            described = {
-                name: entry for part in ranks.gather(own_entries) for name, entry in part.items()
-            }
+                local = describe_all(partial, own_files)
+            entries = {name: entry for part in ranks.gather(local) for name, entry in part.items()}
             with ranks.raise_on_all_ranks():
                 if ranks.is_first:
                     run_files = files.run_file_hashes(folder.parents[1])
-                    manifest |= {"kept": run_files, "files": described, "format": files.FORMAT}
+                    manifest |= {"kept": run_files, "files": entries, "format": files.FORMAT}
                     write_signed(partial / files.MANIFEST, manifest)
                     replace_folder(partial, folder)
                     if folder.name != files.BEST:

@@ -119,5 +119,5 @@ def learned_folders(run: Path, folder: str) -> list[str]:
 
     The run of a partition has also learned from earlier partitions of its continual run.
     """
-    names = [f"train/{part.name}" for part in ContinualFolder(run.parent.parent).read().trained]
+    names = [f"train/{entry.name}" for entry in ContinualFolder(run.parent.parent).read().trained]
     return names[: names.index(folder) + 1] if folder in names else [folder]

@@ -146,8 +146,8 @@ def _empty(run: Path) -> None:
     if (run / "checkpoints").exists():
         (run / "checkpoints").rename(run / REPLACED)
     baseline = [BASELINE] if (run / BASELINE_MARK).exists() else []
-    for part in (REPLACED, "tensorboard", "vocabulary", FOLDER, *baseline):
-        shutil.rmtree(run / part, ignore_errors=True)
+    for name in (REPLACED, "tensorboard", "vocabulary", FOLDER, *baseline):
+        shutil.rmtree(run / name, ignore_errors=True)
     files = (COMPARISON, BASELINE_MARK, JOB, WARM_START, ITEM_COUNTS_BEFORE)
     for pattern in (*files, "scores_*.parquet", "evaluation_*.json", "baselines_*.json"):
         for file in run.glob(pattern):
@@ -165,10 +165,8 @@ def read_item_counts(run: Path, num_items: int | None, name: str = ITEM_COUNTS) 
         raise ValueError(f"{file}: cannot be read ({error}); train anew") from error
     is_limited = num_items is not None and len(items) > 0
     if not is_counts or (is_limited and not 0 <= items.min() <= items.max() < num_items):
-        expected_ids = (
-            "raw ids of items" if num_items is None else f"the {num_items:,} items of the schema"
-        )
-        raise ValueError(f"{file}: is not of {expected_ids}; train anew")
+        kind = "raw ids of items" if num_items is None else f"the {num_items:,} items of the schema"
+        raise ValueError(f"{file}: is not of {kind}; train anew")
     if (np.diff(items) <= 0).any() or (counts < 0).any():
         raise ValueError(f"{file}: damaged (items do not rise, or a count is negative); train anew")
     return stored

@@ -85,7 +85,7 @@ class HistoryMap(nn.Module):
         if self.scaling is None:
             return self.map.weight
         layer: Any = self.map
-        low, high = (part["default"].weight for part in (layer.lora_A, layer.lora_B))
+        low, high = (adapter["default"].weight for adapter in (layer.lora_A, layer.lora_B))
         return torch.addmm(layer.base_layer.weight, high, low, alpha=self.scaling)
 
 
@@ -164,18 +164,18 @@ class ContentBranch(nn.Module):
         `encoded_before`: outputs of encoders that do not run again, by modality.
         """
         parts = cast(dict[str, Encoder], self.encoders).items()
-        encoders = {name: part for name, part in parts if name not in encoded_before}
+        encoders = {name: encoder for name, encoder in parts if name not in encoded_before}
         if self.training and self.compiled is not None:
             frozen = {name: part.above_frozen(content[name]) for name, part in encoders.items()}
             return self.compiled(frozen, dict(encoded_before))
-        new = {name: part.encode(content[name]) for name, part in encoders.items()}
+        new = {name: encoder.encode(content[name]) for name, encoder in encoders.items()}
         return self._fused({**encoded_before, **new})
 
     def encode_frozen(
         self, frozen: dict[str, ContentInput], encoded_before: dict[str, ContentInput]
     ) -> Tensor:
         """Return `encode` of outputs of the encoders' frozen parts: one graph, if compiled."""
-        new = {name: self.encoders[name](part) for name, part in frozen.items()}
+        new = {name: self.encoders[name](output) for name, output in frozen.items()}
         return self._fused(encoded_before | new)
 
     def _fused(self, outputs: Mapping[str, ContentInput]) -> Tensor:  # [E, D + M * D]
@@ -226,8 +226,8 @@ class ContentBranch(nn.Module):
         if count is None or count >= len(content.items):
             return self.encode(inputs)
         with torch.no_grad():
-            refreshed = self.encode({name: part[count:] for name, part in inputs.items()})
-        trained = self.encode({name: part[:count] for name, part in inputs.items()})
+            refreshed = self.encode({name: entries[count:] for name, entries in inputs.items()})
+        trained = self.encode({name: entries[:count] for name, entries in inputs.items()})
         return torch.cat([trained, refreshed])
 
     def _vectors(

@@ -198,16 +198,13 @@ def _warn_of_equal_items(modality: ModalitySettings, name: str, digests: list[by
     share = share_of_most_common(digests)
     if not is_mostly_equal(share, len(digests)):
         return
-    shared, fix = (
-        "equal content",
-        "choose a column in which items differ, or remove the modality",
-    )
+    equal, fix = "equal content", "choose a column in which items differ, or remove the modality"
     if modality.kind == "text":
-        shared = f"the same first {modality.max_length} tokens (max_length)"
+        equal = f"the same first {modality.max_length} tokens (max_length)"
         fix = f"raise content.modalities.{name}.max_length, or {fix}"
     logger.warning(
         f"modality '{name}' (column '{modality.column}'): {round(share * len(digests)):,} of "
-        f"{len(digests):,} sampled items have {shared}, which does not distinguish them; {fix}"
+        f"{len(digests):,} sampled items have {equal}, which does not distinguish them; {fix}"
     )
 
 

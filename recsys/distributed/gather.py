@@ -56,7 +56,7 @@ def gather_rows_with_gradient(rows: Tensor) -> tuple[Tensor, int]:  # [N, D] -> 
     counts = all_counts.tolist()
     padded = F.pad(rows, (0, 0, 0, max(counts) - len(rows)))
     gathered = _gather_and_scatter(padded) if rows.is_cuda else all_gather(padded)
-    parts = [part[:count] for part, count in zip(gathered, counts, strict=True)]
+    parts = [rank_rows[:count] for rank_rows, count in zip(gathered, counts, strict=True)]
     return torch.cat(parts), sum(counts[: dist.get_rank()])
 
 

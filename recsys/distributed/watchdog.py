@@ -31,7 +31,7 @@ FINDING = "finding"  # key in the store: the finding that ends the job
 WATCHED_RANKS = 8  # number of other ranks that each rank watches, unless a machine has more
 DESCRIBED_RANKS = 8  # how many ranks a finding describes
 LONGEST_JOIN = 30.0  # seconds that the end of a rank waits for a thread of its watchdog
-OWN_SOURCE = tuple(str(Path(__file__).parents[2] / part) for part in ("recsys", "embeddings"))
+OWN_SOURCE = tuple(str(Path(__file__).parents[2] / name) for name in ("recsys", "embeddings"))
 
 
 class Watchdog:

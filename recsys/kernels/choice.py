@@ -207,7 +207,7 @@ def log_refusal(kernel: str, refusal: str) -> None:
 
 
 def _kernel_refusals(model: nn.Module) -> set[tuple[str, str | None]]:
-    modules: list[Any] = [part for part in model.modules() if hasattr(part, "kernel_refusal")]
+    modules: list[Any] = [module for module in model.modules() if hasattr(module, "kernel_refusal")]
     return {(module.kernel, module.kernel_refusal()) for module in modules}
 
 
@@ -238,9 +238,9 @@ def has_native(*tensors: Tensor) -> bool:
     """
     if _KernelChoice.kernels == "torch" or torch.compiler.is_exporting() or is_forward_mode():
         return False
-    if any(part.dtype not in FLOATS for part in tensors):
+    if any(tensor.dtype not in FLOATS for tensor in tensors):
         return False
-    return all(part.device.type == "cpu" for part in tensors) and _are_loaded()
+    return all(tensor.device.type == "cpu" for tensor in tensors) and _are_loaded()
 
 
 def has_built(tensor: Tensor) -> bool:

@@ -142,7 +142,7 @@ def _compute(
     vectors = items + parallel.to(items.dtype) @ lists.T  # [L, D]
     is_small = len(weights) == NATIVE_LAYERS and weights[0].shape[0] <= MAX_UNITS
     inputs = [target, vectors, *weights, *biases]
-    if is_small and all(part.dtype == torch.float32 for part in inputs) and has_built(target):
+    if is_small and all(tensor.dtype == torch.float32 for tensor in inputs) and has_built(target):
         # A softmax does not change if all its scores do, so the last bias is left out.
         (first, second, last), (first_bias, second_bias, _) = weights, biases
         return torch.ops.recsys.attention_to_shared(

@@ -58,7 +58,7 @@ class AuxiliaryLosses(nn.Module):
                 for column in getattr(loss, "columns", ())
             }
             parts[name] = loss(inputs)
-        total = torch.stack([self.weights[name] * part for name, part in parts.items()]).sum()
+        total = torch.stack([self.weights[name] * value for name, value in parts.items()]).sum()
         return total, parts
 
 

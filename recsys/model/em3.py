@@ -102,8 +102,8 @@ class TotalLoss(nn.Module):
             members = members if isinstance(members, Tensor) else logits
             ranking = self.ranking(members, labels, weights)
             if isinstance(scored, BlendedLogits):
-                for part in (scored.neighbours.regression, scored.neighbours.logits):
-                    ranking = ranking + self.ranking(part, labels, weights)
+                for evidence_logits in (scored.neighbours.regression, scored.neighbours.logits):
+                    ranking = ranking + self.ranking(evidence_logits, labels, weights)
         if self.contrastive is None:
             return ranking, {"loss": ranking}
         assert content is not None

@@ -21,7 +21,7 @@ from recsys.ranking.vectors import IDVectors
 
 logger = logging.getLogger(__name__)
 
-# Columns that are looked up one vector per id, and the number of table rows of each of their ids.
+# Columns that are looked up one vector per id, with the number of table rows of each id.
 RowsPerID = Mapping[str, int]
 
 
@@ -66,7 +66,7 @@ class IDVectorReader(nn.Module):
         self.negatives, self.beside, self.further = negatives, beside or {}, further
 
     def forward(self, pooled: Any, sequences: Any, batch: Batch) -> IDVectors:
-        """Read a KeyedTensor, a row per example or whole history, and JaggedTensors by name."""
+        """Read F vectors, [B, D] or a row per whole history, and JaggedTensors by name."""
         by_name = pooled.to_dict() if self.pooled_features else {}
         target = sequences[self.target].values()
         history = sequences[self.history].values() if self.history else target[:0]
@@ -153,7 +153,7 @@ class InputScaling(nn.Module):
             batch.history,
             values=values,
             unscaled_values=batch.history.values,
-            further=[replace(part, values=new) for part, new in zip(histories, further_values)],
+            further=[replace(events, values=new) for events, new in zip(histories, further_values)],
         )
         return replace(batch, dense_features=dense, history=history)
 

@@ -252,7 +252,7 @@ def make_room(
     stored: Mapping[str, tuple[torch.Size, torch.dtype]],
 ) -> dict[str, Tensor]:
     """Replace an optimizer's state by uninitialised tensors of a checkpoint's names and sizes."""
-    empty_state = {}
+    state = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             prefix = f"{names[parameter]}."
@@ -261,11 +261,9 @@ def make_room(
                 key = name.removeprefix(prefix)
                 if key == name or "." in key:
                     continue
-                empty_state[name] = torch.empty(
-                    size, dtype=dtype, device=_device(group, parameter, key)
-                )
-                optimizer.state[parameter][key] = empty_state[name]
-    return empty_state
+                state[name] = torch.empty(size, dtype=dtype, device=_device(group, parameter, key))
+                optimizer.state[parameter][key] = state[name]
+    return state
 
 
 def numbers_loaded(optimizer: Optimizer) -> None:

@@ -26,5 +26,5 @@ class RunningStatistics:
             return
         joined = torch.cat(statistics)
         dist.all_reduce(joined, group=self.group)
-        means = (joined / num_ranks).split([len(part) for part in statistics])
+        means = (joined / num_ranks).split([len(tensor) for tensor in statistics])
         torch._foreach_copy_(statistics, means)

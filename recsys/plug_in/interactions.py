@@ -33,7 +33,7 @@ class AddedColumns(nn.Module):
 
     def __init__(self, module: nn.Module, width: int) -> None:
         super().__init__()
-        first = next((part for part in module.modules() if isinstance(part, nn.Linear)), None)
+        first = next((layer for layer in module.modules() if isinstance(layer, nn.Linear)), None)
         is_plain = type(first) in (nn.Linear, WidenedLinear) and not hasattr(module, "_orig_mod")
         if first is None or not is_plain:
             raise ValueError(

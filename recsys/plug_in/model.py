@@ -227,8 +227,8 @@ def with_content_optimizer(
 
 def _remove_parameters(optimizer: KeyedOptimizer, parameters: set[int]) -> None:
     if isinstance(optimizer, CombinedOptimizer):
-        for _, part in optimizer.optimizers:
-            _remove_parameters(part, parameters)
+        for _, inner in optimizer.optimizers:
+            _remove_parameters(inner, parameters)
         return
     by_name: Any = optimizer.params
     for name in [name for name, parameter in by_name.items() if id(parameter) in parameters]:

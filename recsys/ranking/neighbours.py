@@ -157,7 +157,7 @@ class Neighbours(nn.Module):
             vectors = _Content.of(content, self.content_map)
         blocks = _blocks(batch.history.jagged())
         parts = [self._read(batch, vectors, targets, fold, block) for block in blocks]
-        evidence, votes, list_means = (_in_order(part, blocks) for part in zip(*parts))
+        evidence, votes, list_means = (_in_order(columns, blocks) for columns in zip(*parts))
         weights = batch.rows.loss_weights
         regression, logits = self.network(evidence, votes, list_means, weights)
         batch = replace(batch, dense_features=torch.cat([batch.dense_features, votes[:, 0]], dim=1))
@@ -233,7 +233,7 @@ class Neighbours(nn.Module):
         target = torch.cat([target for _, target, _ in parts], dim=1)
         # Variance that an item's vector does not explain counts as noise of history items.
         own_variance, target_variance = (
-            (shares.sum() - part).clamp(min=0) for part in (past_kernel, target_kernel)
+            (shares.sum() - kernel).clamp(min=0) for kernel in (past_kernel, target_kernel)
         )
         precisions = history.weights / (self.log_noise.exp() + own_variance)
         columns = target.T.unsqueeze(0) if history.block.is_shared else target.unsqueeze(2)
@@ -289,7 +289,7 @@ class Neighbours(nn.Module):
     def _item_means(self, rows: _Rows) -> tuple[Tensor, Tensor]:
         """Return the mean deviation and the number of values of items, without a fold's users."""
         parts = self.value_sums, self.value_counts
-        sums, counts = (rows.gather(part.unsqueeze(2)).squeeze(-1) for part in parts)
+        sums, counts = (rows.gather(statistics.unsqueeze(2)).squeeze(-1) for statistics in parts)
         return sums / (counts + PRIOR_VALUES), counts
 
 

@@ -319,7 +319,7 @@ def _write_graph(job: Job, manifest: Manifest, ranking: nn.Module, path: Path) -
         target_in_bank=content if manifest.searches else unread,
         further=[item] * len(further),
         further_parallel=[torch.zeros(1, len(history.numbers)) for history in further],
-        further_content=[content if part.name in read_beside else unread for part in further],
+        further_content=[content if history.name in read_beside else unread for history in further],
     )
     return export_graph(graph, shapes, manifest.ranking, path)
 

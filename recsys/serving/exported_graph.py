@@ -156,7 +156,7 @@ def _same_operations(graph: RankingGraph) -> Iterator[None]:
     Kernels of attention and dot products round to bfloat16 after other operations.
     """
     is_exporting = torch.compiler.is_exporting
-    is_rounded = any(isinstance(part, InBfloat16) for part in graph.modules())
+    is_rounded = any(isinstance(module, InBfloat16) for module in graph.modules())
     try:
         if is_rounded:
             torch.compiler.is_exporting = lambda: True
@@ -265,8 +265,8 @@ def compile_graph(program: ExportedProgram, path: Path, option: Compile) -> dict
 
 
 def _has_bfloat16(program: ExportedProgram) -> bool:
-    parts = (part for part in program.graph_module.modules() if isinstance(part, GraphModule))
-    values = (node.meta.get("val") for part in parts for node in part.graph.nodes)
+    parts = (module for module in program.graph_module.modules() if isinstance(module, GraphModule))
+    values = (node.meta.get("val") for module in parts for node in module.graph.nodes)
     return any(isinstance(value, Tensor) and value.dtype == torch.bfloat16 for value in values)
 
 

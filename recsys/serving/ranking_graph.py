@@ -317,7 +317,7 @@ class RankingGraph(nn.Module):
         if self.history_map is None:
             return None
         dim = self.content_dim
-        modalities = [part[:, dim:].unflatten(1, (-1, dim)) for part in (target, history)]
+        modalities = [vectors[:, dim:].unflatten(1, (-1, dim)) for vectors in (target, history)]
         mapped = self.history_map(history[:, :dim])
         return ContentVectors(target[:, :dim], mapped, modalities[0], modalities[1])
 

@@ -232,10 +232,10 @@ class Scorer:
         return sums.expand(num_rows, -1)  # a user's sum is the same for all candidates
 
     def _warm_up(self) -> None:
-        one = np.zeros(1, np.int64)
-        pooled = {name: TableRows(one, one + 1) for name in self.manifest.pooled}
+        row = np.zeros(1, np.int64)
+        pooled = {name: TableRows(row, row + 1) for name in self.manifest.pooled}
         dense = {name: np.zeros(1, np.float32) for name in self.manifest.dense}
-        self._run(RequestRows(pooled, dense, one, self.read.histories([])))
+        self._run(RequestRows(pooled, dense, row, self.read.histories([])))
 
 
 def features_version(manifest: Manifest) -> str:

@@ -47,13 +47,13 @@ class Callbacks:
     def step(self, progress: Progress, losses: dict[str, Tensor], lockstep: Lockstep) -> None:
         """Call all callbacks; all ranks raise an error when they next exchange flags."""
         try:
-            for part in self.parts:
-                part.step(self.job, progress, losses)
+            for callback in self.parts:
+                callback.step(self.job, progress, losses)
         except Exception as error:  # a user's class may raise any error
             lockstep.record_error(error)
 
     def run(self, call: Callable[[Callback], None]) -> None:
         """Pass each callback to `call`; all ranks raise an error. A collective if there are any."""
-        for part in self.parts:
+        for callback in self.parts:
             with self.job.ranks.raise_on_all_ranks():
-                call(part)
+                call(callback)

@@ -200,7 +200,7 @@ def item_similarities(
     vectors = [
         csr_matrix((column.astype(np.float32), (events.items, user)), shape) for column in columns
     ]
-    squares = [np.asarray(part.multiply(part).sum(axis=1)).ravel() for part in vectors]
+    squares = [np.asarray(matrix.multiply(matrix).sum(axis=1)).ravel() for matrix in vectors]
     scales = [1 / np.sqrt(np.maximum(part + (part is not squares[0]), 1e-9)) for part in squares]
     blocks: list[list[csr_matrix]] = [[] for _ in vectors]
     for start in range(0, num_items, ITEMS_PER_BLOCK):

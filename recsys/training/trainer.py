@@ -79,7 +79,7 @@ class Trainer:
         job, progress = self.job, self.progress
         if progress.steps:
             self._end_decay_with_last_epoch()
-        self.callbacks.run(lambda part: part.begin(job, progress))
+        self.callbacks.run(lambda callback: callback.begin(job, progress))
         try:
             with relaxed_gc():
                 while not self.is_finished:
@@ -88,7 +88,7 @@ class Trainer:
             self.checkpoints.save(progress, wait=True)
             raise
         self.checkpoints.save(progress, wait=True)
-        self.callbacks.run(lambda part: part.end(job, progress))
+        self.callbacks.run(lambda callback: callback.end(job, progress))
 
     def _end_decay_with_last_epoch(self) -> None:
         """Set where a resumed run's decay ends, from the updates made and those to come.
@@ -100,8 +100,11 @@ class Trainer:
         ends = [interactions.batches_until(part, parts) for part in range(parts + 1)]
         interactions.begin(progress.epoch, progress.stages, progress.batches)
         parts_left = range(progress.validations + 1, parts + 1)
-        rest = [progress.batches, *(interactions.batches_until(part, parts) for part in parts_left)]
-        num_updates = progress.dense_steps + job.updates_between(list(accumulate(rest, max)))
+        stops = [
+            progress.batches,
+            *(interactions.batches_until(part, parts) for part in parts_left),
+        ]
+        num_updates = progress.dense_steps + job.updates_between(list(accumulate(stops, max)))
         epochs_after = job.config.epochs - progress.epoch - 1
         job.end_decay(num_updates + epochs_after * job.updates_between(ends))
         job.set_step(progress.age, progress.dense_steps)
@@ -109,8 +112,7 @@ class Trainer:
     def train_epoch(self) -> None:
         """Train for the rest of an epoch, or until patience ends. A collective.
 
-        An epoch consists of parts, which end with a validation. A part consists of stretches of
-        steps, which end with a checkpoint.
+        Parts of an epoch end with a validation; stretches of a part end with a checkpoint.
         """
         config, progress = self.job.config, self.progress
         self.interactions.begin(progress.epoch, progress.stages, progress.batches)
@@ -207,7 +209,7 @@ class Trainer:
             if (line := format_unknown("train", progress.ids)) is not None:
                 logger.info("%s; %s", line, progress.vocabularies)
             self.reporter.validation(progress, report)
-            self.callbacks.run(lambda part: part.validation(job, progress, report))
+            self.callbacks.run(lambda callback: callback.validation(job, progress, report))
             score = selection_score(report, metric)
             if score is None:
                 cause = f"the {selection_words(metric)} is not defined there"

@@ -59,8 +59,8 @@ class WarmStartPlan:
 
     def __str__(self) -> str:
         model = self.source.model
-        words = f"{model.folder}, step {model.step:,}: {len(self.tensors):,} tensors"
-        return f"warm start from {words}\n{self.differences}\n"
+        summary = f"{model.folder}, step {model.step:,}: {len(self.tensors):,} tensors"
+        return f"warm start from {summary}\n{self.differences}\n"
 
     @property
     def weights(self) -> list[str]:
@@ -132,9 +132,9 @@ def plan_warm_start(job: Job, source: Source) -> WarmStartPlan:
         names = {*state, *source.model.entries}
         parameters = [name.removeprefix(MODEL) for name in names if name.startswith(MODEL)]
         for pattern in source.request.unmatched(parameters):
-            what, example = "no parameter of either run has such a name", min(parameters)
+            problem, example = "no parameter of either run has such a name", min(parameters)
             fix = f"correct the pattern of --warm-start-only or skip; one of the names is {example}"
-            plan.differences.refuse(f"'{pattern}'", what, fix)
+            plan.differences.refuse(f"'{pattern}'", problem, fix)
     _choose_weights(plan, job, state)
     with job.ranks.raise_on_all_ranks():
         _choose_vocabularies(plan, state)
@@ -161,10 +161,10 @@ def _refuse_moved_inputs(source: Source, job: Job) -> None:
             are_moved &= bool(shared)
             are_moved |= any(names.index(name) != previous.index(name) for name in shared)
         if are_moved and any(map(source.request.takes, parts)):
-            what = f"their places tell them apart, and were {previous}, are {names}"
+            change = f"their places tell them apart, and were {previous}, are {names}"
             patterns = " ".join(f"'{part}*'" for part in parts)
             fix = f"keep the places of the run, or --warm-start-skip {patterns}"
-            source.differences.refuse(kind, what, fix)
+            source.differences.refuse(kind, change, fix)
 
 
 def _inputs(config: Config, schema: Schema) -> dict[str, list[str]]:
@@ -221,27 +221,27 @@ def _choose_weights(plan: WarmStartPlan, job: Job, state: State) -> None:
 
 def _refuse_rules_without_state(plan: WarmStartPlan, job: Job) -> None:
     tables = {table_of_key(name) for name in plan.tensors if name.startswith(MODEL)}
-    what = "applies to rows whose moments are zero, and the table's optimizer state begins anew"
+    problem = "applies to rows whose moments are zero, and the table's optimizer state begins anew"
     fix = "take that state over, or set random"
     for table, rule in cold_row_rules(job.config, job.schema).items():
         if table in tables - plan.tables_with_state:
             setting = f"embedding.tables.{table}.new_rows"
-            plan.differences.refuse(setting, f"{rule} {what}", fix)
+            plan.differences.refuse(setting, f"{rule} {problem}", fix)
 
 
 def _refuse_shapes(shapes: dict[str, str], differences: Differences) -> None:
     if shapes:
-        listed = [f"{name} {sizes}" for name, sizes in shapes.items()][:MOST_SHAPES]
-        num_unlisted = len(shapes) - len(listed)
+        shown = [f"{name} {sizes}" for name, sizes in shapes.items()][:MOST_SHAPES]
+        num_unlisted = len(shapes) - len(shown)
         patterns = dict.fromkeys(
             f"'*.{table}.*'"
             if (table := table_of_key(MODEL + name))
             else f"'{'.'.join(name.split('.')[:2])}*'"
             for name in shapes
         )
-        what = ", ".join(listed) + (f" and {num_unlisted:,} more" if num_unlisted else "")
+        changes = ", ".join(shown) + (f" and {num_unlisted:,} more" if num_unlisted else "")
         fix = f"set back what they depend on, or --warm-start-skip {' '.join(patterns)}"
-        differences.refuse("shapes that do not fit", what, fix)
+        differences.refuse("shapes that do not fit", changes, fix)
 
 
 def _shared_weights(plan: WarmStartPlan, state: State) -> list[str]:
@@ -249,15 +249,15 @@ def _shared_weights(plan: WarmStartPlan, state: State) -> list[str]:
     request, names = plan.source.request, {name for name in state if name.startswith(MODEL)}
     stored = {name for name in plan.source.model.entries if name.startswith(MODEL)}
     skipped = {name for name in names & stored if not request.takes(name.removeprefix(MODEL))}
-    for untaken, what, rule in (
+    for omitted, reason, rule in (
         (names - stored, "not in the run", "added, with initial values"),
         (stored - names, "not in this model", "dropped"),
         (skipped, "not asked for", "initial values"),
     ):
-        paths = [name.removeprefix(MODEL).split(".") for name in sorted(untaken)]
+        paths = [name.removeprefix(MODEL).split(".") for name in sorted(omitted)]
         groups = Counter(".".join(path[:3]) + ".*" * (len(path) > 3) for path in paths)
         for group, count in groups.items():
-            plan.differences.add(group, f"{what} ({count:,} tensor{'s' * (count > 1)})", rule)
+            plan.differences.add(group, f"{reason} ({count:,} tensor{'s' * (count > 1)})", rule)
     shared = sorted((names & stored) - skipped)
     if not shared:
         fix = "name others in --warm-start-only or skip"
@@ -319,8 +319,8 @@ def _choose_optimizer_state(plan: WarmStartPlan, job: Job, state: State) -> None
         differences.add("optimizer state", reason, "begins anew")
         return
     if stored.step != (model_step := plan.source.model.step):
-        what = f"the run keeps that of step {stored.step:,}, not of the model's step {model_step:,}"
-        differences.add("optimizer state", what, f"of step {stored.step:,}")
+        note = f"the run keeps that of step {stored.step:,}, not of the model's step {model_step:,}"
+        differences.add("optimizer state", note, f"of step {stored.step:,}")
     names = [*_table_states(plan, stored, job), *_dense_states(plan, stored, job)]
     if job.averages is not None:
         names += _averages(plan, stored, state)
@@ -337,11 +337,11 @@ def _table_states(plan: WarmStartPlan, stored: StoredState, job: Job) -> Iterato
             continue
         part, optimizers = f"optimizer state of '{table}'", (previous[table], current[table])
         if optimizers[0] != optimizers[1]:
-            what = f"{optimizers[0]} before, {optimizers[1]} now"
+            change = f"{optimizers[0]} before, {optimizers[1]} now"
             if "none" in optimizers:
-                plan.differences.add(part, what, "begins anew")
+                plan.differences.add(part, change, "begins anew")
             else:
-                plan.differences.refuse(part, what, OPTIMIZER_FIX)
+                plan.differences.refuse(part, change, OPTIMIZER_FIX)
         elif table in bounded and stored.step != plan.source.model.step:
             plan.differences.add(part, "its rows have had other ids since", "begins anew")
         else:
@@ -356,8 +356,8 @@ def _table_optimizers(config: Config, schema: Schema) -> dict[str, str]:
 def _dense_states(plan: WarmStartPlan, stored: StoredState, job: Job) -> Iterator[str]:
     previous, current = plan.source.config.optimizer, job.config.optimizer
     if (previous.name, previous.options) != (current.name, current.options):
-        what = f"{previous.name} {previous.options} before, {current.name} {current.options} now"
-        plan.differences.refuse("state of the dense optimizer", what, OPTIMIZER_FIX)
+        change = f"{previous.name} {previous.options} before, {current.name} {current.options} now"
+        plan.differences.refuse("state of the dense optimizer", change, OPTIMIZER_FIX)
         return
     trained = {name for name, value in job.em3.named_parameters() if value.requires_grad}
     trained.intersection_update(plan.weights)

@@ -83,10 +83,10 @@ class Differences:
     def check(self, folder: object) -> None:
         """Raise a ValueError that lists the faults, if there are any."""
         if self.faults:
-            listed = self.faults[:MOST_FAULTS]
-            if num_unlisted := len(self.faults) - len(listed):
-                listed.append(f"and {num_unlisted} more")
-            raise ValueError(f"{folder}: this model cannot start from it: {'. '.join(listed)}")
+            shown = self.faults[:MOST_FAULTS]
+            if num_unlisted := len(self.faults) - len(shown):
+                shown.append(f"and {num_unlisted} more")
+            raise ValueError(f"{folder}: this model cannot start from it: {'. '.join(shown)}")
 
     def __str__(self) -> str:
         if not self.reconciled:
@@ -210,8 +210,8 @@ def reconciled_schema(source: Source, root: Location, with_vocabularies: bool = 
 
 def _compare_columns(trained: Schema, data: Schema, differences: Differences) -> None:
     if trained.target_item != data.target_item:
-        what = f"'{trained.target_item}' in the run, '{data.target_item}' in the data"
-        differences.refuse("target_item", what, "name the run's column, or train anew")
+        targets = f"'{trained.target_item}' in the run, '{data.target_item}' in the data"
+        differences.refuse("target_item", targets, "name the run's column, or train anew")
     for change in changes("group", {"": trained.group}, {"": data.group}):
         differences.add("group", change, "measured by the data's")
     stored, current = described_columns(trained), described_columns(data)
@@ -263,7 +263,7 @@ def compare_encoders(source: Source, job: Job, takes: Callable[[str], bool]) -> 
                 fix = f"or --warm-start-skip 'content.*.{name}.*'"
                 source.differences.refuse(f"content.modalities.{name}", str(error), fix)
     if is_same and source.model.manifest["frozen_weights"] != frozen_digest(job):
-        what = "they are others, though encoders and settings are the same"
+        problem = "they are others, though encoders and settings are the same"
         fix = "bring the run's encoders back, or train anew"
-        source.differences.refuse("frozen weights", what, fix)
+        source.differences.refuse("frozen weights", problem, fix)
     return is_same

@@ -46,7 +46,7 @@ def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> ContentInput:
 ITEMS_PER_GROUP = 32
 SHORT_LENGTHS = (8, 16, 24, 32)
 # Texts are padded to one of these lengths (48, 64, 96, 128 ... after the short ones).
-PADDED_LENGTHS = (*SHORT_LENGTHS, *(part << power for power in range(32) for part in (48, 64)))
+PADDED_LENGTHS = (*SHORT_LENGTHS, *(length << power for power in range(32) for length in (48, 64)))
 
 
 def _group(content: ContentInput, items: Tensor, length: int | None) -> ContentInput:
@@ -60,9 +60,7 @@ def _group(content: ContentInput, items: Tensor, length: int | None) -> ContentI
     return ContentInput(pad(group.values, padding), pad(group.mask, padding))
 
 
-def _in_one_tensor(
-    outputs: list[tuple[Tensor, ContentInput]], mask: Tensor, width: int
-) -> ContentInput:
+def _merge(outputs: list[tuple[Tensor, ContentInput]], mask: Tensor, width: int) -> ContentInput:
     counts = [int(output.mask.sum(dim=1).max()) for _, output in outputs]
     token_mask = mask.new_zeros(len(mask), max([1, *counts]))
     values = torch.zeros(*token_mask.shape, width, device=mask.device)
@@ -170,7 +168,7 @@ class Encoder(nn.Module):
                 for items in places.split(ITEMS_PER_GROUP):
                     group = _group(content, items, shape if is_text else None)
                     outputs.append((items, self.frozen(group)[: len(items)]))
-        return _in_one_tensor(outputs, content.mask, self.frozen_dim)
+        return _merge(outputs, content.mask, self.frozen_dim)
 
     def drop_frozen_layers(self) -> None:
         self.is_cached = True

@@ -23,10 +23,7 @@ class EfficientNetFeatures(nn.Module):
 
 
 class EfficientNetPatches(EfficientNetFeatures):
-    """Each position of the last feature map as a token: [U, 3, H, W] -> [U, T, 1280].
-
-    T is H / 32 * W / 32.
-    """
+    """Positions of the last feature map as tokens: [U, 3, H, W] -> [U, H / 32 * W / 32, 1280]."""
 
     cache_name = "recsys.content.encoders.efficientnet.EfficientNetPatches"
 

@@ -95,8 +95,8 @@ class TextTransformer(TransformerEncoder):
             longest = max(int(lengths[items[-1]]), 1)
             values, mask = content.values[items, :longest], content.mask[items, :longest]
             parts.append(super()._trained(ContentInput(values, mask)))
-        values = torch.cat([part.values for part in parts])
-        return ContentInput(values, torch.cat([part.mask for part in parts]))[order.argsort()]
+        values = torch.cat([output.values for output in parts])
+        return ContentInput(values, torch.cat([output.mask for output in parts]))[order.argsort()]
 
 
 def unread_masks() -> AbstractContextManager[Any]:

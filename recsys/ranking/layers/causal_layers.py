@@ -1,6 +1,6 @@
 """Encoders with causal self-attention over the history, whose last token is the target.
 
-HSTU (arXiv 2402.17152) replaces softmax by gates, with biases by place and time. Weights are
+HSTU (arXiv 2402.17152) has no softmax, but gates, and biases by place and time. Weights are
 SiLU(Q K' + bias) / L with L = `ranking.recent_items`, a constant, so that a row does not depend on
 the others of its batch. The causal transformer is SASRec (arXiv 1808.09781) with embeddings of
 place and age as in BST (arXiv 1905.06874); norms stand before each part.
@@ -56,16 +56,13 @@ class HstuLayer(nn.Module):
         return self._gated(states, sums, gates), (keys, values)
 
     def _tokens(self, states: Tensor, ages: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Map [T, D] to tokens [T, 3 * D or 3 * D + 1], gates, keys and values.
-
-        Tokens join keys, values, queries and ages.
-        """
+        """Return keys, values, queries, ages [T, 3 * D or 3 * D + 1]; gates; keys; values."""
         kvqu, dim = F.silu(self.kvqu(self.norm(states))), states.shape[1]
         tokens = kvqu[:, : 3 * dim].float()
         if self.of_times is not None:
             assert ages is not None
             tokens = torch.cat([tokens, ages], dim=1)
-        keys, values = (part.contiguous() for part in tokens[:, : 2 * dim].chunk(2, dim=1))
+        keys, values = (tensor.contiguous() for tensor in tokens[:, : 2 * dim].chunk(2, dim=1))
         return tokens, kvqu[:, 3 * dim :], keys, values
 
     def _among_events(self, padded: Tensor) -> Tensor:  # [S, L, 3 * D or 3 * D + 1] -> [S, L, D]
@@ -156,7 +153,7 @@ class TransformerLayer(nn.Module):
     def _tokens(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [T, D]
         """Return keys, values and queries [T, 3 * D], and the first two of them."""
         kvq = self.kvq(self.norm(states)).float()
-        keys, values, _ = (part.contiguous() for part in kvq.chunk(3, dim=1))
+        keys, values, _ = (tensor.contiguous() for tensor in kvq.chunk(3, dim=1))
         return kvq, keys, values
 
     def _among_events(self, padded: Tensor) -> Tensor:  # [S, L, 3 * D] -> [S, L, D]

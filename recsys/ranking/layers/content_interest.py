@@ -166,11 +166,11 @@ class ContentInterest(nn.Module):
             if self.settings.similarity_features:
                 queries.append(F.normalize(target, dim=-1) @ matrix)
                 queries += F.normalize(content.target_modalities.float(), dim=-1).unbind(dim=1)
-            listed = parallel[:, : list_factors.shape[1]].float()
+            values = parallel[:, : list_factors.shape[1]].float()
             stacked, index, offsets = torch.stack(queries, dim=1), history.index, history.offsets
             sums, features = native_content_interest(
-                stacked, stored.rows, matrix, index, offsets, list_factors, listed
+                stacked, stored.rows, matrix, index, offsets, list_factors, values
             )
-            if attention.parallel_map is not None:  # sums are of items and, behind them, of lists
+            if attention.parallel_map is not None:  # sums are of items, then of lists
                 matrix = torch.cat([matrix, attention.parallel_map.weight], dim=1)
             return torch.cat([sums @ matrix.T, features], dim=1)

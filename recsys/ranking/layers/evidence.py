@@ -81,7 +81,7 @@ class RidgePredictions:
         """Compute in double precision: packages and predictions agree to 1e-6."""
         past = torch.cat([self.fixed, self.past], dim=2)
         parts = past, self.residuals, self.precisions, self.target, self.prior
-        weights, directions = _solve(*(part.double() for part in parts))
+        weights, directions = _solve(*(tensor.double() for tensor in parts))
         mean, variance = (weights * self.target).sum(1), (directions * self.target).sum(1)
         return mean.flatten().float(), variance.flatten().float()
 
@@ -132,13 +132,13 @@ class _Ridge(torch.autograd.Function):
         weights, directions = solve(past, *inputs)
         ctx.num_fixed = fixed.shape[2]
         ctx.save_for_backward(past, *inputs, weights, directions)
-        mean, variance = ((part * inputs[2]).sum(1) for part in (weights, directions))
+        mean, variance = ((vectors * inputs[2]).sum(1) for vectors in (weights, directions))
         return mean.flatten(), variance.flatten()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:  # [R], [R]
         past, residuals, precisions, _, prior, weights, directions = ctx.saved_tensors
-        mean, variance = (part.unsqueeze(1) for part in gradients)
+        mean, variance = (gradient.unsqueeze(1) for gradient in gradients)
         along, predicted = (past @ torch.cat([directions, weights], dim=2)).unbind(2)  # [R, L]
         errors = residuals - predicted
         factors = precisions * (mean * errors - 2 * variance * along), precisions * mean * along

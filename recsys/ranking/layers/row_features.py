@@ -60,8 +60,8 @@ class Standardization(nn.Module):
         """Add the rows of a step, of all ranks, to the statistics. A collective."""
         weights = numbers.new_ones(len(numbers)) if row_weights is None else row_weights
         # In double precision: squares of numbers far from 0 cancel.
-        apart = numbers.double() - self.mean
-        moments = torch.cat([torch.ones_like(apart[:, :1]), apart, apart.square()], dim=1)
+        centred = numbers.double() - self.mean
+        moments = torch.cat([torch.ones_like(centred[:, :1]), centred, centred.square()], dim=1)
         totals = weights.double() @ moments  # [1 + 2 W]
         if self.process_group is not None:
             dist.all_reduce(totals, group=self.process_group)
@@ -89,8 +89,8 @@ class PiecewiseLinear(nn.Module):
 
     def forward(self, numbers: Tensor) -> Tensor:  # [B, X] -> [B, X * knots]
         spacing = (KNOT_RANGE[1] - KNOT_RANGE[0]) / (len(self.knots) - 1)
-        apart = numbers.clamp(*KNOT_RANGE).unsqueeze(2) - self.knots
-        return (1 - apart.abs() / spacing).clamp(min=0).flatten(1)
+        distances = numbers.clamp(*KNOT_RANGE).unsqueeze(2) - self.knots
+        return (1 - distances.abs() / spacing).clamp(min=0).flatten(1)
 
 
 class RowFeatures(nn.Module):
@@ -159,8 +159,7 @@ class AttendedFeatures(RowFeatures):
         content: ContentSettings | None,
     ) -> None:
         dim, units = dimensions.id_dim, settings.attention_units
-        # Built first: the order decides the initial weights.
-        interest = TargetAttention(dim, dimensions.num_parallel, units)
+        interest = TargetAttention(dim, dimensions.num_parallel, units)  # initialised first
         super().__init__(settings, dim, dimensions, content)
         self.interest = interest
 

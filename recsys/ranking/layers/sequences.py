@@ -28,9 +28,9 @@ def _dots(history: JaggedHistory, queries: Tensor, table: Tensor, heads: int) ->
     split, offsets = table.view(-1, table.shape[1] // heads), history.offsets[:-1]
     head_dots = torch.ops.aten._embedding_bag_per_sample_weights_backward
     dots = []
-    for head, part in enumerate(queries.chunk(heads, dim=1)):
+    for head, query in enumerate(queries.chunk(heads, dim=1)):
         index = history.index * heads + head
-        dots.append(head_dots(part.contiguous(), split, index, offsets, history.rows, 0))
+        dots.append(head_dots(query.contiguous(), split, index, offsets, history.rows, 0))
     return torch.stack(dots)
 
 

@@ -102,16 +102,16 @@ class TargetAttention(HistoryAttention):
         lists = no_lists if parallel_map is None else parallel_map.weight  # [D, P]
         is_autocast = torch.is_autocast_enabled(target.device.type)
         if history.is_shared and not is_autocast and not torch.is_grad_enabled():
-            listed = history.of_one_row(parallel)[:, : lists.shape[1]]
+            values = history.of_one_row(parallel)[:, : lists.shape[1]]
             return shared_target_attention(
-                target, items, listed, lists, self.score, self.rounds_shared
+                target, items, values, lists, self.score, self.rounds_shared
             )
         weights = ScoreWeights.of(self.score)
         may_be_native = isinstance(history, JaggedHistory) and not parallel.requires_grad
         if weights is not None and may_be_native and has_native(target, items, *weights):
-            listed = parallel[:, : lists.shape[1]]
+            values = parallel[:, : lists.shape[1]]
             return native_target_attention(
-                target, items, history.index, history.offsets, listed, lists, weights
+                target, items, history.index, history.offsets, values, lists, weights
             )
         return super().forward(target, items, history, parallel)
 

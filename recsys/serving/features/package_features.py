@@ -121,10 +121,10 @@ def updated_rows(
 
 def _of_type(values: pa.Array, kind: pa.DataType, name: str) -> pa.Array:
     """Return values in the type of the package; 7 and "7" are two ids, and none is cast."""
-    kinds = [part.value_type if is_list(part) else part for part in (values.type, kind)]
+    kinds = [dtype.value_type if is_list(dtype) else dtype for dtype in (values.type, kind)]
     if any(map(pa.types.is_null, kinds)):
         return values if pa.types.is_null(kinds[1]) else values.cast(kind)
-    texts = [is_id_type(part) and not pa.types.is_integer(part) for part in kinds]
+    texts = [is_id_type(dtype) and not pa.types.is_integer(dtype) for dtype in kinds]
     is_time = texts[0] and pa.types.is_temporal(kinds[1])  # JSON has times as text
     if texts[0] != texts[1] and not is_time:
         raise ValueError(f"column '{name}' has type {values.type}, but {kind} in the package")
@@ -215,7 +215,7 @@ def refresh_features(package: Path, data: str, out: Path) -> Manifest:
 
 def _write_missing_features(package: Path, schema: Schema, rows: pa.Table, path: Path) -> None:
     """Write the features of added items that the files of a package do not have."""
-    table = next(part for part in schema.features if part.by == [schema.target_item])
+    table = next(candidate for candidate in schema.features if candidate.by == [schema.target_item])
     stored = _opened(features_file(package, table), table)
     is_missing = stored.find([one_chunk(rows[schema.target_item])]) < 0
     missing = rows.filter(pa.array(is_missing))

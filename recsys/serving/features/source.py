@@ -44,8 +44,7 @@ class FeatureSource(ABC):
                 rows = self.client.get(table.name, key_texts(keys))
                 return table_of_rows(rows, table, self.types)
 
-    `types` are those of the package's own features. `version` is that of the store's values, if
-    the store has versions.
+    `types` are those of the package's own features. `version` is the store's, if it has one.
     """
 
     version = ""

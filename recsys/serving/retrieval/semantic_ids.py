@@ -324,7 +324,7 @@ def _add_lookup(
     tables: list[dict[str, Any]], item: str, ids: pa.Table, column: str, out: Path
 ) -> None:
     """Add a column of the item to the tables of `schema.yaml` and to the dataset's last values."""
-    table = next((part for part in tables if part["by"] == [item]), None)
+    table = next((entry for entry in tables if entry["by"] == [item]), None)
     if table is None:
         table = {"by": [item], "columns": []}
         tables.append(table)
