@@ -94,7 +94,7 @@ class Job:
         return model
 
     def set_step(self, step: int, dense_step: int) -> None:
-        """Set the global step, which dates vectors in the bank, and the learning rates."""
+        """Set the global step, and the learning rates after `dense_step` dense updates."""
         set_updates(self.schedule, dense_step)
         if self.em3.content is not None:
             self.em3.content.step = step

@@ -140,7 +140,7 @@ def encode_into_bank(
 
 
 SAMPLED_ITEMS = 4096
-# Deviations below this share of the outputs' size are rounding: a hundred times that of float32.
+# Deviations below this share of the outputs' size are rounding: about 100 times that of float32.
 ROUNDING = 1e-5
 LARGEST_SIZE = 10.0  # root mean square above which the outputs of an encoder are scaled
 

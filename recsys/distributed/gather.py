@@ -49,7 +49,7 @@ def gather_rows_to_first(tensor: Tensor, process_group: dist.ProcessGroup | None
 
 def gather_rows_with_gradient(rows: Tensor) -> tuple[Tensor, int]:  # [N, D] -> [sum of N, D]
     """Return the rows of all ranks and the index of this rank's first row. A collective."""
-    # Between hosts if the group has a backend for CPU: to read counts on a GPU makes hosts wait.
+    # On CPU if the group has a backend for it: to read counts on a GPU would make the host wait.
     device = torch.device("cpu") if "cpu:" in dist.get_backend_config() else rows.device
     all_counts = torch.empty(dist.get_world_size(), dtype=torch.int64, device=device)
     dist.all_gather_into_tensor(all_counts, torch.full((1,), len(rows), device=device))

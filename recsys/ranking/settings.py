@@ -134,7 +134,7 @@ class EncoderSettings:
     sequence_dropout: Dropout = 0.0
     """Dropout of each event's token and each layer's residual branches. SASRec has 0.2 to 0.5."""
     recent_items: PositiveInt = 64
-    """Latest items of a history that attend to each other. Older ones enter the last layer alone,
+    """Latest items of a history that attend to each other. Older ones enter only the last layer,
     so that cost does not grow with the square of the history."""
     time_gaps: str | None = None
     """Parallel list with the age of each item; default: the order alone."""
@@ -231,7 +231,7 @@ class GenerativeSettings(QuerySettings):
     code_levels: PositiveInt = 3
     """Levels of these codes."""
     num_codes: PositiveInt = 256
-    """Number of codes of each level, and of items that may share all their codes."""
+    """Number of codes of each level, and most items that may share all their codes."""
     decoder_layers: PositiveInt = 2
     """Layers of the decoder."""
     beam_size: PositiveInt = 50

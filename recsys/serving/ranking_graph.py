@@ -237,7 +237,7 @@ class Packaged(Protocol):
 
 
 def packaged(model: nn.Module, bfloat16: bool) -> nn.Module:
-    """Return a copy of a model with the layers of a package; other layers are shared.
+    """Return a model with the layers of a package; it shares other layers with `model`.
 
     With `bfloat16`, regions of autocast are removed: packaged layers compute in bfloat16 instead.
     """

@@ -174,7 +174,7 @@ def fill_statistics(neighbours: Neighbours, events: Events, settings: NeighbourS
 
 
 def value_deviations(events: Events, settings: NeighbourSettings) -> np.ndarray:  # [N]
-    """Return standardised values minus their user's mean, over `PRIOR_VALUES` more zeros."""
+    """Return standardised values minus their user's mean, which includes `PRIOR_VALUES` zeros."""
     if settings.values is None or not len(events.values):
         return np.zeros(len(events.values))
     deviations = (events.values - events.values.mean()) / (events.values.std() or 1.0)

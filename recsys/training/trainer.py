@@ -99,11 +99,8 @@ class Trainer:
         parts = job.config.validations_per_epoch
         ends = [interactions.batches_until(part, parts) for part in range(parts + 1)]
         interactions.begin(progress.epoch, progress.stages, progress.batches)
-        parts_left = range(progress.validations + 1, parts + 1)
-        stops = [
-            progress.batches,
-            *(interactions.batches_until(part, parts) for part in parts_left),
-        ]
+        remaining = range(progress.validations + 1, parts + 1)
+        stops = [progress.batches, *(interactions.batches_until(part, parts) for part in remaining)]
         num_updates = progress.dense_steps + job.updates_between(list(accumulate(stops, max)))
         epochs_after = job.config.epochs - progress.epoch - 1
         job.end_decay(num_updates + epochs_after * job.updates_between(ends))

@@ -100,7 +100,7 @@ class TextTransformer(TransformerEncoder):
 
 
 def unread_masks() -> AbstractContextManager[Any]:
-    """Keep transformers from reading whether a mask is needed, which makes a GPU wait."""
+    """Keep transformers from reading masks to skip them, which would make the host wait."""
     names = ("_ignore_bidirectional_mask_sdpa", "_ignore_causal_mask_sdpa")
     unread: dict[str, Any] = dict.fromkeys(names, lambda *_, **options: False)
     return patch.multiple(masking_utils, create=True, **unread)  # later versions may not read

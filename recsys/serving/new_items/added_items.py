@@ -102,7 +102,7 @@ class AddedItems:
     ) -> Manifest:
         """Write the folder of the next addition and return the manifest that names it.
 
-        Folders before this addition's are removed; readers of its manifest keep its folder.
+        Older folders are removed; readers of the current manifest keep its folder.
         """
         root, number, shape = package / FOLDER, self.number + 1, None
         if len(index):

@@ -219,7 +219,7 @@ def compare_with_baselines(
     job = load_run(run, data, ranks, ranks.device.type)
     settings = settings_with_vectors(run, job)
     items, catalogue = _read_catalogue(run, job, settings)
-    # Only here, so that an export does not run the encoders for all items.
+    # Encoder means are added only here: an export does not run the encoders for all items.
     if (encoders := _encoders(job, items)) is not None:
         catalogue.vectors["encoders"] = encoders
     counts = read_item_counts(run, job.schema.item_id_limit)

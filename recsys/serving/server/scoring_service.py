@@ -92,7 +92,7 @@ class ScoringService:
         self.package = LoadedPackage.load(settings, verified=verified)
         self._failures, self._retry_at = 0, 0.0
         self._scorer_thread = ThreadPoolExecutor(1, "scorer")
-        # A separate thread: without privileges its priority cannot be raised again. 0: this thread.
+        # A separate thread: without privileges its priority cannot be raised again. 0: the loader.
         priority = os.PRIO_PROCESS, 0, LOADER_NICENESS
         self._loader_thread = ThreadPoolExecutor(1, "loader", os.setpriority, priority)
         self._waiting = Counter[str]()  # requests and additions

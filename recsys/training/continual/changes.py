@@ -84,7 +84,7 @@ def new_schema(
 
 
 def _size_tables(schema: Schema, ids: NewIds, previous: Schema | None) -> None:
-    """Enlarge tables for the new ids of a partition; tables never shrink."""
+    """Enlarge tables for the new ids of a partition; never make a table smaller."""
     for table, vocabulary in exact_maps(schema).items():
         rows = schema.limit(table)
         if previous is not None and table in previous.grown and previous.limit(table) > rows:
