@@ -37,7 +37,7 @@ def main(words: list[str] | None = None) -> int:
         sys.stderr.write(f"{rank}error: {error}\n")
         return 1
     except KeyboardInterrupt as interrupt:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the rest at once
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
         sys.stderr.write("interrupted\n")
         return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
 

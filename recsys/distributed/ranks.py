@@ -64,7 +64,7 @@ class Ranks:
         return values
 
     def apart(self) -> Ranks:
-        """Return the same ranks with a group for collectives beside the steps. A collective."""
+        """Return the same ranks with a group for collectives during the steps. A collective."""
         return replace(self, own_group=dist.new_group(backend="gloo"))
 
     def from_first(self, value: Any) -> Any:

@@ -183,8 +183,8 @@ def in_history(batch: Batch, items: Tensor) -> Tensor:  # int64 [K] -> bool [B, 
 class RetrievalLoss(nn.Module):
     """Sum over labels of weight times the mean over all rows of the positive rows' cross-entropy.
 
-    Items of rows with label 0 are negatives; a row's own item and padding rows never are, nor with
-    `settings.exclude_seen` the items of its history.
+    Items of rows with label 0 are negatives, too. Excluded are a row's own item, padding rows and,
+    with `settings.exclude_seen`, the items of its history.
     """
 
     weights: Tensor

@@ -49,7 +49,7 @@ class NeighbourEvidence:
     batch: Batch  # with votes among its dense features
     evidence: Tensor  # [B, E], the columns of `layers.evidence.EVIDENCE`, without gradient
     regression: Tensor  # [B, C], of the evidence alone, by a linear map
-    logits: Tensor  # [B, C], with an MLP beside it
+    logits: Tensor  # [B, C], the regression plus an MLP
 
 
 @dataclass

@@ -102,7 +102,7 @@ class Scorer:
             ValueError: the folder is no package, a file of it differs (it is named), or the files
                 do not fit together.
         """
-        folder = Path(package).resolve()  # of a link, which may be exchanged meanwhile
+        folder = Path(package).resolve()  # a link may be replaced meanwhile
         if verified is None and previous is not None:
             verified = previous.verified
         verified = VerifiedFiles(verified)

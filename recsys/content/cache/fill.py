@@ -40,7 +40,7 @@ SECONDS_UNTIL_VISIBLE = 120  # network folders appear on other machines with a d
 
 
 def distinct_rows(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [N] -> [S], [N]
-    """Return the first row of each content, ascending, and each row's place among them, or -1."""
+    """Return the first row of each content, ascending, and each row's place among these, or -1."""
     rows = np.flatnonzero(hashes != b"")
     _, first, group = np.unique(hashes[rows], return_index=True, return_inverse=True)
     order = np.argsort(first)
@@ -50,7 +50,7 @@ def distinct_rows(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [N] -
 
 
 def encoder_key(encoder: Encoder) -> str:
-    """Return a hash of frozen weights, settings and batch shapes; what trains is left out."""
+    """Return a hash of frozen weights, settings and batch shapes, without trained weights."""
     dtype = () if encoder.frozen_dtype == torch.float32 else (dtype_of(encoder),)
     shapes = (ITEMS_PER_GROUP, SHORT_LENGTHS, encoder.max_length, *dtype)
     trained = {name for name, value in encoder.named_parameters() if value.requires_grad}
@@ -178,7 +178,7 @@ class _Fill:
                 raise
 
     def _earlier_caches(self) -> tuple[list[EarlierCache], np.ndarray]:
-        """Return caches of the encoder that hold rows, each in one of them, and the other rows."""
+        """Return caches of this encoder, with the rows to read from each, and the missing rows."""
         usable, missing = [], self.first
         for about in self.cache.glob(f"frozen-*/{ABOUT}"):
             # Damaged ones, or those being removed, are left out: encoding again is always correct.

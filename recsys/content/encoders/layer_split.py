@@ -70,7 +70,7 @@ class AtCut(nn.Module):
 
 
 class LayerSplit:
-    """Cut of `model` above the last of the layers `below`; if there is none, behind its `entry`."""
+    """Cut of `model` above the last of the layers `below`; without any, after its `entry`."""
 
     def __init__(self, model: nn.Module, entry: nn.Module, below: Sequence[nn.Module]) -> None:
         self.model = model

@@ -210,7 +210,7 @@ class TransformerEncoder(Encoder):
 
     @property
     def trained_parts(self) -> list[nn.Module]:
-        """Layers that are trained or have adapters, or lie above one; or the side network."""
+        """Layers from the lowest trained or adapted one to the top; or the side network."""
         return [self.side] if self.side is not None else self._layers[self.first_trained :]
 
     def frozen_settings(self) -> Any:
@@ -318,8 +318,6 @@ class TransformerEncoder(Encoder):
             return self._finish(self._run(content.values, content.mask), content.mask)
         hidden, mask = self._all_tokens(content.values), content.mask
         return self._finish(self.split.above(hidden, lambda: self._run_above_cut(mask)), mask)
-
-    # Texts and images override these.
 
     def _read_settings(self, modality: ModalitySettings, where: str) -> None:
         """Read and check the settings of texts or images alone."""

@@ -3,7 +3,7 @@
 HSTU (arXiv 2402.17152) has no softmax, but gates, and biases by place and time. Weights are
 SiLU(Q K' + bias) / L with L = `ranking.recent_items`, a constant, so that a row does not depend on
 the others of its batch. The causal transformer is SASRec (arXiv 1808.09781) with embeddings of
-place and age as in BST (arXiv 1905.06874); norms stand before each part.
+place and age as in BST (arXiv 1905.06874), and pre-norm layers.
 Shapes: B batch, T tokens of all histories, S sequences, L longest sequence, D width, H heads.
 """
 

@@ -77,7 +77,7 @@ Read = tuple[Tensor, Tensor]  # keys and values [T, D] that targets read of even
 
 @dataclass
 class Events:
-    """Times of the tokens that a layer reads."""
+    """Sequences, places and ages of the tokens that a layer reads."""
 
     sequences: Sequences
     places: Tensor  # int64 [T], the number of newer tokens, at most `ranking.recent_items`

@@ -127,7 +127,7 @@ class JaggedSequences:
     def ages(self) -> Tensor:  # int64 [T]: the number of newer tokens of the same row
         return self.history.ages
 
-    def padded(self, tokens: Tensor) -> Tensor:  # [T, K] -> [B, L, K], zero behind the last token
+    def padded(self, tokens: Tensor) -> Tensor:  # [T, K] -> [B, L, K], zero after the last token
         offsets, longest = [self.history.offsets], [self.history.longest]
         return torch.ops.fbgemm.jagged_to_padded_dense(tokens, offsets, longest, 0.0)
 

@@ -186,11 +186,11 @@ def _read(folder: Location, names: Sequence[str]) -> pa.Table:
 def refresh_features(package: Path, data: str, out: Path) -> Manifest:
     """Write a package with the last known features of a dataset; it appears whole or not at all.
 
-    Features of items that were added to the package stay where the dataset has none.
+    Features of items that were added to the package are kept if the dataset has none of them.
     """
     if out.exists():
         raise ValueError(f"{out}: exists already; remove it or name another folder")
-    package = package.resolve()  # of a link, which may be exchanged meanwhile
+    package = package.resolve()  # a link may be replaced meanwhile
     manifest, schema = read_manifest(package, verify=False), load_run_schema(package)
     if not schema.features:
         raise ValueError(f"{package}: looks up no features; export the run with a newer dataset")

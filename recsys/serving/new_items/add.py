@@ -69,7 +69,7 @@ def add_items(package: Path, items: str, encoders: EncoderCache | None = None) -
             of the run, or the package has no content or is damaged. Nothing is written then.
     """
     encoders = encoders or EncoderCache()
-    package = package.resolve()  # of a link, which may be exchanged meanwhile
+    package = package.resolve()  # a link may be replaced meanwhile
     read_manifest(package, verify=False)
     # Processes that add items at once wait for each other.
     with FileLock(package / ".lock"):

@@ -103,7 +103,7 @@ class Retriever:
     @staticmethod
     def load(folder: str | Path, verify: bool = True) -> Retriever:
         """Load a folder with an index; compare the hashes of its files, or only their sizes."""
-        folder = Path(folder).resolve()  # of a link, which may be exchanged meanwhile
+        folder = Path(folder).resolve()  # a link may be replaced meanwhile
         manifest = read_manifest_of(VectorsManifest, folder, verify)
         if manifest.index is None and manifest.vectors != "codes":
             raise ValueError(f"{folder}: has no index; export the vectors with --index hnsw")

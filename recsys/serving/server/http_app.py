@@ -134,11 +134,11 @@ class Routes:
         }
 
     async def live(self) -> dict[str, bool]:
-        """Return that the server runs."""
+        """Report that the server runs."""
         return {"live": True}
 
     async def ready(self) -> dict[str, bool]:
-        """Return that the server has its package, and is not about to end."""
+        """Report that the server has its package and is not about to end."""
         self._scoring.require_ready()
         return {"ready": True}
 
@@ -151,7 +151,7 @@ class Routes:
         return model_metadata(name, self._scoring.require_model(name, model_version))
 
     async def model_ready(self, name: str, model_version: str | None = None) -> dict[str, Any]:
-        """Return that the model is ready."""
+        """Report that the model is ready."""
         self._scoring.require_model(name, model_version)
         self._scoring.require_ready()
         return {"name": name, "ready": True}

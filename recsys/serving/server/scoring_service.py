@@ -59,7 +59,7 @@ class LoadedPackage:
         verified: VerifiedFiles | None = None,
     ) -> LoadedPackage:
         """Load a package as `Scorer.load` does, with its errors."""
-        folder = Path(settings.package).resolve()  # of a link, which may be exchanged meanwhile
+        folder = Path(settings.package).resolve()  # a link may be replaced meanwhile
         scorer = Scorer.load(folder, settings.verify, previous, verified, settings.features)
         example, statistics = (
             json.loads((folder / file).read_text()) for file in (REQUEST, STATISTICS)

@@ -132,7 +132,7 @@ class Workers(Multiprocess):
         super().terminate_all()
 
     def keep_subprocess_alive(self) -> None:
-        """Replace workers that ended or do not answer; the end of one is seen at once."""
+        """Replace workers that ended or do not answer; notice an ended one at once."""
         for process in self.processes:
             # An open copy here makes the supervisor wait HEALTH_SECONDS for a dead worker's answer.
             process.child_conn.close()
