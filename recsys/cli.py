@@ -16,8 +16,7 @@ from recsys.commands import COMMANDS
 HELP = {"-h", "--help"}
 
 atexit.register(gc.freeze)  # else the last garbage collection scans all modules at exit: 1 s
-# Libraries make millions of permanent objects: to scan them for garbage takes an eighth of the
-# start of a command.
+# Libraries make millions of permanent objects; scanning these takes 1/8 of a command's start.
 GARBAGE_THRESHOLDS = (50_000, 10, 10)
 
 

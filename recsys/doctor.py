@@ -28,8 +28,7 @@ MATCHING_TRIPLES = (
 # The row that this project is tested with, and which `install_command` installs.
 TESTED_TRIPLE = ("2.13", "1.8", "1.8")
 
-# Compute capabilities of FBGEMM's training kernels: sm_80 runs on all of 8.x, sm_90a and sm_100a
-# on no other.
+# Of FBGEMM's training kernels: sm_80 runs on all of 8.x, sm_90a and sm_100a on no other capability.
 KERNEL_CAPABILITIES = "8.x, 9.0 and 10.0"
 # NVML's answer where the driver's library and kernel module differ.
 NVML_VERSION_MISMATCH = 18

@@ -1,7 +1,6 @@
 """Optimizer of the dense parameters (one of torch.optim, or a user's class), its groups and state.
 
-Checkpoints have the state of any optimizer as named tensors; a Python number in it becomes a tensor
-with a marked name.
+Checkpoints store any optimizer's state as named tensors; a Python number gets a marked name.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,8 +1,8 @@
 """Score a target by similar items of the history: kernel regression, and votes.
 
 Kernel regression: a user's values deviate from the user's and the items' means by w . z plus noise.
-z is an item's vector, and w is normal, so it has a closed form that does not count similar history
-items twice (Rasmussen and Williams 2006, equation 2.11). z joins factors of the items'
+z is an item's vector. w is normal, so its mean has a closed form, which does not count similar
+history items twice (Rasmussen and Williams 2006, equation 2.11). z joins factors of the items'
 co-occurrence with a trained map of their content, which new items have, too.
 Votes: means of the values, weighted by similarity (item-based collaborative filtering, Sarwar et
 al. 2001), for each of several similarities: by users, by values, and by each modality's content.

@@ -249,8 +249,7 @@ def fit_to_rows(
 def fill_cold_rows(job: Job) -> dict[str, tuple[str, str]]:
     """Set rows that no step has trained by their table's `new_rows`. A collective.
 
-    `zero` is 0, `mean` the mean of the trained rows; moments stay zero. Returns the rule and a text
-    on the result by table.
+    `zero` is 0, `mean` that of trained rows; moments stay zero. Returns rule and result by table.
     """
     filled: dict[str, tuple[str, str]] = {}
     for table, rule in cold_row_rules(job.config, job.schema).items():

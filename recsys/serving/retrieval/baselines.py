@@ -120,8 +120,7 @@ def choose_blend(
 ) -> Blend:
     """Return the blend of parts whose decay and weights rank the targets of rows best.
 
-    The measure is NDCG over all items, not to a depth alone, which is less noisy with few rows.
-    Weights are at least 0.
+    The measure is NDCG over all items, less noisy than that at a depth. Weights are at least 0.
     """
     if rows.weights is not None:
         rows = rows.take(np.flatnonzero(rows.weights.numpy() > 0))

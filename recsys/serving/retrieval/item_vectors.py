@@ -166,8 +166,7 @@ def search_index(
 class CodeIndex:
     """Searches items by their codes, by the methods of a FAISS index that a retriever calls.
 
-    A query is a user's state, a score the log-probability of the decoder. The table of codes is
-    int64 [I, L + 2].
+    A query is a user's state, a score the decoder's log-probability; `table` is int64 [I, L + 2].
     """
 
     def __init__(self, decoder: CodeDecoder, table: np.ndarray, beam_size: int) -> None:

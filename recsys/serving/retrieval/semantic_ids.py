@@ -208,9 +208,8 @@ def export_semantic_ids(
     """Write semantic ids of all items, fitted to trained ones; return the collision report.
 
     The arguments are those of `recsys semantic-ids`, and `ranks` is a single process. `codebooks`
-    also decide the sizes and the kind of vectors. A ValueError says that a folder exists, the run
-    has no such vectors or fewer trained items than codes, the codebooks are of another model, or
-    FAISS is missing.
+    also decide sizes and kind of vectors. A folder that exists, a run without such vectors or with
+    too few trained items, codebooks of another model and a missing FAISS are ValueErrors.
     """
     if dataset is not None:
         if dataset.exists():
@@ -294,9 +293,8 @@ def write_dataset_with(
 ) -> None:
     """Write a local dataset whose rows also have the ids of their item, whole or not at all.
 
-    `ids` has raw ids of items, and lists of ids in [0, num_ids) in `column`; other items get an
-    empty list. The column is also looked up by the item: requests may leave it out, and no user
-    tower reads it.
+    `ids` has raw ids of items and lists of ids in [0, num_ids) in `column`; other items get []. The
+    column is also looked up by the item: requests may omit it, and no user tower reads it.
     """
     content = _schema_without(root, column)
     content["columns"][column] = {"kind": "ids", "num_embeddings": num_ids}

@@ -1,10 +1,9 @@
 """A blend of a two-tower model with its baselines, as files of a folder of item vectors.
 
-Parts that are dot products are concatenated in one vector per item: the model's vector, the content
-vector, the logarithm of the count. The other parts are neighbours of the history's items, summed
-with their weights in one matrix. An item's score is the dot product plus the mean of its matrix
-entries over the history. Entries are not negative, so the best items are among the best of the
-index and the neighbours.
+Parts that are dot products are concatenated in one vector per item: model, content, logarithm of
+the count. The other parts are neighbours of the history's items, summed with their weights in one
+matrix. An item's score is the dot product plus the mean of its matrix entries over the history.
+Entries are not negative, so the best items are among the index's best and the neighbours.
 
 Shapes: I items, V width of a vector, H items of a history, N neighbours, K results.
 """
