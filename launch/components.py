@@ -61,17 +61,17 @@ def _job(  # noqa: D417 - components copy the arguments, without the name of the
             "one per rank, or --gpu 0 to train on processors"
         )
     if gpu > 0:
-        # torchx leaves open the number of tasks, which Slurm refuses; sbatch reads GPUs by node.
+        # torchx requests GPUs without a number of tasks, which Slurm refuses; this is per node.
         os.environ["SBATCH_GPUS"] = str(gpu)
     # The same as --max-restarts; torchx passes its retries to the scheduler only.
     variables = {"PET_MAX_RESTARTS": str(max_retries)}
     if nnodes > 1:
-        # A node that returns would wait in vain for the store of torchrun's first start.
+        # Else a restarted node waits for the TCP store of torchrun's first start, which is gone.
         variables["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     variables |= env or {}
     job = dist.ddp(
         *args,
-        # Without `--` torchrun takes options of ours that begin like its own for abbreviations.
+        # Without `--` torchrun reads options of the command as abbreviations of its own options.
         m="--",
         name=name,
         image=image,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from recsys.model.losses import ContentIDContrastive
 
 __version__ = "0.1.0"
-_HOMES = {
+_MODULES = {
     "Batch": "recsys.data.batch",
     "ContentBranch": "recsys.content.branch",
     "ContentIDContrastive": "recsys.model.losses",
@@ -30,6 +30,6 @@ __all__ = ["EM3", "Batch", "ContentBranch", "ContentIDContrastive", "FusionQForm
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first use."""
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'recsys' has no attribute '{name}'")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)

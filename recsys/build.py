@@ -84,7 +84,7 @@ class Job:
         return self.pipeline.update.averages
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Return a context in which averages, if there are any, replace the weights."""
+        """Return a context in which the averaged weights, if any, replace the trained ones."""
         return nullcontext() if self.averages is None else self.averages.in_place()
 
     @property
@@ -94,19 +94,19 @@ class Job:
         return model
 
     def set_step(self, step: int, dense_step: int) -> None:
-        """Set the step that the bank stores as age, and the rates after `dense_step` updates."""
+        """Set the global step, and the learning rates after `dense_step` dense updates."""
         set_updates(self.schedule, dense_step)
         if self.em3.content is not None:
             self.em3.content.step = step
 
     def end_decay(self, num_updates: int) -> None:
-        """Set the number of dense updates in all epochs, at which learning-rate decay ends."""
+        """Set the number of dense updates of all epochs, after which learning-rate decay ends."""
         for share in self.schedule.lr_lambdas:
             assert isinstance(share, LearningRateShare)
             share.end_at(num_updates)
 
     def updates_between(self, batches: Sequence[int]) -> int:
-        """Count the dense updates from the first to the last of `batches`, each ending a group."""
+        """Count the dense updates from the first to the last batch number; each ends a group."""
         group = self.config.accumulate_steps
         return sum(-(-(end - begin) // group) for begin, end in pairwise(batches))
 
@@ -119,11 +119,11 @@ class Job:
         content, settings = self.em3.content, content_settings(self.config.content)
         is_bounded, sampler = self.schema.has_bounded_items, self.preparation.negatives
         draws_negatives = sampler is not None and sampler.feature is not None
-        chosen_later = chooses_items(settings, is_bounded, draws_negatives)
+        items_chosen_later = chooses_items(settings, is_bounded, draws_negatives)
         return BatchBuilder(
             self.schema,
             pooled_features(self.config.embedding, self.schema),
-            self.store if with_content and not chosen_later else None,
+            self.store if with_content and not items_chosen_later else None,
             encode_history=content is not None and content.encodes_history,
             with_labels=with_labels,
             content_histories=[] if settings is None else settings.history.columns,
@@ -223,7 +223,7 @@ def check_columns(
 ) -> None:
     """Open all splits and check the columns' types by their first rows. A collective.
 
-    What cannot be read, or does not fit the schema, is a ValueError on every rank.
+    Files that cannot be read or do not fit the schema are a ValueError on every rank.
     """
     with ranks.raise_on_all_ranks():
         if ranks.is_first:

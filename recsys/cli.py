@@ -15,9 +15,8 @@ from recsys.commands import COMMANDS
 
 HELP = {"-h", "--help"}
 
-atexit.register(gc.freeze)  # else the interpreter looks for garbage in all modules at its end: 1 s
-# The libraries make millions of objects that stay: to look for garbage among them is an eighth of
-# the start of a command.
+atexit.register(gc.freeze)  # else the last garbage collection scans all modules at exit: 1 s
+# Libraries make millions of permanent objects; scanning these takes 1/8 of a command's start.
 GARBAGE_THRESHOLDS = (50_000, 10, 10)
 
 
@@ -37,7 +36,7 @@ def main(words: list[str] | None = None) -> int:
         sys.stderr.write(f"{rank}error: {error}\n")
         return 1
     except KeyboardInterrupt as interrupt:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the rest at once
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
         sys.stderr.write("interrupted\n")
         return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
 
@@ -68,8 +67,8 @@ def _run(words: Sequence[str]) -> int:
 
 def _action_first(words: Sequence[str]) -> Sequence[str]:
     """Put the action of `prepare --log-level debug events` before the options."""
-    for place, (before, word) in enumerate(pairwise(words), 1):
-        is_value = before.startswith("--") and "=" not in before
+    for place, (previous, word) in enumerate(pairwise(words), 1):
+        is_value = previous.startswith("--") and "=" not in previous
         if f"{words[0]} {word}" in COMMANDS and not is_value:
             return [words[0], word, *words[1:place], *words[place + 1 :]]
     return words
@@ -100,7 +99,7 @@ def _silence_advice_to_library_developers() -> None:
     for name in ("torchrec", "torch.fx"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch(rec)?\.")
-    # They are shown on every rank while weights are loaded.
+    # Each rank would show progress bars while weights are loaded.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 

@@ -28,13 +28,12 @@ MATCHING_TRIPLES = (
 # The row that this project is tested with, and which `install_command` installs.
 TESTED_TRIPLE = ("2.13", "1.8", "1.8")
 
-# Compute capabilities of FBGEMM's training kernels: sm_80 runs on all of 8.x, sm_90a and sm_100a
-# on no other.
+# Of FBGEMM's training kernels: sm_80 runs on all of 8.x, sm_90a and sm_100a on no other capability.
 KERNEL_CAPABILITIES = "8.x, 9.0 and 10.0"
 # NVML's answer where the driver's library and kernel module differ.
 NVML_VERSION_MISMATCH = 18
 
-MANY_MODULES = 100  # of these, an import takes long enough to keep its objects out of collections
+MANY_MODULES = 100  # an import of more freezes its objects, so that later collections skip them
 
 FBGEMM_CUDA = "fbgemm-gpu"
 FBGEMM_CPU = "fbgemm-gpu-cpu"
@@ -64,12 +63,12 @@ def check_installation() -> list[Problem]:
 
 
 def require_working_installation(imports_torchrec: bool = True) -> None:
-    """End a job before it starts if the installed packages do not work, with each one's fix."""
+    """Raise an InstallationError that lists problems and fixes if packages do not work."""
     _refuse(_package_problems() or _import_problems(imports_torchrec))
 
 
 def require_matching_packages() -> None:
-    """End a command if packages are missing or do not match, with each one's fix; imports none."""
+    """Raise an InstallationError if packages are missing or do not match; import none of them."""
     _refuse(_package_problems())
 
 
@@ -149,15 +148,15 @@ def _fbgemm_problems() -> list[Problem]:
     # PyTorch's own index serves a CPU build under the CUDA name, marked +cpu.
     needs_driver = not installed.get(FBGEMM_CUDA, "+cpu").endswith("+cpu")
     if len(installed) == 2:
-        what = f"{FBGEMM_CUDA} and {FBGEMM_CPU} are both installed and overwrite each other's files"
+        flaw = f"{FBGEMM_CUDA} and {FBGEMM_CPU} are both installed and overwrite each other's files"
     elif needs_driver and not nvidia_driver_found():
-        what = (
+        flaw = (
             f"{FBGEMM_CUDA} {installed[FBGEMM_CUDA]} is the CUDA wheel, which cannot be imported "
             "without an NVIDIA driver, and this machine has none"
         )
     else:
         return []
-    return [Problem(what, _reinstall_command(FBGEMM_CUDA, FBGEMM_CPU))]
+    return [Problem(flaw, _reinstall_command(FBGEMM_CUDA, FBGEMM_CPU))]
 
 
 def _triple_problems() -> list[Problem]:
@@ -170,10 +169,10 @@ def _triple_problems() -> list[Problem]:
     minors = tuple(re.sub(r"^(\d+\.\d+).*", r"\1", str(full)) for full in installed.values())
     if minors in MATCHING_TRIPLES:
         return []
-    present = ", ".join(f"{name} {version}" for name, version in installed.items())
+    versions = ", ".join(f"{name} {version}" for name, version in installed.items())
     matching = "; ".join(" / ".join(triple) for triple in MATCHING_TRIPLES)
-    what = f"{present} do not match; the matching versions are {matching}"
-    return [Problem(what, install_command())]
+    flaw = f"{versions} do not match; the matching versions are {matching}"
+    return [Problem(flaw, install_command())]
 
 
 def _import_problems(imports_torchrec: bool = True) -> list[Problem]:
@@ -182,8 +181,8 @@ def _import_problems(imports_torchrec: bool = True) -> list[Problem]:
         try:
             _import(name)
         except Exception as error:  # a broken shared library may raise any error
-            what = f"import {name} fails: {type(error).__name__}: {error}"
-            return [Problem(what, install_command(force=True))]
+            flaw = f"import {name} fails: {type(error).__name__}: {error}"
+            return [Problem(flaw, install_command(force=True))]
     import torch
 
     try:
@@ -192,16 +191,16 @@ def _import_problems(imports_torchrec: bool = True) -> list[Problem]:
     except Exception as error:
         offsets, cause = None, f"{type(error).__name__}: {error}"
     if offsets != [0, 1, 3]:
-        what = f"FBGEMM is installed but does not compute: {cause}"
-        return [Problem(what, install_command(force=True))]
+        flaw = f"FBGEMM is installed but does not compute: {cause}"
+        return [Problem(flaw, install_command(force=True))]
     if torch.cuda.is_available() and FBGEMM_CPU in _installed_fbgemm():
-        what = f"torch sees a GPU, but {FBGEMM_CPU} has no CUDA operators"
-        return [Problem(what, _reinstall_command(FBGEMM_CPU))]
+        flaw = f"torch sees a GPU, but {FBGEMM_CPU} has no CUDA operators"
+        return [Problem(flaw, _reinstall_command(FBGEMM_CPU))]
     return []
 
 
 def unusable_gpu() -> str | None:
-    """Return torch's reason for not using the GPUs of this machine; None if it can or has none."""
+    """Return why torch cannot use this machine's GPUs; None if it can or there are none."""
     import torch
 
     if torch.cuda.is_available() or not gpus_of_driver():
@@ -247,7 +246,7 @@ def _gpu_problems() -> list[Problem]:
             )
         elif (reason := untrained_table(f"cuda:{index}")) is not None:
             problems.append(f"{name} does not train a table of FBGEMM: {reason}")
-    return [Problem(what, "use another GPU, or set device to cpu") for what in problems]
+    return [Problem(flaw, "use another GPU, or set device to cpu") for flaw in problems]
 
 
 def untrained_table(device: str) -> str | None:
@@ -259,12 +258,12 @@ def untrained_table(device: str) -> str | None:
         SplitTableBatchedEmbeddingBagsCodegen,
     )
 
-    place: tuple[Any, Any] = EmbeddingLocation.DEVICE, ComputeDevice.CUDA
+    location: tuple[Any, Any] = EmbeddingLocation.DEVICE, ComputeDevice.CUDA
     if device == "cpu":
-        place = EmbeddingLocation.HOST, ComputeDevice.CPU
+        location = EmbeddingLocation.HOST, ComputeDevice.CPU
     try:
         table = SplitTableBatchedEmbeddingBagsCodegen(
-            [(2, 4, *place)], learning_rate=1.0, device=torch.device(device)
+            [(2, 4, *location)], learning_rate=1.0, device=torch.device(device)
         )
         weights = table.split_embedding_weights()[0]
         weights.detach().fill_(1.0)
@@ -285,7 +284,7 @@ def _import(name: str) -> Any:
 def without_garbage_collection() -> Iterator[None]:
     """Pause garbage collection: while modules are loaded, it takes a fifth of the time.
 
-    Loaded modules are no garbage, and later collections do not look at them.
+    Loaded modules stay, so they are frozen, and later collections skip them.
     """
     collects, loaded = gc.isenabled(), len(sys.modules)
     gc.disable()
@@ -300,9 +299,9 @@ def without_garbage_collection() -> Iterator[None]:
 
 @contextmanager
 def _without_compiler() -> Iterator[None]:
-    """Keep tensordict from importing torch's compiler, which a process that computes nothing needs.
+    """Keep tensordict from importing torch's compiler, which `doctor` does not need.
 
-    On import it marks functions for the compiler, which takes a fifth of the time of `doctor`.
+    On import tensordict marks functions for the compiler, which takes a fifth of `doctor`'s time.
     """
     if (torch := sys.modules.get("torch")) is None or "tensordict" in sys.modules:
         yield

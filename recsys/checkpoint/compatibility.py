@@ -26,7 +26,7 @@ CHANGEABLE = re.compile(
     re.VERBOSE,
 )
 
-MODALITIES = "content.modalities"  # as the name of a setting: their order
+MODALITIES = "content.modalities"  # name under which another order of modalities is reported
 
 
 def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -40,14 +40,14 @@ def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differing(stored: dict[str, Any], current: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Yield name, stored and present value of each entry that differs; None: there is none."""
+    """Yield name, stored and current value of each entry that differs; None: no such entry."""
     for name in sorted(stored.keys() | current.keys()):
         if stored.get(name) != current.get(name):
             yield name, stored.get(name), current.get(name)
 
 
 def differing_settings(stored: Config, config: Config) -> Iterator[tuple[str, Any, Any]]:
-    """Yield name, stored and present value of each setting that differs and is not changeable."""
+    """Yield name, stored and current value of each setting that differs and is not changeable."""
     for name, *values in differing(flattened(to_plain(stored)), flattened(to_plain(config))):
         # Without the loss its head is not in the model.
         adds_head = name == "contrastive.weight" and 0 in values
@@ -65,8 +65,8 @@ def modalities_of(config: Config) -> list[str]:
 
 
 def check_config(stored: dict[str, Any], config: Config, where: str) -> None:
-    """Raise a ValueError that names the settings in which a checkpoint is of another model."""
-    if repr(stored) == repr(to_plain(config)):  # with the order of modalities
+    """Raise a ValueError with the settings that differ from a checkpoint and define its model."""
+    if repr(stored) == repr(to_plain(config)):  # compares the order of modalities, too
         return
     changes = [
         f"{name} (checkpoint: {previous}, now: {current})"

@@ -44,7 +44,7 @@ def step_of_folder(folder: Path) -> int:
 
 
 def folders_to_continue(checkpoints: Path) -> list[Path]:
-    """Return the folders from which a run goes on, first choice first; `best` only if alone."""
+    """Return the folders to resume from, first choice first; `best` only if there is no other."""
     best = checkpoints / BEST
     return folders_by_age(checkpoints) or ([best] if best.exists() else [])
 

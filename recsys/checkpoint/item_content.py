@@ -1,6 +1,6 @@
 """Encode items that were edited after training into the memory bank again.
 
-`RUN/item_content/DIGEST.npy` has the hashes by which a load finds them. N: items with a row there.
+Loading finds them by the hashes in `RUN/item_content/DIGEST.npy`. N: items with a row there.
 """
 
 import logging
@@ -29,7 +29,7 @@ class ChangedItems:
 
     ids: np.ndarray
     edited: int
-    num_known: int  # items of both
+    num_known: int  # items that the checkpoint had, too
     words: str
 
 
@@ -55,7 +55,7 @@ def encode_changed_items(
 ) -> None:
     """Encode the items that differ from those of a loaded checkpoint. A collective.
 
-    `new_rows` maps old ids to present ones, -1 if there is none; None: ids are the same. A
+    `new_rows` maps old ids to current ones, -1 if there is none; None: ids are the same. A
     ValueError on every rank if ranks read other items.
     """
     ranks = job.ranks
@@ -82,24 +82,24 @@ def changed_items(
     if new_rows is None and digest_of(items.tobytes()) == stored:
         return None
     file = run / FOLDER / f"{stored}.npy"
-    before = np.load(file, allow_pickle=False) if file.is_file() else np.zeros(0, TYPE)
-    if digest_of(before.tobytes()) != file.stem:
-        words = f"{file} is missing or damaged, so all {len(items):,} items are taken as changed"
-        return ChangedItems(items["item"].copy(), 0, 0, words)
+    stored_items = np.load(file, allow_pickle=False) if file.is_file() else np.zeros(0, TYPE)
+    if digest_of(stored_items.tobytes()) != file.stem:
+        summary = f"{file} is missing or damaged, so all {len(items):,} items are taken as changed"
+        return ChangedItems(items["item"].copy(), 0, 0, summary)
     if new_rows is not None:
-        before["item"] = new_rows(before["item"])
-        before = np.sort(before[before["item"] >= 0], order="item")
-    is_stored = np.isin(items["item"], before["item"], assume_unique=True)
-    place = np.searchsorted(before["item"], items["item"][is_stored])
+        stored_items["item"] = new_rows(stored_items["item"])
+        stored_items = np.sort(stored_items[stored_items["item"] >= 0], order="item")
+    is_stored = np.isin(items["item"], stored_items["item"], assume_unique=True)
+    place = np.searchsorted(stored_items["item"], items["item"][is_stored])
     edited = is_stored.copy()
-    edited[is_stored] = before["content"][place] != items["content"][is_stored]
-    removed = np.setdiff1d(before["item"], items["item"], assume_unique=True)
-    words = (
+    edited[is_stored] = stored_items["content"][place] != items["content"][is_stored]
+    removed = np.setdiff1d(stored_items["item"], items["item"], assume_unique=True)
+    summary = (
         f"since the checkpoint was written {edited.sum():,} of {len(items):,} items were edited, "
         f"{(~is_stored).sum():,} are new and {len(removed):,} are gone"
     )
     ids = np.sort(np.concatenate([items["item"][edited | ~is_stored], removed]))
-    return ChangedItems(ids, int(edited.sum()), int(is_stored.sum()), words)
+    return ChangedItems(ids, int(edited.sum()), int(is_stored.sum()), summary)
 
 
 def _content(job: Job) -> np.ndarray | None:  # TYPE [N], by item

@@ -46,7 +46,7 @@ MAX_FAILURES = 3  # failed writes in a row that end the job
 class Checkpoints:
     """The checkpoints of a run in training. All methods are collectives.
 
-    `data` is the fingerprint of the training rows; `writers` have a group for the writer's thread.
+    `data` is the fingerprint of the training rows; `writers` has a group for the writer's thread.
     """
 
     def __init__(self, job: Job, run: Path, data: str, writers: Ranks | None = None) -> None:
@@ -63,7 +63,7 @@ class Checkpoints:
     def save(self, progress: Progress, wait: bool = False) -> None:
         """Save the whole state; return when later steps can no longer change what is written.
 
-        Unless it is copied, that is when the files are written; the disk gets them meanwhile.
+        That is once the state is copied or, without a copy, once files are written but not synced.
         A value that is not finite is a ValueError, as is a failed write: with `wait`, or the third.
         """
         self.wait()
@@ -135,7 +135,7 @@ class Checkpoints:
             sizes = torch.tensor([num_bytes(state), -psutil.virtual_memory().available])
             dist.all_reduce(sizes, op=dist.ReduceOp.MAX, group=ranks.group)
             copy_bytes, free_bytes = int(sizes[0]) * ranks.local_world_size, -int(sizes[1])
-            # In host memory a copy takes as long as writing, whose pages the disk gets later.
+            # In host memory a copy takes as long as writing, which the page cache absorbs.
             fits = ranks.device.type != "cpu" and copy_bytes <= COPY_SHARE * free_bytes
             self._copies = setting == "true" or fits
             logger.info(
@@ -146,7 +146,7 @@ class Checkpoints:
         return self._copies
 
     def _start(self, state: State, folder: Path, progress: Progress) -> threading.Event:
-        """Begin to write a state; return an event that is set when it is read no more."""
+        """Begin to write a state; return an event that is set once the state has been read."""
         manifest = {
             "step": progress.steps,
             "progress": asdict(progress),
@@ -174,7 +174,7 @@ class Checkpoints:
                     partial.mkdir(parents=True)
             with ranks.raise_on_all_ranks(), readable_failure():
                 writer = dcp.FileSystemWriter(partial, single_file_per_rank=True, sync_files=False)
-                # The manifest has hashes; check sums take two thirds of the time training waits.
+                # The manifest has hashes; checksums take two thirds of the time training waits.
                 with serialization.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
                     dcp.save(state, storage_writer=writer, process_group=ranks.group)
             is_read.set()
@@ -183,12 +183,12 @@ class Checkpoints:
                 own_files += [partial / ".metadata"] if ranks.is_first else []
                 for file in own_files:
                     flush(file)
-                mine = describe_all(partial, own_files)
-            described = {name: entry for part in ranks.gather(mine) for name, entry in part.items()}
+                local = describe_all(partial, own_files)
+            entries = {name: entry for part in ranks.gather(local) for name, entry in part.items()}
             with ranks.raise_on_all_ranks():
                 if ranks.is_first:
                     run_files = files.run_file_hashes(folder.parents[1])
-                    manifest |= {"kept": run_files, "files": described, "format": files.FORMAT}
+                    manifest |= {"kept": run_files, "files": entries, "format": files.FORMAT}
                     write_signed(partial / files.MANIFEST, manifest)
                     replace_folder(partial, folder)
                     if folder.name != files.BEST:
@@ -204,7 +204,7 @@ class Checkpoints:
     def restore(self) -> Progress | None:
         """Load the newest complete checkpoint, in place; None without checkpoints. A collective.
 
-        A checkpoint of another model or other data, or damage of all, is a ValueError.
+        Another model, other data, or damage of all checkpoints is a ValueError.
         """
         ranks, faults = self.job.ranks, []
         for folder in ranks.on_first(files.folders_to_continue, self.folder):
@@ -242,16 +242,16 @@ class Checkpoints:
     def _continued(self, manifest: dict[str, Any], is_best: bool) -> Progress:
         job, ranks, config = self.job, self.job.ranks, manifest["config"]
         progress = Progress.from_json(manifest["progress"])
-        progress.validations += is_best  # the one that chose this model
-        before = Stage(manifest["world_size"], config["batch_size"], progress.batches)
+        progress.validations += is_best  # counts the one that chose this model
+        stored_stage = Stage(manifest["world_size"], config["batch_size"], progress.batches)
         current = Stage(ranks.world_size, job.config.batch_size, progress.batches)
         num_before, num_parts = config["validations_per_epoch"], job.config.validations_per_epoch
-        if progress.batches and (before != current or num_before != num_parts):
-            progress.stages.append(before)
+        if progress.batches and (stored_stage != current or num_before != num_parts):
+            progress.stages.append(stored_stage)
             progress.batches = 0
         if num_before != num_parts:  # parts whose rows are read are empty now
             progress.validations = num_parts if progress.validations == num_before else 0
-        if before.world_size != ranks.world_size:
+        if stored_stage.world_size != ranks.world_size:
             torch.manual_seed(job.config.seed + 1 + ranks.rank + 1000003 * progress.steps)
         job.set_step(progress.age, progress.dense_steps)
         job.model.fused_optimizer.set_optimizer_step(progress.table_steps)

@@ -21,7 +21,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class TrainedPartition:
-    """A partition as it was read."""
+    """Name, number of rows and fingerprint of a partition when it was read."""
 
     name: str  # its folder below `train/`, such as `date=2026-11-01`
     rows: int
@@ -34,8 +34,8 @@ class RunState:
 
     trained: tuple[TrainedPartition, ...] = ()  # in order
     begun: TrainedPartition | None = None  # the next one, if its scoring or training has begun
-    warm_start: str | None = None  # the run that the first partition's began from
-    first: str | None = None  # `--from` at its begin; what lies before is not of this run
+    warm_start: str | None = None  # the run that the first partition started from
+    first: str | None = None  # first `--from`; earlier partitions are not part of the run
 
     @property
     def last(self) -> TrainedPartition | None:
@@ -117,7 +117,7 @@ def newest_run(run: Path) -> Path:
 def learned_folders(run: Path, folder: str) -> list[str]:
     """Return the folders of a dataset whose rows a run has learned from, `folder` last.
 
-    The run of a partition has learned from those that its continual run trained on before, too.
+    The run of a partition has also learned from earlier partitions of its continual run.
     """
-    names = [f"train/{part.name}" for part in ContinualFolder(run.parent.parent).read().trained]
+    names = [f"train/{entry.name}" for entry in ContinualFolder(run.parent.parent).read().trained]
     return names[: names.index(folder) + 1] if folder in names else [folder]

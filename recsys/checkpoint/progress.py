@@ -39,7 +39,7 @@ class Progress:
 
     @property
     def age(self) -> int:
-        """Number of steps since the first run began from which this one was warm-started."""
+        """Number of steps, with those of all runs from which this one was warm-started."""
         return self.steps_before + self.steps
 
     @property

@@ -1,7 +1,7 @@
 """Read checkpoints of torch.distributed.checkpoint without running code that they contain.
 
 `.metadata` is a pickle: only classes of the format are unpickled, and only tensors are accepted.
-`StoredTensor` reads ranges of rows, however ranks have cut them. Shapes: R rows, D dimension.
+`StoredTensor` reads ranges of rows, however ranks sharded them. Shapes: R rows, D dimension.
 """
 
 import math
@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from recsys.storage.files import whole_file
 from recsys.storage.output_file import check_output
 
-BLOCK_BYTES = 2**25  # of rows that are read at a time
+BLOCK_BYTES = 2**25  # bytes of rows that are read at a time
 
 _ALLOWED = {
     "collections": {"OrderedDict"},
@@ -86,7 +86,7 @@ class SafeFileSystemReader(FileSystemReader):
 
 @contextmanager
 def readable_failure() -> Iterator[None]:
-    """Reduce a CheckpointException to its causes, without the stacks of all ranks."""
+    """Raise a ValueError with the causes of a CheckpointException, without the ranks' stacks."""
     try:
         yield
     except CheckpointException as error:

@@ -25,11 +25,11 @@ from recsys.storage.files import read_json, recover_folder, regular_file, whole_
 from recsys.storage.location import Location
 
 ITEM_COUNTS = "item_counts.npy"
-ITEM_COUNTS_BEFORE = "item_counts_before.npy"  # of earlier runs, by the rows of this one
+ITEM_COUNTS_BEFORE = "item_counts_before.npy"  # of the runs started from, by this run's rows
 SKIPPED_ROWS = "skipped_rows.json"
 LOCK = ".lock"  # held by the job that writes the folder
 METRICS = "metrics.json"
-JOB = ".job.json"  # the job that began the run, and with what results it has ended well
+JOB = ".job.json"  # the job that began the run and, once it has finished, hashes of its results
 REPLACED = ".checkpoints.replaced"
 COMPARISON = "comparison.json"
 BASELINE = "id_only"  # folder of the ID-only baseline's run
@@ -92,7 +92,7 @@ def was_restarted(run: Path) -> bool:
         first_job, finished = JobName(stored["torchrun"], stored["slurm"]), bool(stored["finished"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    # A node that came back reports no restarts; neither does another job of a finished one's name.
+    # A node that came back reports no restarts, nor does a new job with a finished job's name.
     if job.torchrun and job.torchrun == first_job.torchrun and (elastic or not finished):
         return True
     return slurm and job.slurm == first_job.slurm
@@ -109,7 +109,7 @@ def finish_run(run: Path) -> None:
 
 
 def check_metrics(run: Path) -> None:
-    """Raise a ValueError for metrics of another model than the run's present best model."""
+    """Raise a ValueError unless metrics are of the run's current best model."""
     stored, results = read_json(run / JOB) if (run / JOB).exists() else {}, _results(run)
     if not isinstance(stored, dict) or any(
         stored.get(key, results[key]) != results[key] for key in results
@@ -133,7 +133,7 @@ def begin_run(run: Path, job: Job, item_counts: ItemCounts, skipped_rows: dict[s
         _empty(run)
         run.mkdir(parents=True, exist_ok=True)
         _write_job(run, finished=False)
-        item_counts.save(run / ITEM_COUNTS)  # those of all ranks are on rank 0
+        item_counts.save(run / ITEM_COUNTS)  # rank 0 has the counts of all ranks
         write_whole(run / SKIPPED_ROWS, json.dumps(skipped_rows, indent=1) + "\n")
         keep_vocabularies(run, job)
         write_run_schema(run, job.schema)
@@ -146,8 +146,8 @@ def _empty(run: Path) -> None:
     if (run / "checkpoints").exists():
         (run / "checkpoints").rename(run / REPLACED)
     baseline = [BASELINE] if (run / BASELINE_MARK).exists() else []
-    for part in (REPLACED, "tensorboard", "vocabulary", FOLDER, *baseline):
-        shutil.rmtree(run / part, ignore_errors=True)
+    for name in (REPLACED, "tensorboard", "vocabulary", FOLDER, *baseline):
+        shutil.rmtree(run / name, ignore_errors=True)
     files = (COMPARISON, BASELINE_MARK, JOB, WARM_START, ITEM_COUNTS_BEFORE)
     for pattern in (*files, "scores_*.parquet", "evaluation_*.json", "baselines_*.json"):
         for file in run.glob(pattern):
@@ -165,8 +165,8 @@ def read_item_counts(run: Path, num_items: int | None, name: str = ITEM_COUNTS) 
         raise ValueError(f"{file}: cannot be read ({error}); train anew") from error
     is_limited = num_items is not None and len(items) > 0
     if not is_counts or (is_limited and not 0 <= items.min() <= items.max() < num_items):
-        what = "raw ids of items" if num_items is None else f"the {num_items:,} items of the schema"
-        raise ValueError(f"{file}: is not of {what}; train anew")
+        kind = "raw ids of items" if num_items is None else f"the {num_items:,} items of the schema"
+        raise ValueError(f"{file}: is not of {kind}; train anew")
     if (np.diff(items) <= 0).any() or (counts < 0).any():
         raise ValueError(f"{file}: damaged (items do not rise, or a count is negative); train anew")
     return stored

@@ -68,7 +68,7 @@ def schema_of_data(run: Path, root: Location, ranks: Ranks, goes_on: bool = Fals
     """
     trained = load_run_schema(run, with_vocabularies=False)
     data = load_schema(root, with_vocabularies=False)
-    # They are those of the run that it was begun from, or of the first partition.
+    # The run has the fits of the run that it started from, or of the first partition.
     is_partition = (run / PARTITION).is_file()
     keeps_fits = (run / WARM_START).is_file() or is_partition
     for name, chain in data.transforms.items():
@@ -77,7 +77,7 @@ def schema_of_data(run: Path, root: Location, ranks: Ranks, goes_on: bool = Fals
         if replaced.unfitted is not None and fitted is not None and fitted.is_fit_of(replaced):
             set_chain(data.columns[name], fitted)  # data without fitted values takes the run's
     for table in set(trained.tables_with("exact")) & set(data.tables_with("exact")):
-        # The next partition takes the rows that tables have got since.
+        # The data's tables may have grown since; the next partition uses their new rows.
         is_larger = data.limit(table) > trained.limit(table)
         if table in trained.grown or (is_partition and is_larger):
             data.columns[table].num_embeddings = trained.limit(table)
@@ -117,7 +117,7 @@ def _take_weights(trained: Schema, data: Schema) -> None:
 
 
 def agree_on_id_types(schema: Schema, ranks: Ranks) -> None:
-    """Share the types of raw ids among all ranks; two of a table are an error. A collective."""
+    """Share types of raw ids among all ranks; two types in a table are an error. A collective."""
     for id_types in ranks.gather(schema.id_types):
         for table, id_type in id_types.items():
             first = schema.id_types.setdefault(table, id_type)
@@ -129,10 +129,10 @@ def agree_on_id_types(schema: Schema, ranks: Ranks) -> None:
 
 
 def add_new_items(run: Path, schema: Schema, root: Location) -> str:
-    """Give new items of a dataset rows, if the run is that of a partition.
+    """Append a dataset's new items to the maps of ids, if the run is that of a partition.
 
-    New items have content, and table rows that no training has changed. Returns the folder of the
-    dataset with the run's training rows; a table with too few rows is a ValueError.
+    New items have content, but untrained table rows. Returns the folder of the dataset with the
+    run's training rows; a table with too few rows is a ValueError.
     """
     if not (run / PARTITION).is_file():
         return "train"
@@ -221,6 +221,6 @@ def _attributes(column: Column) -> dict[str, Any]:
 
 
 def changes(part: str, stored: dict[str, Any], current: dict[str, Any]) -> Iterator[str]:
-    """Yield each attribute that differs, in words."""
-    for name, before, present in differing(stored, current):
-        yield f"{f'{part} {name}'.rstrip()} (run: {short(before)}, data: {short(present)})"
+    """Yield a text for each attribute that differs."""
+    for name, old_value, new_value in differing(stored, current):
+        yield f"{f'{part} {name}'.rstrip()} (run: {short(old_value)}, data: {short(new_value)})"

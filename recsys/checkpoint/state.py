@@ -81,7 +81,7 @@ def _is_stored(job: Job) -> Callable[[str], bool]:
     frozen = {name for name, value in parameters} - trained
     encoders = job.em3.content.encoders.items() if job.em3.content else ()
     left_out = tuple(
-        f"content.encoders.{name}." for name, part in encoders if cast(Encoder, part).caches
+        f"content.encoders.{name}." for name, encoder in encoders if cast(Encoder, encoder).caches
     )
     return lambda name: name in trained or not (name in frozen or name.startswith(left_out))
 
@@ -166,7 +166,7 @@ def copy_of(state: State, job: Job) -> State:
 
 @torch.no_grad()
 def describe_not_finite(state: State, parameters: Collection[str]) -> str | None:
-    """Describe the first weight or moment, no buffer, on this rank that is not finite, if any."""
+    """Describe the first parameter or moment on this rank that is not finite; None if all are."""
     for name, value in state.items():
         if name.startswith("model.") and name.removeprefix("model.") not in parameters:
             continue

@@ -27,7 +27,7 @@ from recsys.data.vocabularies import BoundedVocabularies, UnknownIds
 
 
 def assign_to_owners(content: BatchContent, group: dist.ProcessGroup) -> BatchContent:
-    """Return the content of the items of this rank, `id mod W`, that any needs. A collective."""
+    """Return content of items that this rank owns (`id mod W`) and any needs. A collective."""
     world_size = dist.get_world_size(group)
     owner = content.items % world_size
     order = owner.argsort(stable=True)  # [R], by owner: vectors arrive in this order
@@ -54,7 +54,7 @@ def assign_to_owners(content: BatchContent, group: dist.ProcessGroup) -> BatchCo
 def with_negatives(content: BatchContent, negatives: Tensor) -> BatchContent:  # int64 [K]
     """Return the content of the items of a batch and of its drawn negatives.
 
-    With vectors of the memory bank, which are older, negatives could be told from the target.
+    Negatives are encoded, as older vectors of the memory bank would differ visibly from targets.
     """
     items, index = torch.cat([content.items, negatives]).unique(return_inverse=True)
     place, negative_index = index.split([len(content.items), len(negatives)])
@@ -71,8 +71,8 @@ def with_negatives(content: BatchContent, negatives: Tensor) -> BatchContent:  #
 def shorten_histories(batch: Batch, bank: MemoryBank, top_k: int) -> Callable[[], Batch]:
     """Begin to read the bank; the result keeps `top_k` history items. A collective.
 
-    These have the highest cosines to the target (MUSE, arXiv 2512.07216). A GPU is waited for in
-    the second call alone, when it has had a step to compute.
+    These have the highest cosines to the target (MUSE, arXiv 2512.07216). Only the second call
+    waits for a GPU, which has computed a step in between.
     """
     ids = torch.cat([batch.target.items, batch.history.items])
     route, _ = bank.routes(ids)()
@@ -187,14 +187,14 @@ class BatchPreparation:
     def _begin(
         self, batch: Batch, step: int, training: bool, with_content: bool, is_pinned: bool
     ) -> Callable[[], Callable[[], Batch]]:
-        """Begin a batch; after a search on a GPU the result goes on. All calls are collectives."""
+        """Begin a batch; call the result, then its result, to end. All calls are collectives."""
         search: Callable[[], Batch] | None = None
         top_k = 0 if self.content is None else self.content.history.top_k
         if top_k and len(batch.sequence_features.keys()) > 1:
             assert self.bank is not None
             search = shorten_histories(batch, self.bank, top_k)
 
-        def go_on() -> Callable[[], Batch]:
+        def prepare() -> Callable[[], Batch]:
             prepared = batch if search is None else search()
             if self.negatives is not None:
                 draw = self.seed, step, dist.get_rank(self.group)
@@ -204,8 +204,8 @@ class BatchPreparation:
             return self._with_routes(prepared, step, training, is_new, is_pinned)
 
         if search is not None and self.bank is not None and not is_host(self.bank.device):
-            return go_on
-        finish = go_on()
+            return prepare
+        finish = prepare()
         return lambda: finish
 
     def _with_items(self, batch: Batch, step: int, training: bool, with_content: bool) -> Batch:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Projection(nn.Linear):
-    """A linear map of inputs that fixed numbers first shift and scale; by default by 0 and 1."""
+    """A linear map after a fixed shift and scale of the inputs, by default 0 and 1."""
 
     shift: Tensor  # [E]
     scale: Tensor  # []
@@ -85,7 +85,7 @@ class HistoryMap(nn.Module):
         if self.scaling is None:
             return self.map.weight
         layer: Any = self.map
-        low, high = (part["default"].weight for part in (layer.lora_A, layer.lora_B))
+        low, high = (adapter["default"].weight for adapter in (layer.lora_A, layer.lora_B))
         return torch.addmm(layer.base_layer.weight, high, low, alpha=self.scaling)
 
 
@@ -102,7 +102,7 @@ def exchange_vectors(
 
 
 class ContentBranch(nn.Module):
-    """Encodes the unique items of a batch and looks its history up.
+    """Encodes the unique items of a batch and looks up the vectors of its history.
 
     `bank` has width `settings.vector_dim`, and is None for history mode `full`. `group` has the
     ranks that share items if `settings.dedup` is global; default: all. A modality with the name of
@@ -164,18 +164,18 @@ class ContentBranch(nn.Module):
         `encoded_before`: outputs of encoders that do not run again, by modality.
         """
         parts = cast(dict[str, Encoder], self.encoders).items()
-        encoders = {name: part for name, part in parts if name not in encoded_before}
+        encoders = {name: encoder for name, encoder in parts if name not in encoded_before}
         if self.training and self.compiled is not None:
             frozen = {name: part.above_frozen(content[name]) for name, part in encoders.items()}
             return self.compiled(frozen, dict(encoded_before))
-        new = {name: part.encode(content[name]) for name, part in encoders.items()}
+        new = {name: encoder.encode(content[name]) for name, encoder in encoders.items()}
         return self._fused({**encoded_before, **new})
 
     def encode_frozen(
         self, frozen: dict[str, ContentInput], encoded_before: dict[str, ContentInput]
     ) -> Tensor:
         """Return `encode` of outputs of the encoders' frozen parts: one graph, if compiled."""
-        new = {name: self.encoders[name](part) for name, part in frozen.items()}
+        new = {name: self.encoders[name](output) for name, output in frozen.items()}
         return self._fused(encoded_before | new)
 
     def _fused(self, outputs: Mapping[str, ContentInput]) -> Tensor:  # [E, D + M * D]
@@ -198,7 +198,7 @@ class ContentBranch(nn.Module):
         return self._vectors(rows.items, lambda: rows.history, content)
 
     def item_rows(self, batch: Batch) -> tuple[Tensor, Callable[[], Tensor]]:
-        """Return vectors [R, D + M * D], and what reads the history's [U, ...]: collectives."""
+        """Return vectors [R, D + M * D] and a reader of the history's [U, ...]. Collectives."""
         content, bank = batch.content, self.bank
         ids, route = batch.history.items, content.bank_reads
         fresh = self._encode_items(content)  # [E, D + M * D]
@@ -209,8 +209,8 @@ class ContentBranch(nn.Module):
         if self.training:
             # Written before the lookup: vectors just computed on any rank replace stale ones in
             # the histories of all ranks in the same step (LEMUR, 2511.10962).
-            index = content.write_index  # of items with a row
-            vectors = fresh if index is None else fresh.index_select(0, index)
+            write_index = content.write_index  # of items with a row
+            vectors = fresh if write_index is None else fresh.index_select(0, write_index)
             bank.update(content.bank_write_rows, vectors, self.step, content.bank_writes)
         read = functools.cache(lambda: bank.lookup(ids, route)[0])
         self.step += self.training
@@ -226,8 +226,8 @@ class ContentBranch(nn.Module):
         if count is None or count >= len(content.items):
             return self.encode(inputs)
         with torch.no_grad():
-            refreshed = self.encode({name: part[count:] for name, part in inputs.items()})
-        trained = self.encode({name: part[:count] for name, part in inputs.items()})
+            refreshed = self.encode({name: entries[count:] for name, entries in inputs.items()})
+        trained = self.encode({name: entries[:count] for name, entries in inputs.items()})
         return torch.cat([trained, refreshed])
 
     def _vectors(

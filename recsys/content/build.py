@@ -92,14 +92,14 @@ def _line(name: str, report: CacheReport | None, store: ContentStore) -> str:
     if report is not None:
         items, num_bytes, folder = report.items, report.num_bytes, report.folder
         rate = report.encoded / report.seconds
-        what = f"{report.encoded:,} encoded in {report.seconds:,.1f} s, {rate:,.0f} items/s"
-        what = what if report.encoded else "was already there"
+        status = f"{report.encoded:,} encoded in {report.seconds:,.1f} s, {rate:,.0f} items/s"
+        status = status if report.encoded else "was already there"
     else:
         items = int((store.arrays[name].lengths > 0).sum())
         num_bytes = sum(path.stat().st_size for path in folder.iterdir())
-        what = "cache_frozen_layers is false, so only the input of the encoder is kept"
+        status = "cache_frozen_layers is false, so only the input of the encoder is kept"
         if isinstance(kind, Feature):
-            what = "features need no encoder"
+            status = "features need no encoder"
         elif kind.modality.training == "full":
-            what = "all layers train, so only their input is kept"
-    return f"{name}: {items:,} items, {num_bytes:,} bytes in {folder}; {what}"
+            status = "all layers train, so only their input is kept"
+    return f"{name}: {items:,} items, {num_bytes:,} bytes in {folder}; {status}"

@@ -12,6 +12,6 @@ class Dropout(nn.Dropout):
     def forward(self, input: Tensor) -> Tensor:  # any shape -> same shape
         if not self.training or self.p in (0, 1) or not is_on_host(input):
             return super().forward(input)
-        # In place: of the mask's few operations each would else write a tensor of its own.
+        # In place, since each operation on the mask would otherwise write a new tensor.
         factors = torch.rand(input.shape).ge_(self.p).div_(1 - self.p)
         return input * factors.to(input.dtype)

@@ -1,9 +1,9 @@
 """Trained encoders run for a share of a step's items; the other items take their last outputs.
 
 A trained encoder costs many times what the rest of a step costs, and its outputs change slowly.
-Projections, fusion and all that lies above train on every item of the step. LEMUR (arXiv
-2511.10962) reads the fused vectors of the others instead, which get no gradient and are older than
-the projections.
+Projections, fusion and all later layers train on every item of the step. LEMUR (arXiv 2511.10962)
+instead reads stored fused vectors of the other items, which get no gradient and are older than the
+projections.
 Shapes: E items that this rank encodes, C chosen ones, W sum of the widths of trained encoders.
 """
 
@@ -26,7 +26,7 @@ from recsys.data.items.kind import ContentInput
 class EncoderOutputs:
     """The last output of each trained encoder for each item, `content.encoder_share`.
 
-    encoders: by modality, each with one token per item. share: of a step's items for which they
+    encoders: by modality, each with one token per item. share: of a step's items for which encoders
     run. bank: a row of width W per item; `write` fills it before the first step.
     """
 
@@ -37,7 +37,7 @@ class EncoderOutputs:
     def beside(
         bank: MemoryBank | None, content: ContentSettings, encoders: Mapping[str, Encoder]
     ) -> EncoderOutputs | None:
-        """Return the empty outputs of a job with this bank; None if encoders run for all items.
+        """Return empty outputs, placed as the memory bank; None if encoders run for all items.
 
         A trained encoder with several tokens per item is a ValueError.
         """
@@ -75,7 +75,7 @@ class EncoderOutputs:
         self.bank.update(items, rows, step, route)
 
     def choose(self, items: Tensor, step: int) -> Callable[[], EncodedPlaces]:
-        """Begin to choose and route items [E] on the host; call the result. Both: collectives."""
+        """Choose and route items [E] on the host; call the result to end. Both are collectives."""
         places = self._places(items, step)
         routes = self.bank.routes(items, items[places])
         return lambda: EncodedPlaces(places, *routes())
@@ -101,6 +101,6 @@ class EncoderOutputs:
 
 
 def sampled_places(items: Tensor, count: int, step: int) -> Tensor:  # [E] -> [C]
-    """Return the places of `count` items, ascending, by a hash: a resumed run has the same."""
+    """Return the places of `count` items, ascending, by a hash that a resumed run repeats."""
     hashed = (items + 7919 * step) % 2**20 * 2654435761 % 2**32
     return hashed.argsort(stable=True)[:count].sort().values

@@ -41,11 +41,11 @@ class JointSelfAttention(nn.Module):
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))  # once, not for each of the maps
         query, key, value = self.query(x[:, :num_outputs]), self.key(x), self.value(x)
-        query, key, value = (part.unflatten(-1, heads) for part in (query, key, value))
+        query, key, value = (tensor.unflatten(-1, heads) for tensor in (query, key, value))
         if is_on_host(x) and x.shape[1] <= FEW_TOKENS:
             attended = _attention_of_few(query, key, value, mask, self.scale)
         else:
-            query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+            query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
             attended = F.scaled_dot_product_attention(
                 query, key, value, attn_mask=mask[:, None, None, :], scale=self.scale
             ).transpose(1, 2)
@@ -98,7 +98,7 @@ class ModernLayer(nn.Module):
         attention, up, down = self.attention, self.feed_forward[0], self.feed_forward[2]
         parts: list[Any] = [self.attention_norm, attention.query, attention.key, attention.value]
         parts += [attention.output, self.feed_forward_norm, up, down]
-        return [weight for part in parts for weight in (part.weight, part.bias)]
+        return [weight for module in parts for weight in (module.weight, module.bias)]
 
 
 class ConcatFusion(nn.Module):
@@ -198,7 +198,7 @@ class FusionQFormer(nn.Module):
         return fused if self.linear is None else fused + self.linear(tokens, mask, modality)
 
     def kernel_refusal(self) -> str | None:
-        """Return None: what counts are an item's tokens, of which `forward` logs too many."""
+        """Return None: the kernel limits the tokens of an item, which `forward` checks and logs."""
         return None
 
     def _has_kernel(self, tokens: Tensor) -> bool:  # [U, T, D]

@@ -1,4 +1,4 @@
-"""Content of items outside of training steps: starts projections, fills the bank, scores.
+"""Content of items outside of training steps: initialises projections, fills the bank, scores.
 
 A projection starts with the principal components of its encoder's outputs.
 Shapes: U items, N items with a row in the files, S cached vectors or sampled items, V width of a
@@ -38,7 +38,7 @@ ITEMS_PER_CALL, SCORED_ITEMS_PER_CALL = 256, 1024
 
 
 def items_per_fill(device: torch.device) -> int:
-    """Return the items of a call that fills the bank: on a GPU so many that it is busy."""
+    """Return the number of items of a call that fills the bank: more on a GPU, to keep it busy."""
     return ITEMS_PER_CALL if is_host(device) else SCORED_ITEMS_PER_CALL
 
 
@@ -53,8 +53,8 @@ class ItemVectorCache:
         max_bytes: int = MAX_CACHE_BYTES,
     ) -> None:
         self.branch, self.store, self.device, self.max_bytes = branch, store, device, max_bytes
-        # By row of the files, the place of an item's vector, -1 without one. The last entry stands
-        # for all items without a row: they have the same vector, that of no content.
+        # Place of each item's vector by row of the files, -1 if not cached. The last entry stands
+        # for all items without a row, which share the vector of no content.
         self._places = np.full(store.items.num_rows + 1, -1)
         modalities = len(branch.encoders) if branch.keeps_modalities else 0
         self._cached = torch.zeros(0, branch.dim * (1 + modalities), device=device)  # [S, V]
@@ -140,9 +140,9 @@ def encode_into_bank(
 
 
 SAMPLED_ITEMS = 4096
-# Deviations below this share of the outputs' size are rounding: of float32, about a hundred times.
+# Deviations below this share of the outputs' size are rounding: about 100 times that of float32.
 ROUNDING = 1e-5
-LARGEST_SIZE = 10.0  # root mean square from which on the outputs of an encoder are scaled
+LARGEST_SIZE = 10.0  # root mean square above which the outputs of an encoder are scaled
 
 
 @torch.no_grad()
@@ -155,7 +155,7 @@ def start_projections(
 ) -> None:
     """Set weights and biases from a sample of the items, equal on all ranks. A collective.
 
-    `trained`, the training rows by item of rank 0, excludes items without rows.
+    `trained`, on rank 0 the number of training rows by item, excludes items without any.
     """
     ids = np.sort(store.items.ids)
     if trained is not None and (has_rows := trained.of(ids) > 0).any():
@@ -198,13 +198,13 @@ def _warn_of_equal_items(modality: ModalitySettings, name: str, digests: list[by
     share = share_of_most_common(digests)
     if not is_mostly_equal(share, len(digests)):
         return
-    words, fix = "equal content", "choose a column in which items differ, or remove the modality"
+    equal, fix = "equal content", "choose a column in which items differ, or remove the modality"
     if modality.kind == "text":
-        words = f"the same first {modality.max_length} tokens (max_length)"
+        equal = f"the same first {modality.max_length} tokens (max_length)"
         fix = f"raise content.modalities.{name}.max_length, or {fix}"
     logger.warning(
         f"modality '{name}' (column '{modality.column}'): {round(share * len(digests)):,} of "
-        f"{len(digests):,} sampled items have {words}, which does not distinguish them; {fix}"
+        f"{len(digests):,} sampled items have {equal}, which does not distinguish them; {fix}"
     )
 
 

@@ -49,14 +49,14 @@ def gather_rows_to_first(tensor: Tensor, process_group: dist.ProcessGroup | None
 
 def gather_rows_with_gradient(rows: Tensor) -> tuple[Tensor, int]:  # [N, D] -> [sum of N, D]
     """Return the rows of all ranks and the index of this rank's first row. A collective."""
-    # By the hosts where the group has a backend for them: numbers on a GPU would be waited for.
+    # On CPU if the group has a backend for it: to read counts on a GPU would make the host wait.
     device = torch.device("cpu") if "cpu:" in dist.get_backend_config() else rows.device
     all_counts = torch.empty(dist.get_world_size(), dtype=torch.int64, device=device)
     dist.all_gather_into_tensor(all_counts, torch.full((1,), len(rows), device=device))
     counts = all_counts.tolist()
     padded = F.pad(rows, (0, 0, 0, max(counts) - len(rows)))
     gathered = _gather_and_scatter(padded) if rows.is_cuda else all_gather(padded)
-    parts = [part[:count] for part, count in zip(gathered, counts, strict=True)]
+    parts = [rank_rows[:count] for rank_rows, count in zip(gathered, counts, strict=True)]
     return torch.cat(parts), sum(counts[: dist.get_rank()])
 
 

@@ -1,7 +1,7 @@
 """Keep the ranks of a loop in step: all react to an event of any rank before the same batch.
 
-Events are an error, SIGTERM, SIGINT and a checkpoint that is due. Between two exchanges of flags a
-rank without a batch trains on its last one again; the job then ends with its error.
+Events are an error, SIGTERM, SIGINT and a checkpoint that is due. A rank that cannot read a batch
+repeats its last batch until the next exchange of flags; the job then ends with that rank's error.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ B = TypeVar("B")  # a batch; this package does not use its content
 
 # Seconds in which a second SIGINT is the launcher's copy of the first; later ones are the user's.
 ECHO_SECONDS = 1.0
-# Seconds between exchanges: how long an error waits. Schedulers kill 30 seconds after they ask.
+# Seconds between exchanges, the delay of an error. Schedulers kill 30 seconds after SIGTERM.
 SECONDS_BETWEEN = 0.5
 MOST_BATCHES = 16
-# Exchanges with the first batches of a stretch, which a pipeline fetches before its first step.
+# First batches of a stretch, each with an exchange: a pipeline fetches them before its first step.
 FIRST_BATCHES = 8
 
 
@@ -38,7 +38,7 @@ class TrainingStopped(Exception):
 
 
 class FlagExchange:
-    """Decides at which batches ranks exchange flags, alike on all: by the pace of the slowest."""
+    """Decides at which batches ranks exchange flags, from the slowest rank's pace."""
 
     def __init__(self) -> None:
         self.num_batches = 0
@@ -112,9 +112,9 @@ class Lockstep:
         self._handlers: dict[int, Any] = {}
         self._ahead: _BatchRequest[Any] | None = None  # batch fetched for the next step
         self._exchange = FlagExchange()
-        self._failed_at = 0  # number of the batch before which `_error` was met
+        self._failed_at = 0  # number of batches before `_error`
         self._has_failed = False  # whether this rank cannot read its next batches
-        self._last_batch: Any = None  # in place of these
+        self._last_batch: Any = None  # repeated in their place
 
     def __enter__(self) -> Lockstep:
         if threading.current_thread() is threading.main_thread():
@@ -127,7 +127,7 @@ class Lockstep:
             signal.signal(number, handler)
 
     def listen(self) -> None:
-        """From now on keep requests to end, also before the first batch, until `sync_errors`."""
+        """From now on record requests to end, also before the first batch, for `sync_errors`."""
         self._has_begun = True
 
     def _end(self, number: int, frame: FrameType | None) -> None:

@@ -57,7 +57,7 @@ def print_table(text: str) -> None:
     """Print a table, above a progress bar if there is one; call it on rank 0 alone."""
     from tqdm import tqdm
 
-    tqdm.write(text, file=sys.stdout)  # whatever that is at the time
+    tqdm.write(text, file=sys.stdout)  # looked up now, as it may have been replaced
     sys.stdout.flush()
 
 

@@ -29,7 +29,7 @@ class DenseUpdate:
     """One update of dense parameters: clip the gradient, step, update averages and statistics."""
 
     optimizer: CombinedOptimizer  # also sets the rates of fused optimizers
-    dense: Optimizer  # the one inside it
+    dense: Optimizer  # the optimizer of dense parameters inside `optimizer`
     clip_norm: float | None = None
     averages: AveragedWeights | None = None
     statistics: RunningStatistics | None = None
@@ -98,7 +98,7 @@ class AccumulatingPipeline(IdsPipeline):
                 output = self.progress(batches)
             except StopIteration:
                 if self.copies is not None:
-                    self.copies.settle()  # what follows saves or scores the tables
+                    self.copies.settle()  # tables may be saved or scored next
                 unlock_cached_rows(self.model)
                 return
             yield output

@@ -64,7 +64,7 @@ class Ranks:
         return values
 
     def apart(self) -> Ranks:
-        """Return the same ranks with a group for collectives beside the steps. A collective."""
+        """Return the same ranks with a group for collectives during the steps. A collective."""
         return replace(self, own_group=dist.new_group(backend="gloo"))
 
     def from_first(self, value: Any) -> Any:
@@ -124,7 +124,7 @@ def joined_ranks(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Ranks]:
     if use_cuda and not torch.cuda.is_available():
         raise ValueError("device is cuda, but no GPU is usable; set device to cpu or auto")
     torch_device, backend = torch.device("cpu"), "gloo"
-    if use_cuda:  # small agreements between ranks still travel over gloo
+    if use_cuda:  # collectives of host tensors use gloo
         torch_device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(torch_device)
     else:
@@ -146,7 +146,7 @@ def joined_ranks(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Ranks]:
 
 
 def keep_freed_memory() -> None:
-    """Keep freed host memory, which glibc returns: CPU steps gain 6 to 10 %, requests a fifth."""
+    """Make glibc keep freed memory: CPU steps become 6 to 10 % faster, requests a fifth."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
@@ -154,19 +154,19 @@ def keep_freed_memory() -> None:
     mallopt(_MMAP_THRESHOLD, LARGEST_HEAP_BLOCK)
     mallopt(_TRIM_THRESHOLD, HEAP_BYTES)
     mallopt(_TOP_PAD, LARGEST_HEAP_BLOCK)
-    # Arrow's own allocator takes new pages for what it has returned: three times as many faults.
+    # Arrow's own allocator returns freed pages, which causes three times as many page faults.
     pa.set_memory_pool(pa.system_memory_pool())
 
 
 def name_attempt(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
-    """Agree on a name with the ranks running now, whatever the store has of earlier ones."""
-    word, deadline = secrets.token_hex(8), time.monotonic() + timeout.total_seconds()
+    """Agree on a name with the ranks running now, also if the store has keys of earlier ranks."""
+    token, deadline = secrets.token_hex(8), time.monotonic() + timeout.total_seconds()
     if rank > 0:
-        store.set(f"join/word/{rank}", word)
+        store.set(f"join/word/{rank}", token)
         while True:
             answer = _read_key(store, f"join/answer/{rank}")
-            if answer.startswith(word):
-                name = answer.removeprefix(word)
+            if answer.startswith(token):
+                name = answer.removeprefix(token)
                 store.set(f"join/confirmed/{rank}", name)
                 return name
             _poll(deadline, "rank 0 did not come")
@@ -174,24 +174,24 @@ def name_attempt(store: dist.Store, rank: int, world_size: int, timeout: timedel
     answered: dict[int, str] = {}
     while missing:
         for other in sorted(missing):
-            spoken = _read_key(store, f"join/word/{other}")
-            if spoken and answered.get(other) != spoken:
-                store.set(f"join/answer/{other}", spoken + word)
-                answered[other] = spoken
-            if _read_key(store, f"join/confirmed/{other}") == word:
+            rank_token = _read_key(store, f"join/word/{other}")
+            if rank_token and answered.get(other) != rank_token:
+                store.set(f"join/answer/{other}", rank_token + token)
+                answered[other] = rank_token
+            if _read_key(store, f"join/confirmed/{other}") == token:
                 missing.remove(other)
         if missing:
             _poll(deadline, f"ranks {sorted(missing)} did not come")
-    return word
+    return token
 
 
 def _read_key(store: dist.Store, key: str) -> str:
     return store.get(key).decode() if store.check([key]) else ""
 
 
-def _poll(deadline: float, complaint: str) -> None:
+def _poll(deadline: float, reason: str) -> None:
     if time.monotonic() > deadline:
-        raise TimeoutError(complaint)
+        raise TimeoutError(reason)
     time.sleep(POLL_SECONDS)
 
 

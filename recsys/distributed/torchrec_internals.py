@@ -70,14 +70,14 @@ def keep_ids(modules: Iterable[nn.Module]) -> None:
 
 
 class LocalIds(KJTAllToAll):
-    """Hands the ids of one sharding of a collection over on the only rank."""
+    """Returns the ids of one sharding of a collection as they are, on the only rank."""
 
     def forward(self, ids: KeyedJaggedTensor) -> Awaitable[KJTAllToAllTensorsAwaitable]:
         return NoWait(_KeptIds(ids))
 
 
 class _KeptIds(KJTAllToAllTensorsAwaitable):
-    """The ids, and the sizes that the output exchange asks for."""
+    """Awaitable of the ids, with the sizes that the output exchange reads."""
 
     def __init__(self, ids: KeyedJaggedTensor) -> None:
         super(KJTAllToAllTensorsAwaitable, self).__init__()

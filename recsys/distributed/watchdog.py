@@ -31,7 +31,7 @@ FINDING = "finding"  # key in the store: the finding that ends the job
 WATCHED_RANKS = 8  # number of other ranks that each rank watches, unless a machine has more
 DESCRIBED_RANKS = 8  # how many ranks a finding describes
 LONGEST_JOIN = 30.0  # seconds that the end of a rank waits for a thread of its watchdog
-OWN_SOURCE = tuple(str(Path(__file__).parents[2] / part) for part in ("recsys", "embeddings"))
+OWN_SOURCE = tuple(str(Path(__file__).parents[2] / name) for name in ("recsys", "embeddings"))
 
 
 class Watchdog:
@@ -84,7 +84,7 @@ class Watchdog:
 
     @contextmanager
     def armed(self) -> Iterator[None]:
-        """Expect progress inside the block, which may stand in another one."""
+        """Expect progress inside the block; blocks may be nested."""
         previous, self._is_armed = self._is_armed, True
         try:
             yield
@@ -158,8 +158,8 @@ class Watchdog:
             holder = f"the launcher on {os.environ.get('MASTER_ADDR')}"
         while not self._stopping.wait(self.interval):
             if silence.look(self._exchanges) >= self.timeout:
-                words = f"{holder}, which holds the job's store, has stopped answering"
-                self._end(f"{words} for {self.timeout:g} s")
+                description = f"{holder}, which holds the job's store, has stopped answering"
+                self._end(f"{description} for {self.timeout:g} s")
 
     def _end(self, finding: str) -> None:
         if not self._ending.acquire(blocking=False):
@@ -172,7 +172,7 @@ class Watchdog:
             raise RuntimeError(finding)
         except RuntimeError as error:  # torchrun's report shows its traceback
             get_error_handler().record_exception(error)
-        # The others read it within an interval, and a launcher kills them when one has exited.
+        # Other ranks read the finding within an interval; a launcher kills them when one exits.
         time.sleep(1.5 * self.interval)
         os._exit(1)
 
@@ -194,8 +194,8 @@ class Heartbeat:
         return cls(**json.loads(text))
 
     def __str__(self) -> str:
-        how = "ended" if self.ended else "last seen"
-        return f"{how} after '{self.last_mark}', in {self.place}"
+        status = "ended" if self.ended else "last seen"
+        return f"{status} after '{self.last_mark}', in {self.place}"
 
 
 class Unchanged:
@@ -225,13 +225,13 @@ def stalled_ranks(beats: dict[int, Heartbeat], timeout: float) -> str:
     """Describe the ranks that the others wait for: those that have begun the fewest collectives."""
     last = min((beat.collectives, beat.marks) for beat in beats.values())
     behind = {rank: beat for rank, beat in beats.items() if (beat.collectives, beat.marks) == last}
-    what = f"{_rank_names(behind)} made no progress for {timeout:g} s while the others wait"
+    finding = f"{_rank_names(behind)} made no progress for {timeout:g} s while the others wait"
     if len(behind) == len(beats):
-        what = (
+        finding = (
             f"no rank has made progress for {timeout:g} s and none is behind the others: a "
             "collective or a device hangs"
         )
-    return f"{what} ({_states(behind)})"
+    return f"{finding} ({_states(behind)})"
 
 
 def _rank_names(beats: dict[int, Heartbeat]) -> str:

@@ -56,7 +56,7 @@ def library_file() -> Path:
 def load_kernels() -> None:
     """Register the C++ kernels with torch; unless a build exists, compile them or CompileError.
 
-    Of processes that need them at once one compiles, and the others wait for it.
+    If several processes need the kernels at once, one compiles and the others wait.
     """
     library = library_file()
     try:
@@ -82,7 +82,7 @@ def build_state() -> str:
 
 
 def _locked(file: Path) -> AbstractContextManager[object]:
-    """Take a lock, which the system takes from a process that ends; a `with` block frees it."""
+    """Take a lock that the end of a `with` block, or of the process, releases."""
     lock = FileLock(file)
     try:
         return lock.acquire(timeout=0)
@@ -129,7 +129,7 @@ def _compile(library: Path) -> None:
     from torch.utils import cpp_extension
 
     compiler = [*_compiler(), *FLAGS]
-    # Headers of torch are those of a system, whose warnings are not ours.
+    # Torch's headers are system headers to the compiler, which hides their warnings.
     includes = [f"-isystem{path}" for path in cpp_extension.include_paths("cpu")]
     libraries = [f"-L{path}" for path in cpp_extension.library_paths("cpu")]
     sources = sorted(SOURCES.rglob("*.cpp"))
@@ -166,7 +166,7 @@ def _first_line(text: str) -> str:
 
 Kernels = Literal["auto", "torch", "native"]
 
-# Of a whole training step without the kernel, beside one with it.
+# Duration of a whole training step without the kernel, relative to one with it.
 COSTS = {
     "target_attention": "1.3 to 3 times as long",
     "content_interest": "1.1 to 1.3 times as long",
@@ -207,7 +207,7 @@ def log_refusal(kernel: str, refusal: str) -> None:
 
 
 def _kernel_refusals(model: nn.Module) -> set[tuple[str, str | None]]:
-    modules: list[Any] = [part for part in model.modules() if hasattr(part, "kernel_refusal")]
+    modules: list[Any] = [module for module in model.modules() if hasattr(module, "kernel_refusal")]
     return {(module.kernel, module.kernel_refusal()) for module in modules}
 
 
@@ -238,9 +238,9 @@ def has_native(*tensors: Tensor) -> bool:
     """
     if _KernelChoice.kernels == "torch" or torch.compiler.is_exporting() or is_forward_mode():
         return False
-    if any(part.dtype not in FLOATS for part in tensors):
+    if any(tensor.dtype not in FLOATS for tensor in tensors):
         return False
-    return all(part.device.type == "cpu" for part in tensors) and _are_loaded()
+    return all(tensor.device.type == "cpu" for tensor in tensors) and _are_loaded()
 
 
 def has_built(tensor: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Operators with their backward, the types of their inputs, and three of the operators.
+"""Defines operators with a backward, checks types of inputs, and defines three operators.
 
 Kernels read float32, int64 and bool. The functions `native_...` cast; operators refuse other types.
 `recsys::content_interest` is attention and cosines over items without gradient: a linear map of the
@@ -44,7 +44,7 @@ class Operator:
     def define(self, fake: Callable[..., Any]) -> None:
         """Register the operators; `fake` returns outputs of the right shapes."""
         kinds, outputs = self._kinds(), ", ".join(["Tensor"] * self.num_outputs)
-        gradients = ", ".join(kinds[part] for part in self.gradients)
+        gradients = ", ".join(kinds[name] for name in self.gradients)
         forward, backward = f"recsys::{self.name}", f"recsys::{self.name}_backward"
         torch.library.define(forward, f"({self.inputs}) -> ({outputs})")
         torch.library.define(backward, f"({self.backward_inputs}) -> ({gradients})")
@@ -54,14 +54,14 @@ class Operator:
         torch.library.register_autograd(backward, self._refuse_second_derivative)
 
     def _kinds(self) -> dict[str, str]:
-        return {part.split()[1]: part.split()[0] for part in self.inputs.split(", ")}
+        return {argument.split()[1]: argument.split()[0] for argument in self.inputs.split(", ")}
 
     def _arguments(self) -> list[str]:
-        return [part.split()[1] for part in self.backward_inputs.split(", ")]
+        return [argument.split()[1] for argument in self.backward_inputs.split(", ")]
 
     def _fake_backward(self, *values: Any) -> tuple[Any, ...]:
         by_name = dict(zip(self._arguments(), values, strict=True))
-        inputs = tuple(by_name[part] for part in self.gradients)
+        inputs = tuple(by_name[name] for name in self.gradients)
         return tree_map(lambda tensor: tensor.new_empty(tensor.shape), inputs)
 
     def _save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -74,19 +74,19 @@ class Operator:
                     "not compute; detach it, or set kernels to torch"
                 )
         outputs = output if self.num_outputs > 1 else (output,)
-        values = [by_name[part] for part in self._arguments()[self.num_outputs :]]
+        values = [by_name[name] for name in self._arguments()[self.num_outputs :]]
         lists = [value for value in values if isinstance(value, list | tuple)]
         tensors = [value for value in values if isinstance(value, Tensor)]
         ctx.numbers = values[len(tensors) + len(lists) :]
-        ctx.list_sizes = {part: len(by_name[part]) for part in kinds if "[]" in kinds[part]}
+        ctx.list_sizes = {name: len(by_name[name]) for name in kinds if "[]" in kinds[name]}
         ctx.shapes = [result.shape for result in outputs[: self.num_results]]
-        ctx.zero_shapes = {part: by_name[part].shape for part in self.zero_gradients}
+        ctx.zero_shapes = {name: by_name[name].shape for name in self.zero_gradients}
         ctx.save_for_backward(*outputs[self.num_results :], *tensors, *chain(*lists))
         ctx.mark_non_differentiable(*outputs[self.num_results :])
-        ctx.set_materialize_grads(False)  # no zeros for saved tensors, megabytes
+        ctx.set_materialize_grads(False)  # zeros for saved tensors would take megabytes
 
     def _backward(self, ctx: Any, *incoming: Tensor | None) -> tuple[Any, ...]:
-        by_name: dict[str, Any] = {part: [None] * size for part, size in ctx.list_sizes.items()}
+        by_name: dict[str, Any] = {name: [None] * size for name, size in ctx.list_sizes.items()}
         like = next((gradient for gradient in incoming if gradient is not None), None)
         if like is not None:  # something reads a result
             values = list(ctx.saved_tensors)
@@ -99,8 +99,8 @@ class Operator:
             compute = getattr(torch.ops.recsys, f"{self.name}_backward")
             computed = compute(*gradients, *values, *ctx.numbers)
             by_name |= dict(zip(self.gradients, computed, strict=True))
-            by_name |= {part: like.new_zeros(shape) for part, shape in ctx.zero_shapes.items()}
-        return tuple(by_name.get(part) for part in self._kinds())
+            by_name |= {name: like.new_zeros(shape) for name, shape in ctx.zero_shapes.items()}
+        return tuple(by_name.get(name) for name in self._kinds())
 
     def _refuse_second_derivative(self, *_: Any) -> NoReturn:
         raise RuntimeError(
@@ -111,14 +111,14 @@ class Operator:
 
 def row_stride(width: int) -> int:
     """Return the distance of rows of this width in kernels' memory: `distance_of` in C++."""
-    whole = (width + 15) // 16 * 16
-    return whole + 16 if whole >= 128 else whole
+    padded = (width + 15) // 16 * 16
+    return padded + 16 if padded >= 128 else padded
 
 
 def as_float32(operator: str, **inputs: Tensor) -> list[Tensor]:
-    """Return inputs in float32; of other types than FLOATS they are a ValueError.
+    """Return inputs in float32; a type that is not in FLOATS is a ValueError.
 
-    A forward-mode derivative, which would be zero in silence, is a RuntimeError.
+    A forward-mode derivative, which would silently be zero, is a RuntimeError.
     """
     if is_forward_mode():
         message = f"recsys::{operator} has no forward-mode derivative; set kernels to torch"
@@ -182,8 +182,8 @@ def native_content_interest(
     """Return attention's weighted sums and the similarity features, in float32, by a kernel.
 
     Sums are of the items' first vectors v and the lists, by the softmax of queries[b, 0] . v +
-    list_factors[b] . parallel[n]. Features are those of `similarity_features`. Queries of the first
-    vector have passed the transposed map.
+    list_factors[b] . parallel[n]. Features are those of `similarity_features`. Queries for the
+    first vectors are already multiplied by the transposed map.
     """
     operator = "content_interest"
     vectors = as_float32(operator, queries=queries, items=items, map=map_)
@@ -224,7 +224,7 @@ def native_dot_interaction(
 ) -> Tensor:  # [B, D + I]
     """Return the dense vector and the dot products of pairs, by a kernel, of PyTorch's type."""
     parts = [sparse] if isinstance(sparse, Tensor) else list(sparse)
-    vectors = {f"sparse[{place}]": part for place, part in enumerate(parts)}
+    vectors = {f"sparse[{place}]": tensor for place, tensor in enumerate(parts)}
     dense32, *sparse32 = as_float32("dot_interaction", dense=dense, **vectors)
     out: Tensor = torch.ops.recsys.dot_interaction(dense32, sparse32)
     device = dense.device.type
@@ -234,7 +234,7 @@ def native_dot_interaction(
 
 
 def _fake_dots(dense: Tensor, sparse: Sequence[Tensor]) -> Tensor:
-    fields = sum(part.shape[1] if part.dim() == 3 else 1 for part in sparse)
+    fields = sum(tensor.shape[1] if tensor.dim() == 3 else 1 for tensor in sparse)
     return dense.new_empty(dense.shape[0], dense.shape[1] + fields * (fields + 1) // 2)
 
 

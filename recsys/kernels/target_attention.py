@@ -2,8 +2,8 @@
 
 The first is over jagged histories. The score's first layer is one matrix per row, M_b = (W1 + W3) +
 W4 diag(t). Results are equal to the last bit in every run and for any number of threads.
-Graphs of packages call the second one, where all rows have one history. Without gradient, it is the
-kernel of the first where that is compiled, and else PyTorch: a server waits for no compiler.
+Graphs of packages, whose rows all have one history, call the second, which has no gradient. It uses
+the kernel if it is already compiled, and else PyTorch, so that a server waits for no compiler.
 Shapes: B batch, U unique items, N history items of the batch, D dimension, P parallel lists, H and
 G units of the two hidden layers.
 """
@@ -21,7 +21,7 @@ from recsys.kernels.choice import has_built
 from recsys.kernels.operators import Operator, as_float32, as_int64, result_dtype, rounds_products
 
 MAX_UNITS = 512
-MAX_UNIT_BYTES = 16 * 2**20  # of units kept for the backward: larger blocks are not reused
+MAX_UNIT_BYTES = 16 * 2**20  # of units saved for the backward: larger blocks are not reused
 _INPUTS = (
     "Tensor target, Tensor items, Tensor index, Tensor offsets, Tensor parallel, Tensor lists, "
     "Tensor first, Tensor first_bias, Tensor second, Tensor second_bias, Tensor last"
@@ -142,7 +142,7 @@ def _compute(
     vectors = items + parallel.to(items.dtype) @ lists.T  # [L, D]
     is_small = len(weights) == NATIVE_LAYERS and weights[0].shape[0] <= MAX_UNITS
     inputs = [target, vectors, *weights, *biases]
-    if is_small and all(part.dtype == torch.float32 for part in inputs) and has_built(target):
+    if is_small and all(tensor.dtype == torch.float32 for tensor in inputs) and has_built(target):
         # A softmax does not change if all its scores do, so the last bias is left out.
         (first, second, last), (first_bias, second_bias, _) = weights, biases
         return torch.ops.recsys.attention_to_shared(

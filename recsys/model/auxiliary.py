@@ -34,7 +34,7 @@ class AuxiliaryInputs:
 
     logits: Tensor  # [B, C], of the ranking model
     ids: IDVectors  # of the ranked rows
-    content: ContentVectors | None  # of the same; its `read_history` is a collective
+    content: ContentVectors | None  # of the ranked rows; its `read_history` is a collective
     batch: Batch
     # [B] of each extra column that the loss lists; NaN: no value.
     columns: dict[str, Tensor] = field(default_factory=dict)
@@ -58,7 +58,7 @@ class AuxiliaryLosses(nn.Module):
                 for column in getattr(loss, "columns", ())
             }
             parts[name] = loss(inputs)
-        total = torch.stack([self.weights[name] * part for name, part in parts.items()]).sum()
+        total = torch.stack([self.weights[name] * value for name, value in parts.items()]).sum()
         return total, parts
 
 

@@ -51,8 +51,8 @@ def build_em3(
     _check_labels(config.ranking, config.best_model_by, schema)
     dims = {table.name: table.embedding_dim for table in tables}
     pooled = pooled_features(config.embedding, schema)
-    further = _build_extra_sequences(config, schema, dims[schema.target_item])
-    widths = further.widths if further is not None else {}
+    extra_sequences = _build_extra_sequences(config, schema, dims[schema.target_item])
+    widths = extra_sequences.widths if extra_sequences is not None else {}
     dimensions = InputDimensions.of(schema, pooled, dims, process_group, widths)
     neighbours = None
     if config.neighbours is not None:
@@ -75,7 +75,7 @@ def build_em3(
         id_reader=id_reader,
         ranking=build_ranking(config.ranking, dimensions, content),
         losses=losses,
-        further_histories=further,
+        further_histories=extra_sequences,
         scaling=_build_scaling(config.ranking, schema),
         neighbours=neighbours,
         target_dropout=target_dropout(config, schema),
@@ -88,25 +88,25 @@ def _check_labels(ranking: RankingSettings, best_model_by: str, schema: Schema) 
         raise ValueError(
             f"ranking.label_weights: no label {unknown}; the labels are {list(labels)}"
         )
-    numbers = [name for name, loss in labels.items() if loss != "bce"]
-    if numbers and softmax_settings(ranking) is not None:
+    numeric_labels = [name for name, loss in labels.items() if loss != "bce"]
+    if numeric_labels and softmax_settings(ranking) is not None:
         raise ValueError(
-            f"ranking.loss is a softmax over items, which label '{numbers[0]}' with loss "
-            f"{labels[numbers[0]]} cannot choose; set ranking.loss to pointwise"
+            f"ranking.loss is a softmax over items, which label '{numeric_labels[0]}' with loss "
+            f"{labels[numeric_labels[0]]} cannot choose; set ranking.loss to pointwise"
         )
-    first, by = next(iter(labels)), best_model_by
-    if (first in numbers) != (by in ("rmse", "mae")):
-        fitting = "rmse or mae" if first in numbers else "auc, gauc or auc_and_gauc"
+    first, metric = next(iter(labels)), best_model_by
+    if (first in numeric_labels) != (metric in ("rmse", "mae")):
+        fitting = "rmse or mae" if first in numeric_labels else "auc, gauc or auc_and_gauc"
         raise ValueError(
-            f"best_model_by is {by}, which the first label, '{first}' with loss {labels[first]}, "
-            f"does not define; set best_model_by to {fitting}"
+            f"best_model_by is {metric}, which the first label, '{first}' with loss "
+            f"{labels[first]}, does not define; set best_model_by to {fitting}"
         )
 
 
 def _rows_of_ids(
     content: ContentSettings | None, schema: Schema
 ) -> tuple[RowsPerID, list[RowsPerID]]:
-    """Return the lists of ids beside the first history, and the columns of each further one."""
+    """Return the ID lists beside the first history, and all ID columns of each further one."""
     columns: list[RowsPerID] = [
         {name: schema.rows_per_id(name) for name in (history.name, *history.ids)}
         for history in schema.histories
@@ -165,8 +165,8 @@ def build_ranking(
     settings: RankingSettings, dimensions: InputDimensions, content: ContentSettings | None
 ) -> nn.Module:
     """Return `Class(settings, dimensions, content)` for the class that `settings.name` names."""
-    knows_seen = dimensions.has_history and dimensions.num_items > 0
-    if isinstance(settings, RetrievalSettings) and settings.exclude_seen and not knows_seen:
+    can_exclude_seen = dimensions.has_history and dimensions.num_items > 0
+    if isinstance(settings, RetrievalSettings) and settings.exclude_seen and not can_exclude_seen:
         raise ValueError(
             "ranking.exclude_seen leaves out the items of the history, and schema.yaml has no "
             "column of kind sequence, or a bounded vocabulary of items; set exclude_seen to false"

@@ -102,8 +102,8 @@ class TotalLoss(nn.Module):
             members = members if isinstance(members, Tensor) else logits
             ranking = self.ranking(members, labels, weights)
             if isinstance(scored, BlendedLogits):
-                for part in (scored.neighbours.regression, scored.neighbours.logits):
-                    ranking = ranking + self.ranking(part, labels, weights)
+                for evidence_logits in (scored.neighbours.regression, scored.neighbours.logits):
+                    ranking = ranking + self.ranking(evidence_logits, labels, weights)
         if self.contrastive is None:
             return ranking, {"loss": ranking}
         assert content is not None
@@ -114,7 +114,7 @@ class TotalLoss(nn.Module):
 
 
 class Scoring(nn.Module):
-    """From vectors to losses: what `compile` makes one graph of on GPUs, in training.
+    """Computes losses from vectors: on GPUs `compile` makes it one graph in training.
 
     It is a module without weights of its own, so that TorchRec's trace does not enter it.
     """
@@ -178,8 +178,8 @@ class EM3(nn.Module):
         bags = self.embedding_bags
         pooled = bags(batch.sparse_features) if bags is not None else None
         sequences = self.embeddings(batch.sequence_features)
-        # Runs before the looked-up vectors are read, so that it overlaps with their communication,
-        # and in the backward with that of their gradients.
+        # Content runs before the looked-up vectors are read, to overlap with their communication
+        # and, in the backward pass, with that of their gradients.
         content = self.content(batch) if self.content is not None else None
         ids = self.id_reader(pooled, sequences, batch)
         scored: tuple[Tensor, Any] = self.scoring(ids, content, batch)
@@ -192,20 +192,20 @@ class EM3(nn.Module):
         if isinstance(content, ItemRows):
             assert self.content is not None
             content = self.content.of_rows(content, batch.content)
-        rows = self.scaling(batch) if self.scaling is not None else batch
+        scaled_batch = self.scaling(batch) if self.scaling is not None else batch
         if self.further_histories is not None:
-            ids = self.further_histories(ids, content, rows)
-        newness, ranked = None, ids
+            ids = self.further_histories(ids, content, scaled_batch)
+        newness, ranking_ids = None, ids
         if self.training and (self.neighbours is not None or self.target_dropout):
             # One number for both, so that a row that counts as new has neither vector nor votes.
             newness = torch.rand(len(ids.target), device=ids.target.device)
             if self.target_dropout:
-                ranked = ids.without_targets(newness < self.target_dropout)
+                ranking_ids = ids.without_targets(newness < self.target_dropout)
         if self.neighbours is None:
-            scored = self.ranking(ranked, content, rows)
+            scored = self.ranking(ranking_ids, content, scaled_batch)
         else:
-            neighbours = self.neighbours(content, rows, newness)
-            scored = self.ranking(ranked, content, neighbours.batch)
+            neighbours = self.neighbours(content, scaled_batch, newness)
+            scored = self.ranking(ranking_ids, content, neighbours.batch)
             scored = self.neighbours.blend(scored, neighbours)
         result: ScoredBatch = self.losses(scored, ids, content, batch)
         return result

@@ -21,7 +21,7 @@ from recsys.ranking.vectors import IDVectors
 
 logger = logging.getLogger(__name__)
 
-# Columns that are looked up one vector per id, and the number of table rows of each of their ids.
+# Columns that are looked up one vector per id, with the number of table rows of each id.
 RowsPerID = Mapping[str, int]
 
 
@@ -66,7 +66,7 @@ class IDVectorReader(nn.Module):
         self.negatives, self.beside, self.further = negatives, beside or {}, further
 
     def forward(self, pooled: Any, sequences: Any, batch: Batch) -> IDVectors:
-        """Read a KeyedTensor of F vectors [B, D] or by whole history, and JaggedTensors by name."""
+        """Read F vectors, [B, D] or a row per whole history, and JaggedTensors by name."""
         by_name = pooled.to_dict() if self.pooled_features else {}
         target = sequences[self.target].values()
         history = sequences[self.history].values() if self.history else target[:0]
@@ -75,13 +75,13 @@ class IDVectorReader(nn.Module):
         dropouts = zip(self.pooled_features, self.pooled_dropouts)
         pooled_vectors = [dropout(by_name[name]) for name, dropout in dropouts]
         if self.beside:
-            history = batch.history.jagged().gather(history) + _added_up(sequences, self.beside)
+            history = batch.history.jagged().gather(history) + _column_sum(sequences, self.beside)
         negatives = sequences[self.negatives].values() if self.negatives else None
-        further = [_added_up(sequences, columns) for columns in self.further]
+        further = [_column_sum(sequences, columns) for columns in self.further]
         return IDVectors(pooled_vectors, target, history, not self.beside, negatives, further)
 
 
-def _added_up(sequences: Any, columns: RowsPerID) -> Tensor:  # [N, D]
+def _column_sum(sequences: Any, columns: RowsPerID) -> Tensor:  # [N, D]
     total: Any = None
     for name, num_rows in columns.items():
         vectors = sequences[name].values()
@@ -91,12 +91,12 @@ def _added_up(sequences: Any, columns: RowsPerID) -> Tensor:  # [N, D]
     return total
 
 
-HORIZON = 10  # runs, of which a warm-started one averages the statistics
+HORIZON = 10  # number of runs over which warm-started runs average the statistics
 LARGEST = 8.0  # standard deviations; larger values are clamped
 
 
 class InputScaling(nn.Module):
-    """Standardises dense columns [F], and lists beside each history [P], with a value beyond 3.
+    """Standardises dense columns [F] and lists beside each history [P] that have values beyond 3.
 
     Mean and variance are those of the training rows.
     """
@@ -124,7 +124,7 @@ class InputScaling(nn.Module):
 
     @torch.no_grad()
     def fit(self, numbers: Mapping[str, NumberRange]) -> None:
-        """Set or move mean and deviation to those of training rows; a scaled column stays so."""
+        """Update mean and deviation by the training rows; a scaled column stays scaled."""
         self.fits += 1
         for place, name in enumerate(self.names):
             rows, was_scaled = numbers[name], bool(self.is_scaled[place])
@@ -132,28 +132,28 @@ class InputScaling(nn.Module):
                 continue
             share = 1 / min(float(self.fits), HORIZON) if was_scaled else 1.0
             mean, variance = float(self.mean[place]), float(self.deviation[place]) ** 2
-            apart = rows.mean - mean
-            variance += share * (rows.variance - variance + (1 - share) * apart**2)
-            self.mean[place] = mean + share * apart
+            shift = rows.mean - mean
+            variance += share * (rows.variance - variance + (1 - share) * shift**2)
+            self.mean[place] = mean + share * shift
             self.deviation[place] = math.sqrt(variance) or 1.0
             self.is_scaled[place] = True
             logger.info("standardized: '%s', %s in the training rows", name, rows)
 
     def forward(self, batch: Batch) -> Batch:
         """Return the batch with standardised numbers; `recorded_values` stay as they are."""
-        first, scaled, events = 0, [], batch.history.further
-        lists = [batch.history.values, *(history.values for history in events)]
+        first, scaled, histories = 0, [], batch.history.further
+        lists = [batch.history.values, *(history.values for history in histories)]
         names = [self.dense, *(self.lists or [[]])]
         for numbers, columns in zip([batch.dense_features, *lists], names, strict=True):
             places = slice(first, first + len(columns))
             scaled.append(self._scaled(numbers, places) if columns else numbers)
             first = places.stop
-        dense, values, *further = scaled
+        dense, values, *further_values = scaled
         history = replace(
             batch.history,
             values=values,
             unscaled_values=batch.history.values,
-            further=[replace(part, values=new) for part, new in zip(events, further)],
+            further=[replace(events, values=new) for events, new in zip(histories, further_values)],
         )
         return replace(batch, dense_features=dense, history=history)
 

@@ -132,7 +132,7 @@ class ContentIDContrastive(nn.Module):
         return (losses[0] + losses[1]) / 2
 
     def _in_batch(self, content: Tensor, ids: Tensor, items: Tensor) -> Tensor:  # [B]
-        """Compute both directions of cross-entropy against all rows but those of the item and -1.
+        """Compute cross-entropy in both directions against rows of other items, without padding.
 
         A collective if `settings.all_ranks` is on.
         """
@@ -164,7 +164,7 @@ def _has_other_ranks() -> bool:
 
 
 PADDING = -1  # replaces the item of a padding row
-LOWEST = -1e30  # score of no negative; finite, as softmax of infinities alone has no gradient
+LOWEST = -1e30  # score of an excluded item; finite, as softmax of infinities has no gradient
 
 
 def in_history(batch: Batch, items: Tensor) -> Tensor:  # int64 [K] -> bool [B, K]
@@ -176,15 +176,15 @@ def in_history(batch: Batch, items: Tensor) -> Tensor:  # int64 [K] -> bool [B, 
     places = torch.searchsorted(ascending, seen_items).clamp(max=len(items) - 1)
     places = torch.where(ascending[places] == seen_items, places, len(items))
     is_seen = items.new_zeros((len(batch.target.items), len(items) + 1), dtype=torch.bool)
-    is_seen[history.rows, places] = True  # the last column is of items that are no candidates
+    is_seen[history.rows, places] = True  # the last column stands for items not in `items`
     return is_seen[:, first[order.argsort()]]
 
 
 class RetrievalLoss(nn.Module):
     """Sum over labels of weight times the mean over all rows of the positive rows' cross-entropy.
 
-    Items of rows with label 0 are negatives; a row's own item and padding rows never are, nor with
-    `settings.exclude_seen` the items of its history.
+    Items of rows with label 0 are negatives, too. Excluded are a row's own item, padding rows and,
+    with `settings.exclude_seen`, the items of its history.
     """
 
     weights: Tensor
@@ -198,9 +198,9 @@ class RetrievalLoss(nn.Module):
     def forward(self, towers: TowerVectors, batch: Batch) -> Tensor:  # []
         """Return the loss of a batch with log Q. A collective if `settings.all_ranks` is on."""
         target_items = batch.target.items.masked_fill(batch.rows.loss_weights == 0, PADDING)
-        own_log_q = batch.target.log_q
-        assert own_log_q is not None
-        vectors, items, log_q = towers.item, target_items, own_log_q  # of candidates
+        target_log_q = batch.target.log_q
+        assert target_log_q is not None
+        vectors, items, log_q = towers.item, target_items, target_log_q  # of candidates
         if not self.in_batch:
             assert towers.negatives is not None and batch.negatives is not None
             vectors, items, log_q = towers.negatives, batch.negatives.items, batch.negatives.log_q
@@ -210,14 +210,14 @@ class RetrievalLoss(nn.Module):
                 numbers = torch.stack([items.double(), log_q.double()], dim=1)
                 numbers, _ = gather_rows_with_gradient(numbers)
             items, log_q = numbers[:, 0].to(items.dtype), numbers[:, 1].to(log_q.dtype)
-        is_no_negative = (items == batch.target.items.unsqueeze(1)) | (items == PADDING)  # [B, K]
+        is_excluded = (items == batch.target.items.unsqueeze(1)) | (items == PADDING)  # [B, K]
         if self.exclude_seen:
-            is_no_negative |= in_history(batch, items)
-        positives = (towers.scores - own_log_q.unsqueeze(1)).unbind(dim=1)  # C of [B]
+            is_excluded |= in_history(batch, items)
+        positives = (towers.scores - target_log_q.unsqueeze(1)).unbind(dim=1)  # C of [B]
         losses = []
         for query, positive in zip(towers.query.unbind(dim=1), positives, strict=True):
             # [B, K] may be large: one product, filled in place, and no copy beside the positive.
-            scores = torch.addmm(-log_q, query, vectors.T).masked_fill_(is_no_negative, LOWEST)
+            scores = torch.addmm(-log_q, query, vectors.T).masked_fill_(is_excluded, LOWEST)
             losses.append(F.softplus(scores.logsumexp(dim=1) - positive))
         counts = batch.labels.nan_to_num() * batch.rows.label_loss_weights  # [B, C]
         # The mean is over all rows, so that each positive has the same weight on any rank.

@@ -1,7 +1,7 @@
 """bfloat16 in the dense parts of the model, and torch.compile of some of them.
 
-Wrapping each part limits autocast's cache of cast weights to it. Attention to histories has kernels
-that would break a compiled graph, and frozen layers must equal the cache.
+Wrapping each part limits autocast's cache of cast weights to that part. Not compiled are attention
+to histories, whose kernels break graphs, and frozen layers, whose outputs must equal the cache.
 """
 
 import logging
@@ -52,7 +52,7 @@ class InFloat32(nn.Module):
 def dense_parts(em3: EM3) -> dict[str, nn.Module]:
     """Return the parts that compute in the chosen precision, by name in the model."""
     content = {} if em3.content is None else content_parts(em3.content)
-    parts = {f"content.{name}": part for name, part in content.items()}
+    parts = {f"content.{name}": module for name, module in content.items()}
     if em3.further_histories is not None:
         parts["further_histories"] = em3.further_histories
     return parts | {"ranking": em3.ranking}
@@ -60,8 +60,8 @@ def dense_parts(em3: EM3) -> dict[str, nn.Module]:
 
 def content_parts(content: ContentBranch) -> dict[str, nn.Module]:
     """Return the parts of a content branch that compute in the chosen precision, by name in it."""
-    parts = {f"encoders.{name}": part for name, part in content.encoders.items()}
-    parts |= {f"projections.{name}": part for name, part in content.projections.items()}
+    parts = {f"encoders.{name}": module for name, module in content.encoders.items()}
+    parts |= {f"projections.{name}": module for name, module in content.projections.items()}
     return parts | {"fusion": content.fusion, "history_map": content.history_map}
 
 
@@ -78,9 +78,9 @@ def use_bfloat16(parts: Iterable[nn.Module], device: torch.device) -> None:
             "precision is bf16, but this CPU has no instructions for bfloat16 (avx512_bf16 or "
             "amx_bf16 on x86): steps are slower than with fp32; set precision to fp32"
         )
-    for part in parts:
-        wrap(part, InFloat32 if is_cpu and isinstance(part, HistoryMap) else InBfloat16)
-        part.device_type = device.type  # type: ignore[assignment]
+    for module in parts:
+        wrap(module, InFloat32 if is_cpu and isinstance(module, HistoryMap) else InBfloat16)
+        module.device_type = device.type  # type: ignore[assignment]
 
 
 def cpu_computes_bfloat16() -> bool:
@@ -116,8 +116,8 @@ def compiled_parts(em3: EM3) -> dict[str, nn.Module]:
         for encoder in em3.content.encoders.values():
             assert isinstance(encoder, Encoder)
             parts += encoder.trained_parts
-    part_ids = {id(part) for part in parts}
-    return {name: part for name, part in em3.named_modules() if id(part) in part_ids}
+    part_ids = {id(module) for module in parts}
+    return {name: module for name, module in em3.named_modules() if id(module) in part_ids}
 
 
 def compile_dense_parts(
@@ -125,29 +125,29 @@ def compile_dense_parts(
 ) -> None:
     """Compile the dense parts in place; each is compiled at its first call.
 
-    On a host these are `compiled_parts`. A GPU waits for launches, so that there training has two
-    graphs: from tokens to content vectors, and `Scoring`, from vectors to losses. A backbone that
-    reads lengths on the host would break the second one, and has parts, and methods of its layers.
+    On a CPU these are `compiled_parts`. On a GPU, where launches of kernels take long, training has
+    two graphs: from tokens to content vectors, and `Scoring`, from vectors to losses. A backbone
+    that reads lengths on the host would break `Scoring`: its parts and `compiled_methods` compile.
     """
     if backend == "inductor":
         require_compiler(device)
     options: dict[str, Any] = {"backend": backend, "dynamic": True}
     parts, content = compiled_parts(em3), em3.content
     if not is_host(device):
-        parts = {name: part for name, part in parts.items() if name.startswith("ranking.")}
+        parts = {name: module for name, module in parts.items() if name.startswith("ranking.")}
         if content is not None:
             content.compiled = torch.compile(content.encode_frozen, **options)
         if getattr(em3.ranking, "reads_host_lengths", False):
-            for part, name in compiled_methods(em3.ranking):
-                setattr(part, name, torch.compile(getattr(part, name), **options))
+            for module, name in compiled_methods(em3.ranking):
+                setattr(module, name, torch.compile(getattr(module, name), **options))
         else:
             parts = {}
             em3.scoring.compiled = torch.compile(em3.scoring.compute, **options)
             if content is not None:
                 wrap(content, AsRows)
-    for part in parts.values():
-        wrap(part, Compiled)
-        part.compile(**options)
+    for module in parts.values():
+        wrap(module, Compiled)
+        module.compile(**options)
 
 
 def compiled_methods(ranking: nn.Module) -> Iterator[tuple[nn.Module, str]]:
@@ -163,7 +163,7 @@ def uses_tf32(config: Config, device: torch.device) -> bool:
 
 
 def compiles_by_default(device: torch.device) -> bool:
-    """Return whether `compile: auto` compiles: on GPUs; a warning says where that does not work."""
+    """Return whether `compile: auto` compiles: on GPUs, unless torch.compile fails (a warning)."""
     if device.type != "cuda":
         return False
     try:

@@ -1,4 +1,4 @@
-"""Derives the ID tables from a configuration and a schema, and checks where they lie."""
+"""Derives the ID tables from a configuration and a schema, and checks their placement."""
 
 from collections.abc import Iterator
 from dataclasses import astuple, replace
@@ -22,9 +22,9 @@ from recsys.data.schema import Schema
 
 def pooled_features(settings: EmbeddingSettings, schema: Schema) -> list[str]:
     """Return columns looked up in pooled tables, in the order of the schema."""
-    others = (schema.target_item, *schema.event_columns)
+    unpooled = (schema.target_item, *schema.event_columns)
     ids = [name for name, column in schema.columns.items() if column.kind in ("id", "ids")]
-    pooled = [name for name in ids if name not in others]
+    pooled = [name for name in ids if name not in unpooled]
     return [name for name in pooled if schema.table_of(name) not in settings.skip]
 
 
@@ -55,7 +55,7 @@ def target_dropout(config: Config, schema: Schema) -> float:
 def table_configs(
     config: Config, schema: Schema, list_lengths: dict[str, float] | None = None
 ) -> list[TableConfig]:
-    """Return one table per column of ids that does not share another's.
+    """Return the ID tables: one per ID column, except columns that share another's table.
 
     `list_lengths` has the mean number of ids per row, for columns that may have several.
     """
@@ -130,12 +130,12 @@ def _table_config(
 
 
 def cold_row_rules(config: Config, schema: Schema) -> dict[str, NewRows]:
-    """Return the rule of untrained rows, of each table with another one than `random`."""
+    """Return `new_rows`, the initial values of untrained rows, by table, where not `random`."""
     rules: dict[str, NewRows] = {}
     for table, settings in config.embedding.tables.items():
         if settings.new_rows == "random":
             continue
-        if problem := _problem(config, schema, table, settings):
+        if problem := _row_problem(config, schema, table, settings):
             raise ValueError(
                 f"embedding.tables.{table}.new_rows is {settings.new_rows}, but {problem}"
             )
@@ -143,7 +143,7 @@ def cold_row_rules(config: Config, schema: Schema) -> dict[str, NewRows]:
     return rules
 
 
-def _problem(config: Config, schema: Schema, table: str, settings: TableSettings) -> str | None:
+def _row_problem(config: Config, schema: Schema, table: str, settings: TableSettings) -> str | None:
     optimizer = settings.optimizer or config.embedding.optimizer
     vocabulary = schema.vocabulary_of(table)
     if settings.frozen:

@@ -56,15 +56,15 @@ class AveragedWeights:
     @torch.no_grad()
     def update(self) -> None:
         if count := int(self._num_updates):
-            risen = min(self.decay, (1 + count) / (10 + count))
-            get_ema_multi_avg_fn(risen)(self.averages, self.weights, count)
+            decay = min(self.decay, (1 + count) / (10 + count))
+            get_ema_multi_avg_fn(decay)(self.averages, self.weights, count)
         else:
             self.copy_weights()
         self._num_updates += 1
 
     @torch.no_grad()
     def copy_weights(self) -> None:
-        """Set the averages to the weights, such as those that other averages then replace."""
+        """Set the averages to the weights, as before a load that replaces some averages."""
         torch._foreach_copy_(self.averages, self.weights)
 
     @torch.no_grad()

@@ -1,7 +1,6 @@
 """Optimizer of the dense parameters (one of torch.optim, or a user's class), its groups and state.
 
-Checkpoints have the state of any optimizer as named tensors; a Python number in it becomes a tensor
-with a marked name.
+Checkpoints store any optimizer's state as named tensors; a Python number gets a marked name.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -252,7 +251,7 @@ def make_room(
     stored: Mapping[str, tuple[torch.Size, torch.dtype]],
 ) -> dict[str, Tensor]:
     """Replace an optimizer's state by uninitialised tensors of a checkpoint's names and sizes."""
-    room = {}
+    state = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             prefix = f"{names[parameter]}."
@@ -261,9 +260,9 @@ def make_room(
                 key = name.removeprefix(prefix)
                 if key == name or "." in key:
                     continue
-                room[name] = torch.empty(size, dtype=dtype, device=_device(group, parameter, key))
-                optimizer.state[parameter][key] = room[name]
-    return room
+                state[name] = torch.empty(size, dtype=dtype, device=_device(group, parameter, key))
+                optimizer.state[parameter][key] = state[name]
+    return state
 
 
 def numbers_loaded(optimizer: Optimizer) -> None:
@@ -277,8 +276,8 @@ def numbers_loaded(optimizer: Optimizer) -> None:
 
 def _device(group: dict[str, Any], parameter: nn.Parameter, key: str) -> torch.device:
     """Return the device of an entry of the state: torch.optim may keep the step on the host."""
-    stays = group.get("fused") or group.get("capturable")
-    on_host = key.endswith(tuple(_NUMBERS)) or (key == "step" and not stays)
+    is_on_device = group.get("fused") or group.get("capturable")
+    on_host = key.endswith(tuple(_NUMBERS)) or (key == "step" and not is_on_device)
     return torch.device("cpu") if on_host else parameter.device
 
 

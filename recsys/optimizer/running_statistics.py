@@ -1,4 +1,4 @@
-"""Statistics of batch normalisation, in encoders and parts of one's own, equal on all ranks."""
+"""Keeps statistics of batch normalisation, in encoders and user modules, equal on all ranks."""
 
 import torch
 import torch.distributed as dist
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 class RunningStatistics:
     """Means and variances that normalisation layers keep of the batches of their rank.
 
-    If they differed, each rank would score by a model of its own, and none by the saved one.
+    With different statistics each rank would score by another model than the saved one.
     """
 
     def __init__(self, model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
@@ -28,5 +28,5 @@ class RunningStatistics:
             return
         joined = torch.cat(statistics)
         dist.all_reduce(joined, group=self.group)
-        means = (joined / num_ranks).split([len(part) for part in statistics])
+        means = (joined / num_ranks).split([len(tensor) for tensor in statistics])
         torch._foreach_copy_(statistics, means)

@@ -24,15 +24,15 @@ def constant(step: int, decay_steps: int) -> float:
 
 def cosine(step: int, decay_steps: int, final_share: float = 0.0) -> float:
     """Return a share that falls from 1 along half a cosine to `final_share` at `decay_steps`."""
-    return final_share + (1 - final_share) * (1 + math.cos(math.pi * _done(step, decay_steps))) / 2
+    return final_share + (1 - final_share) * (1 + math.cos(math.pi * _share(step, decay_steps))) / 2
 
 
 def linear(step: int, decay_steps: int, final_share: float = 0.0) -> float:
     """Return a share that falls from 1 along a line to `final_share` at `decay_steps`."""
-    return 1 - (1 - final_share) * _done(step, decay_steps)
+    return 1 - (1 - final_share) * _share(step, decay_steps)
 
 
-def _done(step: int, decay_steps: int) -> float:
+def _share(step: int, decay_steps: int) -> float:
     return min(step / max(decay_steps, 1), 1.0)
 
 
@@ -70,9 +70,9 @@ class LearningRateShare:
 
     def __call__(self, step: int) -> float:
         warmup_steps, options = self.settings.warmup_steps, self.settings.schedule_options
-        risen = min(1.0, (step + 1) / max(warmup_steps, 1))
-        since = max(step - warmup_steps, 0)
-        return risen * float(self.function(since, decay_steps=self.decay_steps, **options))
+        warmup = min(1.0, (step + 1) / max(warmup_steps, 1))
+        updates = max(step - warmup_steps, 0)
+        return warmup * float(self.function(updates, decay_steps=self.decay_steps, **options))
 
 
 def set_updates(schedule: LambdaLR, num_updates: int) -> None:

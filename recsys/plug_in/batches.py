@@ -32,10 +32,10 @@ AHEAD = 2  # batches that are built while one is in use
 
 
 class ContentBatches(Iterable[Batch]):
-    """Batches of `source` with content; they can be iterated as often as `source`.
+    """Batches of `source` with content; iterable as often as `source`.
 
-    All ranks iterate together, up to the fewest batches of any; all raise an error of one. The
-    first pass fills the memory bank. `require_ready` is called before a pass in training.
+    All ranks iterate together, stop at the smallest number of batches, and raise an error of any
+    rank. The first pass fills the memory bank. `require_ready` is called before a pass in training.
     """
 
     def __init__(

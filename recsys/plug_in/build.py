@@ -57,8 +57,8 @@ def add_content(
         from recsys.plug_in import add_content
 
         train_model = add_content(DLRMTrain(dlrm), "content.yaml", device)
-        own = KeyedOptimizerWrapper(dict(train_model.named_parameters()), torch.optim.Adagrad)
-        optimizer = train_model.optimizer(own)  # of the sharded model, if you shard it
+        dense = KeyedOptimizerWrapper(dict(train_model.named_parameters()), torch.optim.Adagrad)
+        optimizer = train_model.optimizer(dense)  # of the sharded model, if you shard it
         loss, _ = train_model(next(iter(train_model.batches(loader))))
     """
     ranks = _ranks(device)

@@ -33,7 +33,7 @@ class AddedColumns(nn.Module):
 
     def __init__(self, module: nn.Module, width: int) -> None:
         super().__init__()
-        first = next((part for part in module.modules() if isinstance(part, nn.Linear)), None)
+        first = next((layer for layer in module.modules() if isinstance(layer, nn.Linear)), None)
         is_plain = type(first) in (nn.Linear, WidenedLinear) and not hasattr(module, "_orig_mod")
         if first is None or not is_plain:
             raise ValueError(
@@ -92,8 +92,8 @@ class DotProducts(nn.Module):
         self.num_columns = len(rows)
 
     def forward(self, dense: Tensor, sparse: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        everything = torch.cat([dense.unsqueeze(1), sparse, vectors], dim=1)  # [B, 1 + F + K, D]
-        products = everything @ vectors.transpose(1, 2)  # [B, 1 + F + K, K]
+        all_vectors = torch.cat([dense.unsqueeze(1), sparse, vectors], dim=1)  # [B, 1 + F + K, D]
+        products = all_vectors @ vectors.transpose(1, 2)  # [B, 1 + F + K, K]
         content_columns = products.flatten(1).index_select(1, self.places)
         if self.is_torchrecs:
             return dot_interaction(dense, sparse, self.pairs), content_columns

@@ -1,7 +1,7 @@
 """Content in an existing DLRM: torchrec's DLRM, DLRM_DCN or DLRM_Projection.
 
-Names in the DLRM's checkpoints stay, and the first logits equal its own to the last bit. Tensors of
-checkpoints are shared with model and optimizer, whole or sharded: loading into them loads it.
+Names in the DLRM's checkpoints stay, and the first logits equal the DLRM's bit by bit. Tensors of
+`dlrm_state`, whole or sharded, share memory with model and optimizer: loading into them loads both.
 Shapes: B batch, F sparse features, K content vectors, D dimension of the DLRM, C of content,
 S further features.
 """
@@ -174,7 +174,7 @@ class DLRMWithContentTrain(nn.Module):
         return loss, (loss.detach(), logits.detach(), batch.labels.detach())
 
     def optimizer(self, optimizer: KeyedOptimizer) -> KeyedOptimizer:
-        """Return the user's optimizer without the new parameters, and an AdamW of these."""
+        """Return the user's optimizer, combined with an AdamW that takes over new parameters."""
         if self.rates is None:
             return optimizer
         combined = with_content_optimizer(optimizer, self, self.rates)
@@ -218,7 +218,7 @@ def with_content_optimizer(
         )
     prefixes, decay = new_prefixes(model), rates.weight_decay
     new = {name: p for name, p in model.named_parameters() if name.startswith(prefixes)}
-    _take_out(optimizer, {id(parameter) for parameter in new.values()})
+    _remove_parameters(optimizer, {id(parameter) for parameter in new.values()})
     trained = {name: parameter for name, parameter in new.items() if parameter.requires_grad}
     encoder_prefixes = [f"{prefix}branch.encoders." for prefix in prefixes]
     encoders = DenseGroup("encoders", encoder_prefixes, rates.encoder_learning_rate, decay)
@@ -229,10 +229,10 @@ def with_content_optimizer(
     return CombinedOptimizer([optimizer, KeyedOptimizerWrapper(ordered, lambda _: adamw)])
 
 
-def _take_out(optimizer: KeyedOptimizer, parameters: set[int]) -> None:
+def _remove_parameters(optimizer: KeyedOptimizer, parameters: set[int]) -> None:
     if isinstance(optimizer, CombinedOptimizer):
-        for _, part in optimizer.optimizers:
-            _take_out(part, parameters)
+        for _, inner in optimizer.optimizers:
+            _remove_parameters(inner, parameters)
         return
     by_name: Any = optimizer.params
     for name in [name for name, parameter in by_name.items() if id(parameter) in parameters]:

@@ -16,7 +16,7 @@ from recsys.data.schema_columns import Column, ItemColumn, Items
 
 @dataclass
 class ContentRates:
-    """Rates of AdamW for the new parameters, those of a recipe; your schedule scales them, too."""
+    """AdamW's settings for new parameters, by default those of a run; your schedule scales them."""
 
     learning_rate: NonNegativeFloat = OptimizerSettings.content_learning_rate
     encoder_learning_rate: NonNegativeFloat = OptimizerSettings.encoder_learning_rate

@@ -3,8 +3,8 @@
 DIN: Zhou et al. 2018, arXiv 1706.06978, with ReLU and softmax; the default has a head of DCN-v2
 (Wang et al. 2020, arXiv 2008.13535). MMoE: Ma et al., KDD 2018. SIM (Pi et al. 2020, arXiv
 2006.05639) searches a long history for items similar to the target, by cosine of content (MUSE,
-arXiv 2512.07216) or dot product of ID vectors, then attends to those. In the encoders of HSTU and
-the transformer the last token is the ranked item.
+arXiv 2512.07216) or dot product of ID vectors, then attends to these. The last token of HSTU and
+of the transformer is the ranked item.
 Shapes: B batch, W width of the features, E experts, H units of an expert, or heads, C labels,
 U unique history items, N history items of the batch, K selected history items, D dimension,
 P parallel lists, A ages.
@@ -112,7 +112,7 @@ class Mmoe(AttendedFeatures):
 
 
 class AgedAttention(nn.Module):
-    """SIM's exact search unit: H heads over items and the time since each -> one interest."""
+    """SIM's exact search unit: H heads over items and the time since each -> one vector."""
 
     def __init__(self, dim: int, num_parallel: int, num_heads: int) -> None:
         super().__init__()
@@ -192,7 +192,7 @@ class Sim(RowFeatures):
     def search(
         self, ids: IDVectors, content: ContentVectors | None, history: JaggedHistory
     ) -> Tensor:  # [K]
-        """Return the places of the history items most similar to each target, in rising order."""
+        """Return the places of the history items most similar to each target, ascending."""
         if content is None or self.content_interest is None:
             id_history = history if ids.history_is_unique else history.unindexed()
             scores = id_history.dot(ids.target.float(), ids.history.float())

@@ -47,7 +47,7 @@ def pair_places(num_vectors: int) -> Tensor:
 class DotInteraction(InteractionArch):
     """TorchRec's `InteractionArch` with one index per pair, which halves the time of its backward.
 
-    Outputs and gradients are the same to the last bit, or by a kernel to rounding.
+    Outputs and gradients equal TorchRec's bit by bit, or up to rounding if a kernel computes them.
     """
 
     places: Tensor

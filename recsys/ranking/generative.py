@@ -1,11 +1,11 @@
-"""Generative retrieval: a decoder writes the codes of the next item, from coarse to fine.
+"""Generative retrieval: a decoder predicts the codes of the next item, from coarse to fine.
 
-As in TIGER (arXiv 2305.05065): the codes are `recsys semantic-ids` of trained content, a last code
-tells items apart that share them, and a beam search over the trie of items that exist finds the
+As in TIGER (arXiv 2305.05065), the codes come from `recsys semantic-ids`, and a last code
+distinguishes items that share all others. A beam search over a trie of existing items finds the
 best. The decoder reads the state of the user tower, once for all beams, and the codes so far.
-A row of the table of codes has an item's L codes, the last code and, behind them, how many items
-share the L codes: the last code is one of so many, so that a new item that shares its codes with
-none has no unlikely code.
+A row of the table of codes has an item's L codes, its last code, and the number of items that share
+the L codes. The softmax over last codes has only that many, so that the last code of an item with
+unique codes has probability 1.
 Shapes: B batch, I items, L levels, T = L + 1 codes of an item with the last one, C codes, D width,
 H heads, Q queries, K results of each, N nodes or beams.
 """
@@ -23,13 +23,13 @@ from recsys.ranking.settings import EncoderSettings, GenerativeSettings
 from recsys.ranking.two_tower import QueryTower
 from recsys.ranking.vectors import CodeLogits, IDVectors, InputDimensions
 
-MOST_BEAMS = 4096  # of the queries that are searched together
+MOST_BEAMS = 4096  # in one search, over all its queries
 KeysAndValues = tuple[Tensor, Tensor]  # [N, H, tokens, D / H] each
-Past = list[KeysAndValues]  # of the tokens before, by layer
+Past = list[KeysAndValues]  # of earlier tokens, by layer
 
 
 class DecoderLayer(TransformerLayer):
-    """A causal layer over the few tokens of each row, which may go on from earlier ones."""
+    """A causal layer over the few tokens of each row, with or without cached earlier tokens."""
 
     def forward(
         self, states: Tensor, past: KeysAndValues | None = None
@@ -58,8 +58,8 @@ class CodeDecoder(nn.Module):
     def forward(self, states: Tensor, table: Tensor) -> Tensor:  # [B, D], int64 [B, T + 1] -> [B]
         """Return the log-probability of an item's codes, in one pass: the reference of `step`."""
         codes, sizes = table[:, :-1], table[:, -1]
-        read = [self.codes[level][codes[:, level]] for level in range(self.num_levels - 1)]
-        tokens = torch.stack([states, *read], dim=1) + self.places
+        embedded = [self.codes[level][codes[:, level]] for level in range(self.num_levels - 1)]
+        tokens = torch.stack([states, *embedded], dim=1) + self.places
         for layer in self.layers:
             tokens, _ = layer(tokens)
         levels = range(self.num_levels)
@@ -73,7 +73,7 @@ class CodeDecoder(nn.Module):
     def step(
         self, tokens: Tensor, past: Past | None, level: int, sizes: Tensor | None = None
     ) -> tuple[Tensor, Past]:  # [N, 1, D] -> [N, C]
-        """Return the log-probabilities of the next code, and what later steps read of this one.
+        """Return the log-probabilities of the next code, and keys and values for later steps.
 
         At the last level `sizes` [N] are the numbers of items that share the codes so far.
         """
@@ -86,7 +86,7 @@ class CodeDecoder(nn.Module):
     def follow(
         self, cache: Past, parents: Tensor, level: int, codes: Tensor
     ) -> tuple[Tensor, Past]:  # int64 [N], int64 [N] -> [N, 1, D]
-        """Return the tokens of new codes, and what these read of the tokens of their parents."""
+        """Return the tokens of new codes, and the keys and values of their parents' beams."""
         tokens = self.codes[level][codes] + self.places[level + 1]
         return tokens.unsqueeze(1), [(keys[parents], values[parents]) for keys, values in cache]
 
@@ -101,9 +101,9 @@ class CodeDecoder(nn.Module):
 
 
 def add_codes(table: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """Append items with codes [N, L] to a table of codes [I, L + 2], whose last codes stay."""
-    every = np.concatenate([table[:, :-2], codes])
-    group = np.unique(every, axis=0, return_inverse=True)[1].reshape(-1)
+    """Append items with codes [N, L] to a table [I, L + 2], whose items keep their last codes."""
+    all_codes = np.concatenate([table[:, :-2], codes])
+    group = np.unique(all_codes, axis=0, return_inverse=True)[1].reshape(-1)
     old_groups, new_groups = group[: len(table)], group[len(table) :]
     sizes = np.zeros(group.max(initial=-1) + 1, np.int64)
     sizes[old_groups] = table[:, -1]
@@ -113,11 +113,11 @@ def add_codes(table: np.ndarray, codes: np.ndarray) -> np.ndarray:
     last[order] = sizes[new_groups[order]] + places
     np.add.at(sizes, new_groups, 1)
     last = np.concatenate([table[:, -2], last])
-    return np.column_stack([every, last, sizes[group]])
+    return np.column_stack([all_codes, last, sizes[group]])
 
 
 def table_of(codes: np.ndarray) -> np.ndarray:  # int64 [I, L] -> int64 [I, L + 2]
-    """Return the table of items with these codes, numbered in their order where these are equal."""
+    """Return the table of items with these codes; items with equal codes are numbered in order."""
     return add_codes(np.zeros((0, codes.shape[1] + 2), np.int64), codes)
 
 
@@ -145,14 +145,14 @@ class Generative(QueryTower):
         layers, heads = settings.decoder_layers, settings.sequence_heads
         self.decoder = CodeDecoder(dim, heads, layers, levels, codes)
         self.register_buffer("table", torch.full((dimensions.num_items, levels + 2), -1))
-        if settings.semantic_ids is None:  # else the table may have more rows than digits
+        if settings.semantic_ids is None:  # else digits might not suffice for all rows
             rows = np.arange(dimensions.num_items)
             self.set_codes(rows, rows[:, None] // codes ** np.arange(levels) % codes)
 
     def set_codes(self, rows: np.ndarray, codes: np.ndarray) -> None:  # int64 [I], int64 [I, L]
-        """Set the codes of the items in these rows of the item table; others get none.
+        """Set the codes of the items in these rows of the item table; other items have none.
 
-        Codes other than those of the settings, or that too many items share, are a ValueError.
+        Raise a ValueError if codes do not fit the settings, or too many items share them all.
         """
         levels = self.decoder.num_levels - 1
         if codes.shape[1] != levels or codes.max(initial=0) >= self.num_codes:
@@ -182,10 +182,10 @@ class Generative(QueryTower):
 
 
 class CodeTrie:
-    """Beginnings of the codes of items; nodes of a level are in ascending order of their codes.
+    """Trie of the codes of items; nodes of a level are in ascending order of their codes.
 
-    `table` [I, L + 2] has different rows. `first[level][node]` is the first child of a node, whose
-    others follow; `codes[level]` are the codes of the nodes below.
+    The rows of `table` [I, L + 2] are distinct. `first[level][node]` is the first child of a node;
+    its other children follow. `codes[level]` are the codes of the children.
     """
 
     def __init__(self, table: np.ndarray) -> None:
@@ -199,13 +199,13 @@ class CodeTrie:
         is_new = np.arange(len(paths)) == 0
         for column in paths.T:
             is_new = is_new | np.append(True, column[1:] != column[:-1])[: len(paths)]
-            below = np.flatnonzero(is_new)
-            ends = np.append(np.searchsorted(below, starts), len(below))
+            child_leaves = np.flatnonzero(is_new)
+            ends = np.append(np.searchsorted(child_leaves, starts), len(child_leaves))
             self.first.append(torch.from_numpy(ends))
-            self.codes.append(torch.from_numpy(column[below]))
-            starts = below
-        shares = np.flatnonzero(np.append(True, (paths[1:, :-1] != paths[:-1, :-1]).any(axis=1)))
-        self.sizes = torch.from_numpy(table[order[shares[: len(paths)]], -1])  # of the last parents
+            self.codes.append(torch.from_numpy(column[child_leaves]))
+            starts = child_leaves
+        leaves = np.flatnonzero(np.append(True, (paths[1:, :-1] != paths[:-1, :-1]).any(axis=1)))
+        self.sizes = torch.from_numpy(table[order[leaves[: len(paths)]], -1])  # of the last parents
 
     def __len__(self) -> int:
         return len(self.items)
@@ -228,7 +228,7 @@ def beam_search(
 ) -> tuple[Tensor, Tensor]:  # float32 [Q, K], int64 [Q, K]
     """Return the log-probabilities and places of the `width` best items; -1: none found.
 
-    Each level goes on with the `width` best beginnings. With as many as items, it misses none.
+    Each level keeps the `width` best prefixes. With a `width` of I the search is exact.
     """
     rows = torch.arange(len(states) if len(trie) else 0)
     nodes, scores = torch.zeros_like(rows), states.new_zeros(len(rows))
@@ -256,7 +256,7 @@ def beam_search(
 
 
 def _best(scores: Tensor, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:  # [N], [N]
-    """Return which of the beams are among the best of their row, best first, and at what place."""
+    """Return the `width` best beams of each row, best first, and the place of each in its row."""
     order = scores.argsort(descending=True, stable=True)
     order = order[rows[order].argsort(stable=True)]
     ascending = rows[order]

@@ -1,9 +1,9 @@
 """Score a target by similar items of the history: kernel regression, and votes.
 
-Kernel regression: a user's values deviate from his mean and the items' means by w . z plus noise,
-with z an item's vector and w normal, so that w has a closed form in which similar items of a
-history are not counted twice (Rasmussen and Williams 2006, equation 2.11). z joins factors of the
-items' co-occurrence with a trained map of their content, which new items have, too.
+Kernel regression: a user's values deviate from the user's and the items' means by w . z plus noise.
+z is an item's vector. w is normal, so its mean has a closed form, which does not count similar
+history items twice (Rasmussen and Williams 2006, equation 2.11). z joins factors of the items'
+co-occurrence with a trained map of their content, which new items have, too.
 Votes: means of the values, weighted by similarity (item-based collaborative filtering, Sarwar et
 al. 2001), for each of several similarities: by users, by values, and by each modality's content.
 Shapes: B batch, R rows with a history of their own (B, or 1 if all rows share one), K targets of
@@ -30,14 +30,14 @@ from recsys.ranking.layers.evidence import LATEST, EvidenceNetwork, RidgePredict
 from recsys.ranking.vectors import InputDimensions, Logits
 
 FOLDS = 5  # of users, by id: a row in training reads statistics of the users of other folds
-PRIOR_VALUES = 5.0  # values of mean 0 that every mean of deviations begins with
-# Added to sums of powers 1, 2 and 4 of similarities: few weakly similar items vote for little.
+PRIOR_VALUES = 5.0  # pseudo-count: values of 0 added to every mean of deviations
+# Added to sums of similarities to the powers 1, 2 and 4, to shrink votes of few or weak neighbours.
 LEAST_SUMS = (0.15, 0.0125, 1e-4)
-BLOCK_ROWS = 64  # that a host computes together
-# Weight of an item of the history by its age in items. The loss would have a decay of .6 to 1.2,
-# which follows how a user's level drifts, and ranks worse within users.
+BLOCK_ROWS = 64  # rows of a block on CPU
+# Weight of a history item by its age in items. Training would choose a decay of 0.6 to 1.2, which
+# follows the drift of a user's level and ranks worse within users.
 DECAY_AGE, DECAY = 10, 0.5
-# The first columns of the evidence, which are blended: of the rest the ranking model knows more.
+# Number of evidence columns to blend, the first ones; the ranking model knows more of the others.
 NUM_BLENDED = 4
 Vectors = tuple[Tensor, Tensor]  # of the targets [B, D], and of the items of histories [R, L, D]
 
@@ -49,7 +49,7 @@ class NeighbourEvidence:
     batch: Batch  # with votes among its dense features
     evidence: Tensor  # [B, E], the columns of `layers.evidence.EVIDENCE`, without gradient
     regression: Tensor  # [B, C], of the evidence alone, by a linear map
-    logits: Tensor  # [B, C], with an MLP beside it
+    logits: Tensor  # [B, C], the regression plus an MLP
 
 
 @dataclass
@@ -95,8 +95,8 @@ class Neighbours(nn.Module):
     """Evidence and votes of the history for the target, and the blend of both with other logits.
 
     `cooccurrence` has factors of the similarity of items by their users, `taste` by the users'
-    values. For each item, buffers have F statistics without a fold's users, and one of all users.
-    In training the share `dropout` of targets counts as new: content alone speaks for them.
+    values. For each item, buffers have F statistics without one fold's users, and one of all users.
+    In training the share `dropout` of targets counts as new, and has evidence of content alone.
     """
 
     item_row_buffers = ("cooccurrence", "taste", "value_sums", "value_counts")
@@ -143,7 +143,7 @@ class Neighbours(nn.Module):
         self,
         content: ContentVectors | None,
         batch: Batch,
-        newness: Tensor | None = None,  # [B], of [0, 1); new are targets below `dropout`
+        newness: Tensor | None = None,  # [B], in [0, 1); targets below `dropout` count as new
     ) -> NeighbourEvidence:
         """Return evidence and votes of each row. A collective in training, and with content."""
         targets, fold = batch.target.items, torch.full_like(batch.target.items, FOLDS)
@@ -157,7 +157,7 @@ class Neighbours(nn.Module):
             vectors = _Content.of(content, self.content_map)
         blocks = _blocks(batch.history.jagged())
         parts = [self._read(batch, vectors, targets, fold, block) for block in blocks]
-        evidence, votes, list_means = (_in_order(part, blocks) for part in zip(*parts))
+        evidence, votes, list_means = (_in_order(columns, blocks) for columns in zip(*parts))
         weights = batch.rows.loss_weights
         regression, logits = self.network(evidence, votes, list_means, weights)
         batch = replace(batch, dense_features=torch.cat([batch.dense_features, votes[:, 0]], dim=1))
@@ -200,12 +200,12 @@ class Neighbours(nn.Module):
         return _History(block, rows, age, weights, numbers, deviations, length, user_mean)
 
     def _item_vectors(self, past_rows: _Rows, target_rows: _Rows) -> list[Vectors]:
-        """Return the vectors by co-occurrence and, with values, by taste: in training as halves."""
+        """Return vectors by co-occurrence and, with values, by taste; in evaluation as float32."""
         buffers = [self.cooccurrence] + ([] if self.column is None else [self.taste])
-        kinds = [buffer.dtype if self.training else torch.float32 for buffer in buffers]
+        dtypes = [buffer.dtype if self.training else torch.float32 for buffer in buffers]
         return [
-            (target_rows.gather(buffer, kind), past_rows.gather(buffer, kind))
-            for buffer, kind in zip(buffers, kinds)
+            (target_rows.gather(buffer, dtype), past_rows.gather(buffer, dtype))
+            for buffer, dtype in zip(buffers, dtypes)
         ]
 
     def _regression(
@@ -231,9 +231,9 @@ class Neighbours(nn.Module):
             parts.append((shares[1], content.target, past))
         prior = torch.cat([share.expand(target.shape[1]) for share, target, _ in parts])
         target = torch.cat([target for _, target, _ in parts], dim=1)
-        # An item's own part, which its vector leaves out, is noise where it is in the history.
+        # Variance that an item's vector does not explain counts as noise of history items.
         own_variance, target_variance = (
-            (shares.sum() - part).clamp(min=0) for part in (past_kernel, target_kernel)
+            (shares.sum() - kernel).clamp(min=0) for kernel in (past_kernel, target_kernel)
         )
         precisions = history.weights / (self.log_noise.exp() + own_variance)
         columns = target.T.unsqueeze(0) if history.block.is_shared else target.unsqueeze(2)
@@ -245,10 +245,10 @@ class Neighbours(nn.Module):
     def _votes(
         self, content: _Content | None, history: _History, vectors: list[Vectors]
     ) -> Tensor:  # [B, S, NUM_VOTES]
-        """Return what the history says of the target by each similarity, that of `taste` first.
+        """Return votes on the target by each similarity, that of `taste` first.
 
-        Means of the values by the powers 1, 2 and 4 of similarity, their sum by similarity, and the
-        logarithm of 1 + sum of similarities.
+        Votes are means of the values weighted by the powers 1, 2 and 4 of similarity, their sum
+        weighted by similarity, and the logarithm of 1 + sum of similarities.
         """
         similarity = self._similarities(content, history.block, vectors)  # [R, S, K, L]
         deviations = history.deviations * history.weights
@@ -289,7 +289,7 @@ class Neighbours(nn.Module):
     def _item_means(self, rows: _Rows) -> tuple[Tensor, Tensor]:
         """Return the mean deviation and the number of values of items, without a fold's users."""
         parts = self.value_sums, self.value_counts
-        sums, counts = (rows.gather(part.unsqueeze(2)).squeeze(-1) for part in parts)
+        sums, counts = (rows.gather(statistics.unsqueeze(2)).squeeze(-1) for statistics in parts)
         return sums / (counts + PRIOR_VALUES), counts
 
 
@@ -298,8 +298,8 @@ class _Block:
     """Rows of a batch that are computed together."""
 
     rows: Tensor | None  # int64 [B], of the batch, or None for all rows in their order
-    places: Tensor  # int64 [R, L], of the items of their histories among all N, padded with 0
-    index: Tensor  # int64 [R, L], of the same among the batch's unique items
+    places: Tensor  # int64 [R, L], of the history items among all N, padded with 0
+    index: Tensor  # int64 [R, L], of the history items among the batch's unique items
     mask: Tensor  # [R, L], 1 for each item
     is_shared: bool  # whether all rows of the batch have one history
 
@@ -343,7 +343,7 @@ class _History:
     block: _Block
     rows: _Rows  # [R, L], of the items in statistics
     age: Tensor  # [R, L], number of later items
-    weights: Tensor  # [R, L]: what a user liked long ago counts less
+    weights: Tensor  # [R, L], lower for older items
     numbers: Tensor  # [R, L, P], of the parallel lists
     deviations: Tensor  # [R, L], values less the user's mean, in standard deviations of all
     length: Tensor  # [R]
@@ -365,7 +365,7 @@ def _squared_lengths(vectors: Tensor) -> Tensor:  # [..., D] -> [...]
 
 
 def _blocks(history: JaggedHistory) -> list[_Block]:
-    """Return the rows as blocks of similar length, which are padded less and stay in caches.
+    """Return the rows as blocks of similar length, which need little padding and fit CPU caches.
 
     On a GPU, and in an exported graph, which takes rows of one length, all rows are one block.
     """

@@ -23,7 +23,7 @@ class HeadSettings(RankingSettings):
     """Settings of `ranking_head`."""
 
     ensemble_members: PositiveInt = 1
-    """Number of MLPs in one ensemble (TabM), ranked by their mean logit; 1 is a single MLP."""
+    """Number of MLPs in one ensemble (TabM), whose mean logit ranks; 1 is a single MLP."""
 
 
 @dataclass
@@ -52,8 +52,8 @@ class NumbersSettings(RankingSettings):
     """Standardise dense features, numbers of the history's lists and similarities to mean 0 and
     variance 1 over the rows trained on so far, whatever their range."""
     number_knots: NonNegativeInt = 0
-    """Write each dense feature, and votes of neighbours, also as weights of this many knots between
-    -2 and 3.5 standard deviations: a curve of any form is then linear. 0: none."""
+    """Also encode each dense feature, and neighbours' votes, by weights of this many knots between
+    -2 and 3.5 standard deviations, so that a linear map fits any curve. 0: none."""
 
     def check(self, name: str) -> None:
         super().check(name)
@@ -128,15 +128,14 @@ class EncoderSettings:
     sequence_dim: Width = 32
     """Width of the token of a history item, a multiple of the heads."""
     sequence_layers: PositiveInt = 2
-    """Layers of attention; in the last one the target attends alone."""
+    """Layers of attention; in the last one only the target attends."""
     sequence_heads: PositiveInt = 2
     """Heads of each layer."""
     sequence_dropout: Dropout = 0.0
-    """Share of the numbers of each event's token, and of what each layer adds, that are dropped in
-    training. SASRec has 0.2 to 0.5."""
+    """Dropout of each event's token and each layer's residual branches. SASRec has 0.2 to 0.5."""
     recent_items: PositiveInt = 64
-    """Latest items of a history that attend to each other. Older ones enter the last layer as they
-    are, so that cost does not grow with the square of the history."""
+    """Latest items of a history that attend to each other. Older ones enter only the last layer,
+    so that cost does not grow with the square of the history."""
     time_gaps: str | None = None
     """Parallel list with the age of each item; default: the order alone."""
     gap_scale: GapScale = "linear"
@@ -177,8 +176,8 @@ class QuerySettings(EncoderSettings, RetrievalSettings):
     """Settings of the tower of users."""
 
     history_encoder: Literal["mean", "transformer", "hstu"] = "mean"
-    """What the user tower reads of the history besides its means: nothing, or the state of a token
-    behind it, after the layers of the backbone of that name."""
+    """Input of the user tower from the history. mean: its mean vectors. transformer, hstu: also the
+    state of a token appended to the history, after the layers of that backbone."""
     query_features: list[str] = field(default_factory=list)
     """Columns of the user besides the group's column; columns of the item do not belong here."""
 
@@ -193,10 +192,10 @@ class TwoTowerSettings(QuerySettings):
     temperature: PositiveFloat = 0.1
     """Divisor of the dot products of the vectors, which have length one."""
     target_positions: Literal["last", "all"] = "last"
-    """Items that a softmax loss predicts, each by what stood before it. last: the item of each row.
-    all: those of the history, too, where they are the user's rows before; these rows are then left
-    out, so that an epoch reads an event once. `batch_size` counts histories. The model reads no
-    lists beside the history, and the transformer has biases by the distance of items."""
+    """Items that a softmax loss predicts, each from the items before it. last: the item of each
+    row. all: also history items that are the user's earlier rows; these rows are then left out, so
+    that an epoch reads an event once. `batch_size` counts histories. The model reads no lists
+    beside the history, and the transformer has biases by the distance of items."""
 
     def check(self, name: str) -> None:
         super().check(name)
@@ -225,18 +224,18 @@ class GenerativeSettings(QuerySettings):
     history_encoder: Literal["mean", "transformer", "hstu"] = "transformer"
     """As in two_tower; its settings are those of the decoder, too."""
     depths: list[PositiveInt] = field(default_factory=lambda: [10, 50])
-    """Lengths of the lists that are measured, as in two_tower."""
+    """Lengths k of the top-k lists to measure, as in two_tower."""
     semantic_ids: str | None = None
     """Folder of `recsys semantic-ids` with the codes of the items, read when a run begins; default:
-    the digits of the item's row, which mean nothing."""
+    the digits of the item's row number, which carry no meaning."""
     code_levels: PositiveInt = 3
     """Levels of these codes."""
     num_codes: PositiveInt = 256
-    """Codes of each level, and most items that share all of theirs."""
+    """Number of codes of each level, and most items that may share all their codes."""
     decoder_layers: PositiveInt = 2
     """Layers of the decoder."""
     beam_size: PositiveInt = 50
-    """Beginnings of codes that a search follows; at least the deepest of `depths`."""
+    """Code prefixes that a beam search keeps at each level; at least the largest of `depths`."""
 
     def check(self, name: str) -> None:
         super().check(name)

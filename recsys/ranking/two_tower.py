@@ -27,7 +27,7 @@ ENCODERS = {"hstu": HstuEncoder, "transformer": TransformerEncoder}
 
 
 class QueryTower(nn.Module):
-    """The tower of users, of which retrieval models are made: it reads no ranked item."""
+    """The user tower, base of retrieval models; it does not read the ranked item."""
 
     def __init__(
         self,

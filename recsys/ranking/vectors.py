@@ -14,7 +14,7 @@ from torch import Tensor
 
 from recsys.data.schema import Schema
 
-NO_CODES = -100.0  # logit of an item without codes, which no search finds
+NO_CODES = -100.0  # logit of an item without codes, which no beam search finds
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class InputDimensions:
     has_history: bool = True
     num_items: int = 0  # rows of the target item's table; 0 if items change (bounded)
     process_group: dist.ProcessGroup | None = None  # ranks that train together; None: one rank
-    item_columns: tuple[str, ...] = ()  # of the pooled and dense ones: made of the ranked item
+    item_columns: tuple[str, ...] = ()  # pooled and dense ones derived from the ranked item
 
     @staticmethod
     def of(

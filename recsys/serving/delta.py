@@ -1,4 +1,4 @@
-"""Deltas between packages: one is written of two, and makes the second of the first.
+"""Deltas between packages: written from two packages, a delta turns the first into the second.
 
 A delta is a zip archive without compression: `manifest.json` of the newer package, `delta.json`,
 numbers (`rows/`) and bytes (`data/`) of rows that differ, and whole `files/`.
@@ -57,7 +57,7 @@ class DeltaCounts:
 
 
 def write_delta(base: Path, new: Path, out: Path) -> DeltaCounts:
-    """Compare two packages byte by byte and write what makes `new` of the older `base`."""
+    """Compare two packages byte by byte and write the delta that turns `base` into `new`."""
     older, newer = read_manifest(base), read_manifest(new)
     description, counts = _compare(older, newer), dict[str, int]()
     with whole_file(out) as partial, zipfile.ZipFile(partial, "w") as archive:
@@ -120,7 +120,7 @@ def _mapped_rows(path: Path, row_bytes: int, mode: str = "r") -> np.ndarray:  # 
 
 
 def apply_delta(base: Path, delta: Path, out: Path) -> Manifest:
-    """Write the newer package, equal to the one that the delta was made of to the last bit.
+    """Write the newer package, equal bit by bit to the one that the delta was made from.
 
     Unchanged files are hard links to those of `base`, which a server may have open. A damaged
     delta, another `base` or an `out` that exists is a ValueError; nothing is written then.

@@ -65,7 +65,7 @@ from recsys.storage.output_file import check_output
 
 logger = logging.getLogger(__name__)
 
-MOST_ROWS = 1 << 18  # of statistics: row groups evenly among those of the files, at least one
+MOST_ROWS = 1 << 18  # sampled for statistics, in evenly spaced row groups, at least one
 CONTENT_PREFIX = "model.content."  # of the branch's weights in the state of a model
 
 
@@ -319,7 +319,7 @@ def _write_graph(job: Job, manifest: Manifest, ranking: nn.Module, path: Path) -
         target_in_bank=content if manifest.searches else unread,
         further=[item] * len(further),
         further_parallel=[torch.zeros(1, len(history.numbers)) for history in further],
-        further_content=[content if part.name in read_beside else unread for part in further],
+        further_content=[content if history.name in read_beside else unread for history in further],
     )
     return export_graph(graph, shapes, manifest.ranking, path)
 

@@ -37,7 +37,7 @@ from recsys.serving.package import GRAPH, Manifest
 from recsys.serving.ranking_graph import RankingGraph, RankingInputs
 
 logger = logging.getLogger(__name__)
-# It warns of sizes that no operation of a loaded graph reads.
+# This logger warns of sizes that no operation of a loaded graph reads.
 logging.getLogger("torch._export.serde.serialize").setLevel(logging.ERROR)
 
 WEIGHTS = "/data/weights/"
@@ -100,7 +100,7 @@ def _state_of(program: ExportedProgram) -> dict[str, Tensor]:
     tensors = {**program.constants, **program.state_dict}
     specs = program.graph_signature.input_specs
     are_inputs = [spec.kind is InputKind.USER_INPUT for spec in specs]
-    assert are_inputs == sorted(are_inputs), specs  # behind the state
+    assert are_inputs == sorted(are_inputs), specs  # inputs come after the state
     names = [str(spec.target) for spec in specs[: len(specs) - sum(are_inputs)]]
     return {name: tensors[name].detach() for name in names}
 
@@ -109,7 +109,7 @@ def _digest_of_operations(archive: ZipFile) -> str:
     """Return the hash of all records that describe operations, constants and names of weights."""
     digest = hashlib.sha256()
     for name in sorted(archive.namelist()):
-        record = name[name.index("/") :]  # behind the folder of the whole archive
+        record = name[name.index("/") :]  # without the archive's top folder
         if not record.startswith(NO_OPERATIONS):
             digest.update(f"{record} {archive.getinfo(name).file_size} ".encode())
             digest.update(archive.read(name))
@@ -121,8 +121,8 @@ def export_graph(
 ) -> ExportedProgram:
     """Export the graph for any number of candidates and history items, and write it to a file.
 
-    `shapes` are inputs with the model's widths. A model that torch.export refuses, a graph that
-    takes some numbers alone, or that computes other numbers than the model, is a ValueError.
+    `shapes` are inputs with the model's widths. A model that torch.export refuses, or a graph that
+    accepts only some sizes or computes other logits than the model, is a ValueError.
     """
     traced = random_like(shapes, *TRACED_SIZE)
     sizes = {0: torch.export.Dim.AUTO}
@@ -151,12 +151,12 @@ def export_graph(
 
 @contextmanager
 def _same_operations(graph: RankingGraph) -> Iterator[None]:
-    """Let a graph with parts in bfloat16 compute by the operations that an export has of it.
+    """Make a graph with parts in bfloat16 use the operations of its export.
 
-    Kernels of attention and dot products round units of bfloat16 at other places.
+    Kernels of attention and dot products round to bfloat16 after other operations.
     """
     is_exporting = torch.compiler.is_exporting
-    is_rounded = any(isinstance(part, InBfloat16) for part in graph.modules())
+    is_rounded = any(isinstance(module, InBfloat16) for module in graph.modules())
     try:
         if is_rounded:
             torch.compiler.is_exporting = lambda: True
@@ -166,12 +166,12 @@ def _same_operations(graph: RankingGraph) -> Iterator[None]:
 
 
 def any_length() -> AbstractContextManager[None]:
-    """Let no branch on the traced lengths decide the code for others, such as longer histories."""
+    """Keep branches on traced lengths from deciding the code for other lengths."""
     return cast(Any, symbolic_shapes).patch(backed_size_oblivious=True)
 
 
 def _require_any_length(program: ExportedProgram, inputs: RankingInputs) -> None:
-    """Refuse what torch.export does in silence where a model branches: fix or bound a number."""
+    """Raise a ValueError if a branch made torch.export silently fix or bound a length."""
     values = {node.name: node.meta.get("val") for node in program.graph.nodes}
     names = (name for name, part in vars(inputs).items() for _ in _flat([part]))
     for argument, name in zip(program.graph_signature.user_inputs, names):
@@ -205,7 +205,7 @@ def compare_graphs(
 def random_like(
     shapes: RankingInputs, num_rows: int, num_items: int, num_events: int
 ) -> RankingInputs:
-    """Return random inputs with the widths of `shapes`; each further history has an event more."""
+    """Return random inputs with the widths of `shapes`; further histories differ in length."""
     generator = torch.Generator().manual_seed(0)
 
     def random(like: Tensor, length: int) -> Tensor:
@@ -265,13 +265,13 @@ def compile_graph(program: ExportedProgram, path: Path, option: Compile) -> dict
 
 
 def _has_bfloat16(program: ExportedProgram) -> bool:
-    parts = (part for part in program.graph_module.modules() if isinstance(part, GraphModule))
-    values = (node.meta.get("val") for part in parts for node in part.graph.nodes)
+    parts = (module for module in program.graph_module.modules() if isinstance(module, GraphModule))
+    values = (node.meta.get("val") for module in parts for node in module.graph.nodes)
     return any(isinstance(value, Tensor) and value.dtype == torch.bfloat16 for value in values)
 
 
 def graph_file(folder: Path, manifest: Manifest) -> str:
-    """Return the file of the graph that runs here: the compiled one where it can."""
+    """Return the file of the graph to run: the compiled one if it fits this machine."""
     if manifest.precision == "bf16" and not cpu_computes_bfloat16():
         logger.warning(
             f"{folder}: exported with --precision bf16, but this CPU has no instructions for "
@@ -304,8 +304,8 @@ def _this_machine() -> dict[str, str]:
 
 
 def _load_compiled(path: Path) -> Graph:
-    # From a folder that is gone at once: torch's own copy stays until the loader is deleted, and
-    # for ever where the process is killed.
+    # Unpacked to a folder that is removed at once: a copy by torch stays until the loader is
+    # deleted, or for ever if the process is killed.
     with TemporaryDirectory(prefix="recsys-graph-") as folder, ZipFile(path) as archive:
         archive.extractall(folder)
         (unpacked,) = Path(folder).iterdir()
@@ -314,7 +314,7 @@ def _load_compiled(path: Path) -> Graph:
 
     def call(*arguments: Tensor | list[Tensor]) -> Tensor:
         inputs = [tensor.contiguous() for tensor in _flat(arguments)]
-        with lock:  # a second call would wait inside with Python's own lock, which the first needs
+        with lock:  # a second call would wait inside and hold the GIL, which the first needs
             return loader.boxed_run(inputs)[0]
 
     return call

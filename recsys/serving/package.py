@@ -34,7 +34,7 @@ PackagePrecision = Literal["run", "bf16"]
 class BaseManifest:
     """The origin and date of the files in a folder; bytes and sha256 of each by name.
 
-    `contents` and `command` are the folder and its writer in messages.
+    `contents` and `command` name the folder and its writer in messages.
     """
 
     contents: ClassVar[str]

@@ -92,7 +92,7 @@ class SharedHistory:
         return self._by_row(values).sum(dim=1)
 
     def dot(self, queries: Tensor, items: Tensor) -> Tensor:  # [N, D], [U, D] -> [N * L]
-        if self.is_searched:  # products in float32 round equal items otherwise at another place
+        if self.is_searched:  # products in float32 may round equal items differently
             products = (queries.double() @ items.double().T).to(queries.dtype)
         else:
             products = queries @ items.T
@@ -187,7 +187,7 @@ class CandidateHistory:
     history: SharedHistory
     further: list[SharedEvents]
     unscaled_values: Tensor | None = None  # of the shape of `values`
-    whole: None = None  # a history of which those of targets are beginnings: in training alone
+    whole: None = None  # whole histories of several rows exist in training alone
 
     @property
     def recorded_values(self) -> Tensor:  # float32 [N * L, P], before scaling
@@ -237,9 +237,9 @@ class Packaged(Protocol):
 
 
 def packaged(model: nn.Module, bfloat16: bool) -> nn.Module:
-    """Return a model with the layers of a package; it shares all others, and `model` stays.
+    """Return a model with the layers of a package; it shares other layers with `model`.
 
-    Regions of autocast stay, except that `bfloat16` chooses the layers in its place.
+    With `bfloat16`, regions of autocast are removed: packaged layers compute in bfloat16 instead.
     """
     if isinstance(model, Packaged):
         return model.packaged(bfloat16)
@@ -317,7 +317,7 @@ class RankingGraph(nn.Module):
         if self.history_map is None:
             return None
         dim = self.content_dim
-        modalities = [part[:, dim:].unflatten(1, (-1, dim)) for part in (target, history)]
+        modalities = [vectors[:, dim:].unflatten(1, (-1, dim)) for vectors in (target, history)]
         mapped = self.history_map(history[:, :dim])
         return ContentVectors(target[:, :dim], mapped, modalities[0], modalities[1])
 

@@ -1,6 +1,6 @@
 """Requests: values of a user, a history and candidates -> rows of tables, as training reads them.
 
-Columns pass the functions that read Parquet (`recsys.data.transforms.columns`,
+Requests use the functions that read Parquet (`recsys.data.transforms.columns`,
 `recsys.data.parquet.values`), with the same errors. Shapes: N candidates, L events of a history,
 P parallel lists, R rows of a column (1 or N), K table rows.
 """
@@ -32,13 +32,13 @@ def request_columns(
 ) -> tuple[list[str], list[str]]:
     """Return the file columns of user and history that these model columns are made of.
 
-    Columns that are looked up are followed by those of the ids by which they are.
+    The ids by which columns are looked up come last.
     """
     lists = [
         name for events in schema.histories for name in (events.name, *events.numbers, *events.ids)
     ]
     columns = schema.file_columns([*pooled, *dense])
-    for name in columns:  # also those that are added meanwhile
+    for name in columns:  # also those that the loop appends
         if table := schema.lookup_of(name):
             columns += [key for key in table.by if key not in (schema.target_item, *columns)]
     return columns, schema.file_columns(lists)
@@ -78,9 +78,9 @@ class RequestValues:
         return self._looked_up[table.name][name]
 
     def columns(self, names: Sequence[str]) -> tuple[dict[str, pa.Array], str]:
-        """Return columns of equal lengths, and the place that a message says they come from.
+        """Return columns of equal lengths, and their origin for messages.
 
-        Those of the user are repeated beside candidates'.
+        A user's value is repeated for each candidate.
         """
         columns = {name: self.column(name) for name in names}
         self.nulls |= {name: (len(values), values.null_count) for name, values in columns.items()}
@@ -130,7 +130,7 @@ class HistoryRows:
 
 @dataclass(frozen=True)
 class RequestRows:
-    """A request in the numbers of the model."""
+    """A request as inputs of the model."""
 
     pooled: dict[str, TableRows]  # by column, of 1 or N values
     dense: dict[str, np.ndarray]  # float32 [1 or N] by column
@@ -220,13 +220,13 @@ class RequestReader:
         length = len(value_list(lists, history.name, "history"))
 
         def file_values(column: str) -> dict[str, pa.Array]:
-            """Return the values beside the events that a column is made of, each as one list."""
-            arrays, what = {}, f"items of '{history.name}'"
+            """Return the file columns that a column of events is made of, each as one list."""
+            arrays, unit = {}, f"items of '{history.name}'"
             for name in self.schema.file_columns([column]):
                 if name not in lists and self.schema.lookup_beside(name) is not None:
                     arrays[name] = self._beside(name, lists[history.name])
                 else:
-                    values = value_list(lists, name, "history", length, what)
+                    values = value_list(lists, name, "history", length, unit)
                     arrays[name] = array_of([values], name, "history")
             return arrays
 
@@ -280,7 +280,7 @@ class RequestReader:
         return usable_column(table, name, self.schema, refuse)
 
     def _typed(self, array: pa.Array, name: str, column: str) -> pa.Array:
-        """Give nulls alone, of a file column, the type of values; steps and raw ids take any."""
+        """Cast a column of nulls alone to its type in files; transforms and raw ids take any."""
         kind = array.type
         if not pa.types.is_null(kind.value_type if is_list(kind) else kind):
             return array

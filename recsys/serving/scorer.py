@@ -102,7 +102,7 @@ class Scorer:
             ValueError: the folder is no package, a file of it differs (it is named), or the files
                 do not fit together.
         """
-        folder = Path(package).resolve()  # of a link, which may be exchanged meanwhile
+        folder = Path(package).resolve()  # a link may be replaced meanwhile
         if verified is None and previous is not None:
             verified = previous.verified
         verified = VerifiedFiles(verified)
@@ -203,7 +203,7 @@ class Scorer:
         )
 
     def _content_vectors(self, part: str, items: np.ndarray) -> Tensor:  # [N] -> [N, E]
-        """Return content vectors, of added items those that came with them; zeros if not read."""
+        """Return content vectors, also of added items; zeros if content is not read."""
         if part not in self._content:
             history = self._content.get("history")
             return torch.zeros(len(items), 0 if history is None else history.shape.dim)
@@ -229,13 +229,13 @@ class Scorer:
         vectors = self._tables[self.schema.table_of(name)].rows(column.rows)
         lengths = torch.from_numpy(np.asarray(column.lengths, np.int64))
         sums = torch.segment_reduce(vectors, "sum", lengths=lengths, initial=0.0)
-        return sums.expand(num_rows, -1)  # those of one user are the same for all candidates
+        return sums.expand(num_rows, -1)  # a user's sum is the same for all candidates
 
     def _warm_up(self) -> None:
-        one = np.zeros(1, np.int64)
-        pooled = {name: TableRows(one, one + 1) for name in self.manifest.pooled}
+        row = np.zeros(1, np.int64)
+        pooled = {name: TableRows(row, row + 1) for name in self.manifest.pooled}
         dense = {name: np.zeros(1, np.float32) for name in self.manifest.dense}
-        self._run(RequestRows(pooled, dense, one, self.read.histories([])))
+        self._run(RequestRows(pooled, dense, row, self.read.histories([])))
 
 
 def features_version(manifest: Manifest) -> str:

@@ -59,7 +59,7 @@ class VectorFileShape:
 
 
 def write_vectors(path: Path, shape: VectorFileShape, blocks: Iterable[Tensor]) -> None:
-    """Write blocks of vectors [rows, D], which are R rows together, one after the other."""
+    """Write blocks of vectors [rows, D] in their order, R rows in all."""
     num_rows = 0
     with path.open("wb") as file:
         for block in blocks:
@@ -75,7 +75,7 @@ class VectorFile:
         self.shape = shape
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        mapped.madvise(mmap.MADV_RANDOM)  # else each row that is read brings 32 pages with it
+        mapped.madvise(mmap.MADV_RANDOM)  # else reading a row also reads 32 pages ahead
         size = (shape.num_rows, shape.row_bytes)
         self._rows = np.frombuffer(mapped, np.uint8, shape.num_rows * shape.row_bytes).reshape(size)
 

@@ -1,4 +1,4 @@
-"""Callbacks: code of one's own at the begin, the steps, the validations and the end of training."""
+"""Callbacks: user code at the start, the steps, the validations and the end of training."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Is called on every rank; subclasses override what they need, and are made without arguments.
+    """Base of user callbacks, called on every rank; subclasses take no constructor arguments.
 
     `job` has the model (`job.em3`), the settings (`job.config`) and the ranks (`job.ranks`);
-    `progress` the steps, epochs and best score so far. An error ends the job on all ranks.
+    `progress` has the steps, epochs and best score so far. An error ends the job on all ranks.
     """
 
     def begin(self, job: Job, progress: Progress) -> None:
-        """Before the first step of this start, which may continue an earlier one."""
+        """Before the first step of this job, which may resume a run."""
 
     def step(self, job: Job, progress: Progress, losses: dict[str, Tensor]) -> None:
         """After each step; `losses` [] by name are of this rank. Must not be a collective."""
@@ -45,15 +45,15 @@ class Callbacks:
             self.parts = [make_part("callbacks", name, {}, Callback) for name in names]
 
     def step(self, progress: Progress, losses: dict[str, Tensor], lockstep: Lockstep) -> None:
-        """Call all; all ranks raise an error when they next exchange flags."""
+        """Call all callbacks; all ranks raise an error when they next exchange flags."""
         try:
-            for part in self.parts:
-                part.step(self.job, progress, losses)
+            for callback in self.parts:
+                callback.step(self.job, progress, losses)
         except Exception as error:  # a user's class may raise any error
             lockstep.record_error(error)
 
     def run(self, call: Callable[[Callback], None]) -> None:
-        """Call one after another; an error is raised on all ranks. A collective if any."""
-        for part in self.parts:
+        """Pass each callback to `call`; all ranks raise an error. A collective if there are any."""
+        for callback in self.parts:
             with self.job.ranks.raise_on_all_ranks():
-                call(part)
+                call(callback)

@@ -96,7 +96,7 @@ def dry_run(config: Config, data: str, ranks: Ranks, warm_start: WarmStart | Non
             times.append(time.perf_counter())
     peaks, rows_of_ranks, scored = zip(*ranks.gather((peak_bytes(ranks.device), rows, scored_rows)))
     loss_values = ranks.gather(losses)
-    means = {name: sum(part[name] for part in loss_values) / len(loss_values) for name in losses}
+    means = {name: sum(local[name] for local in loss_values) / len(loss_values) for name in losses}
     build, step, score = (end - begin for begin, end in itertools.pairwise(times))
     result = DryRun(means, sum(rows_of_ranks), sum(scored), build, step, score, list(peaks))
     logger.info("%s", result)

@@ -75,11 +75,11 @@ def set_codes(job: Job, plan: WarmStartPlan | None = None) -> None:
 
 
 def _check_codes(trained: Tensor, table: Tensor, old_rows: Tensor, folder: str) -> None:
-    """Raise a ValueError for items whose codes are other ones; `old_rows` [I], -1: a new item."""
-    before = trained[old_rows.clamp(min=0)]
-    has_codes = (old_rows >= 0) & (before[:, -1] > 0) & (table[:, -1] > 0)
-    # The last of the codes tells items apart that share all others.
-    differs = has_codes & (before[:, :-2] != table[:, :-2]).any(dim=1)
+    """Raise a ValueError if known items have new codes; `old_rows` [I] is -1 for a new item."""
+    trained_codes = trained[old_rows.clamp(min=0)]
+    has_codes = (old_rows >= 0) & (trained_codes[:, -1] > 0) & (table[:, -1] > 0)
+    # The last code, which distinguishes items that share all others, may change.
+    differs = has_codes & (trained_codes[:, :-2] != table[:, :-2]).any(dim=1)
     if num_items := int(differs.sum()):
         raise ValueError(
             f"{folder}: {num_items:,} of {int(has_codes.sum()):,} items have other codes than the "
@@ -91,7 +91,7 @@ def _check_codes(trained: Tensor, table: Tensor, old_rows: Tensor, folder: str) 
 def load_pretrained_tables(job: Job, num_old_ids: Mapping[str, int] | None = None) -> None:
     """Write the vectors of every `embedding.tables.NAME.init_from` into its table. A collective.
 
-    `num_old_ids` are the first ids of exact maps, whose rows stay; None: all rows are written.
+    `num_old_ids` has the number of ids by exact map whose rows stay; None: all rows are written.
     """
     for name, settings in job.config.embedding.tables.items():
         source = settings.init_from
@@ -100,7 +100,7 @@ def load_pretrained_tables(job: Job, num_old_ids: Mapping[str, int] | None = Non
         with job.ranks.raise_on_all_ranks():
             files, rows_of_ids = _pretrained_files(job.schema, name, source)
         if num_old_ids is not None:
-            if rows_of_ids is None:  # the file has rows, of which new ids have none
+            if rows_of_ids is None:  # the file is by row, and has no rows of new ids
                 continue
             rows_of_ids = partial(_rows_of_new_ids, rows_of_ids, num_old_ids[name])
         with job.ranks.raise_on_all_ranks():
@@ -114,7 +114,7 @@ def load_pretrained_tables(job: Job, num_old_ids: Mapping[str, int] | None = Non
 
 
 def _rows_of_new_ids(rows_of_ids: RowsOfIds, num_old_ids: int, ids: pa.Array) -> np.ndarray:
-    """Return the rows of ids, -1 for those that a map had before."""
+    """Return the rows of ids, -1 for ids that the map already had."""
     rows = rows_of_ids(ids)
     return np.where(rows < num_old_ids, -1, rows)
 
@@ -159,7 +159,7 @@ def open_warm_start(
 def start_warm(
     job: Job, run: Path, plan: WarmStartPlan, numbers: Mapping[str, NumberRange]
 ) -> Progress:
-    """Begin a run with what its plan takes over; the rest as in any new run. A collective."""
+    """Start a run with the state that its plan takes over; initialise the rest. A collective."""
     progress = take_over(job, plan)
     fit_to_rows(job, plan, numbers)
     counts = counts_before(job, plan)
@@ -170,11 +170,11 @@ def start_warm(
 
 
 def take_over(job: Job, plan: WarmStartPlan, fills_bank: bool = True) -> Progress:
-    """Fill the job with what its plan takes over; read no row, and write nothing. A collective."""
+    """Load the state that the plan takes over; read no data rows, write no file. A collective."""
     source = plan.source
-    load_pretrained_tables(job)  # rows that the other run has are replaced by its own
+    load_pretrained_tables(job)  # the plan then replaces rows that the other run has
     if job.averages is not None:
-        job.averages.copy_weights()  # so do averages of rows that the other run has not
+        job.averages.copy_weights()  # the plan then replaces averages that the other run has
     plan.apply(job)
     fill_cold_rows_of_both(job)
     progress = Progress(
@@ -195,14 +195,14 @@ def take_over(job: Job, plan: WarmStartPlan, fills_bank: bool = True) -> Progres
         if plan.items is None:
             fill_bank(job)
         else:
-            with job.averaged():  # as predictions by the run do
+            with job.averaged():  # by the weights that the run predicts with
                 run, manifest = source.request.run, source.model.manifest
                 encode_changed_items(job, run, manifest, new_item_rows(job, plan))
     return progress
 
 
 def counts_before(job: Job, plan: WarmStartPlan) -> ItemCounts:
-    """Return the counts of the run started from, by new rows; maybe none. A collective."""
+    """Return the other run's training rows by item of this job; may be empty. A collective."""
     with job.ranks.raise_on_all_ranks():
         if (rows := plan.maps.get(job.schema.target_item)) is None:
             return ItemCounts.sum_of([])
@@ -214,7 +214,7 @@ def counts_before(job: Job, plan: WarmStartPlan) -> ItemCounts:
 
 
 def new_item_rows(job: Job, plan: WarmStartPlan) -> NewRows | None:
-    """Return the map from rows of items of the plan to rows of the job; None if they are equal."""
+    """Return the map from item rows of the other run to those of the job; None if all are equal."""
     assert plan.items is not None
     is_same = plan.items.is_identity or job.schema.has_bounded_items  # known by raw id
     return None if is_same else plan.items.new_rows
@@ -223,7 +223,7 @@ def new_item_rows(job: Job, plan: WarmStartPlan) -> NewRows | None:
 def fit_to_rows(
     job: Job, plan: WarmStartPlan, numbers: Mapping[str, NumberRange], earlier: Sequence[str] = ()
 ) -> None:
-    """Fit what training does not learn to the training rows, once scored. A collective.
+    """Fit scales, neighbours, codes and new rows, once the rows are scored. A collective.
 
     Neighbours are fitted to the rows in `earlier` folders, too.
     """
@@ -239,7 +239,7 @@ def fit_to_rows(
     fit_neighbours(job, earlier)
     set_codes(job, plan)
     if job.averages is not None and job.averages.tables:
-        with job.averaged():  # rows that steps then average with their weights
+        with job.averaged():  # steps average these rows with the weights
             load_pretrained_tables(job, num_old_ids)
     load_pretrained_tables(job, num_old_ids)
     for table, (rule, result) in fill_cold_rows_of_both(job).items():
@@ -247,10 +247,9 @@ def fit_to_rows(
 
 
 def fill_cold_rows(job: Job) -> dict[str, tuple[str, str]]:
-    """Give rows that no step has trained their table's first values, `new_rows`. A collective.
+    """Set rows that no step has trained by their table's `new_rows`. A collective.
 
-    `zero` is 0, `mean` the mean of the trained rows; moments stay zero. Returns rule and result in
-    words, by table.
+    `zero` is 0, `mean` that of trained rows; moments stay zero. Returns rule and result by table.
     """
     filled: dict[str, tuple[str, str]] = {}
     for table, rule in cold_row_rules(job.config, job.schema).items():
@@ -265,7 +264,7 @@ def fill_cold_rows(job: Job) -> dict[str, tuple[str, str]]:
 
 
 def fill_cold_rows_of_both(job: Job) -> dict[str, tuple[str, str]]:
-    """Fill these rows of averaged tables, if there are any, and of the weights. A collective."""
+    """Call `fill_cold_rows` for averaged tables, if any, and for the weights. A collective."""
     if job.averages is not None and job.averages.tables:
         with job.averaged():
             fill_cold_rows(job)
@@ -273,13 +272,13 @@ def fill_cold_rows_of_both(job: Job) -> dict[str, tuple[str, str]]:
 
 
 def refill_cold_rows(job: Job) -> None:
-    """Give these rows their values anew in training. A collective."""
+    """Call `fill_cold_rows` during training, and log the results. A collective."""
     for table, (_, result) in fill_cold_rows(job).items():
         logger.info("table '%s': rows without training: %s", table, result)
 
 
 def _takes_raw_numbers(scaling: InputScaling, plan: WarmStartPlan) -> bool:
-    """Return whether the ranking model that is taken over reads all numbers as they are."""
+    """Return whether the ranking model that is taken over was trained on unscaled numbers."""
     if not any(name.startswith("ranking.") for name in plan.weights):
         return False
     if plan.takes("scaling.fits"):
@@ -288,7 +287,7 @@ def _takes_raw_numbers(scaling: InputScaling, plan: WarmStartPlan) -> bool:
 
 
 def check_begun_from(run: Path, request: WarmStart | None) -> None:
-    """Raise a ValueError for a run that was not begun from the run that is asked for."""
+    """Raise a ValueError unless `run` was begun from the run that `request` names."""
     if request is None:
         return
     file = run / WARM_START
@@ -306,7 +305,7 @@ def _plain(request: WarmStart) -> dict[str, object]:
 
 
 def describe_start(run: Path, plan: WarmStartPlan) -> None:
-    """Print and keep what was taken over and what differed."""
+    """Print, and write to the run, what was taken over and what differed."""
     content = {
         "request": _plain(plan.source.request),
         "checkpoint": plan.source.model.folder.name,

@@ -1,7 +1,7 @@
 """Statistics of `recsys.ranking.neighbours`: factors of the items' similarities, means of values.
 
-An event is a user and an item of the histories of his training rows, counted once. Rank 0 computes
-statistics from the distinct events of all ranks, for each fold of users from the others.
+An event is a user and an item in the histories of the user's training rows, counted once. Rank 0
+computes statistics of the distinct events of all ranks: for each fold, of the users outside it.
 
 Shapes: N events, I items, K neighbours of an item, D width of a factor, F folds.
 """
@@ -32,10 +32,10 @@ if TYPE_CHECKING:  # runs without neighbours start without it
 
 logger = logging.getLogger(__name__)
 
-EVENTS_PER_BLOCK = 2**24  # that a rank holds before it drops repeated ones
-ITEMS_PER_BLOCK = 4096  # whose similarities to all items are in memory at a time
-OVERSAMPLING, ITERATIONS = 16, 8  # of the leading eigenvectors
-MOST_EVENTS = 1000  # of a user, which pair: the cost grows with their square
+EVENTS_PER_BLOCK = 2**24  # events that a rank holds before it drops duplicates
+ITEMS_PER_BLOCK = 4096  # items whose similarities to all items are in memory at a time
+OVERSAMPLING, ITERATIONS = 16, 8  # of the subspace iteration
+MOST_EVENTS = 1000  # events of a user: the cost of their pairs grows with the square
 
 
 class Events(NamedTuple):
@@ -69,7 +69,7 @@ class Events(NamedTuple):
 
 
 def fit_neighbours(job: Job, earlier_folders: Sequence[str] = ()) -> None:
-    """Fill the model's neighbours from its rows and the latest earlier ones. A collective."""
+    """Fit neighbours to the training rows and the latest earlier folders. A collective."""
     neighbours, settings, ranks = job.em3.neighbours, job.config.neighbours, job.ranks
     if neighbours is None or settings is None:
         return
@@ -101,7 +101,7 @@ def _existing(job: Job, folders: Sequence[str]) -> list[str]:
 def gather_events(job: Job, settings: NeighbourSettings, folders: Sequence[str]) -> Events:
     """Return the distinct events of the rows in folders on rank 0. A collective.
 
-    Of the values of an event the first one counts, by folder and row, for any number of ranks.
+    If an event has several values, the first by folder and row counts, for any number of ranks.
     """
     return _joined_in_blocks(_gathered(job, settings, folder) for folder in folders)
 
@@ -124,7 +124,7 @@ def read_events(job: Job, settings: NeighbourSettings, folder: str) -> Events:
 
 
 def _joined_in_blocks(parts: Iterable[Events]) -> Events:
-    """Return the distinct events of parts, in memory that repeated events do not fill."""
+    """Return the distinct events of parts; drop duplicates before they fill the memory."""
     block = [Events(*(np.zeros(0, kind) for kind in (np.int64, np.int64, np.float64)))]
     for part in parts:
         block.append(part)
@@ -174,7 +174,7 @@ def fill_statistics(neighbours: Neighbours, events: Events, settings: NeighbourS
 
 
 def value_deviations(events: Events, settings: NeighbourSettings) -> np.ndarray:  # [N]
-    """Return standardised values less their user's mean, which begins with `PRIOR_VALUES` zeros."""
+    """Return standardised values minus their user's mean, which includes `PRIOR_VALUES` zeros."""
     if settings.values is None or not len(events.values):
         return np.zeros(len(events.values))
     deviations = (events.values - events.values.mean()) / (events.values.std() or 1.0)
@@ -185,7 +185,7 @@ def value_deviations(events: Events, settings: NeighbourSettings) -> np.ndarray:
 def item_similarities(
     events: Events, num_items: int, settings: NeighbourSettings
 ) -> list[csr_matrix]:  # float32 [I, I] each, symmetric, 0 on the diagonal
-    """Return the similarities of items by their users and, with values, by the values of these.
+    """Return the similarities of items by their users and, with values, by their users' values.
 
     The cosine of two items' vectors of users, 1 + length ** 2 in place of length ** 2 for values,
     times n / (n + `significance`) with n common users (Herlocker et al. 1999). A pair is kept if
@@ -200,7 +200,7 @@ def item_similarities(
     vectors = [
         csr_matrix((column.astype(np.float32), (events.items, user)), shape) for column in columns
     ]
-    squares = [np.asarray(part.multiply(part).sum(axis=1)).ravel() for part in vectors]
+    squares = [np.asarray(matrix.multiply(matrix).sum(axis=1)).ravel() for matrix in vectors]
     scales = [1 / np.sqrt(np.maximum(part + (part is not squares[0]), 1e-9)) for part in squares]
     blocks: list[list[csr_matrix]] = [[] for _ in vectors]
     for start in range(0, num_items, ITEMS_PER_BLOCK):
@@ -223,7 +223,7 @@ def _symmetric(nearest: csr_matrix) -> csr_matrix:
 
 
 def _nearest(similarity: csr_matrix, first_item: int, count: int) -> csr_matrix:
-    """Keep the `count` largest similarities, in size, of each row to other items."""
+    """Return the `count` largest absolute similarities of each row to other items."""
     from scipy.sparse import csr_matrix
 
     sizes = np.abs(similarity.data)
@@ -240,9 +240,9 @@ def _nearest(similarity: csr_matrix, first_item: int, count: int) -> csr_matrix:
 
 
 def leading_factors(similarity: csr_matrix, dim: int) -> np.ndarray:  # float32 [I, D]
-    """Return Z of which Z Z' is close to the similarities: scaled leading eigenvectors.
+    """Return Z such that Z Z' approximates the similarities: scaled leading eigenvectors.
 
-    For many items by subspace iteration (Halko et al. 2011, algorithm 4.4), in a few seconds.
+    Many items use subspace iteration (Halko et al. 2011, algorithm 4.4), which takes seconds.
     """
     factors = np.zeros((similarity.shape[0], dim), np.float32)
     active = np.flatnonzero(np.diff(similarity.indptr))

@@ -69,9 +69,9 @@ def train(
 ) -> dict[str, Any]:
     """Train, keep the best model, and return the content of `metrics.json`. A collective.
 
-    A run with a checkpoint continues unless `overwrite` is set. `resume` = never refuses such a
-    run, and must refuses any other. A new run may begin with the state of `warm_start`, and be
-    compared on test with a `baseline`, which is trained in `RUN/id_only`.
+    A run with a checkpoint continues unless `overwrite` is set. `resume` "never" refuses such a
+    run, "must" any other. A new run may begin with the state of `warm_start`, and be compared on
+    test with a `baseline`, which is trained in `RUN/id_only`.
 
     Raises:
         TrainingStopped: the job was asked to end; its state is saved.
@@ -113,7 +113,7 @@ def _train_locked(
                 schema = schema_of_data(run, Location.of(data), ranks, goes_on)
         elif warm_start is not None:
             source, schema = open_warm_start(warm_start, data, run, ranks)
-        # Before items are encoded.
+        # Checked before items are encoded, which may take long.
         check_columns(config.source, config.on_bad_row, data, ranks, schema)
         job = build_job(config, data, ranks, schema)
         for line in format_growth(job.schema) if ranks.is_first and not goes_on else ():
@@ -151,7 +151,7 @@ def open_run(
                 "last checkpoint, or train anew with --overwrite"
             )
     if progress is None:
-        plan = None if source is None else plan_warm_start(job, source)  # before a word is written
+        plan = None if source is None else plan_warm_start(job, source)  # before files are written
         checked = check_data(job)
         run_folder.begin_run(run, job, checked.item_counts, checked.skipped)
     job.ranks.on_first(run_folder.describe_run, run, job, data)
@@ -188,7 +188,7 @@ def training_interactions(job: Job, is_shuffled: bool = True) -> Interactions:
 
 
 def training_figures(progress: Progress, ranks: Ranks) -> dict[str, Any]:
-    """Return what `metrics.json` says of the training itself."""
+    """Return the entries of `metrics.json` on the training itself."""
     figures: dict[str, Any] = {
         "samples_per_second": progress.samples / progress.seconds,
         "seconds": progress.seconds,
@@ -255,7 +255,7 @@ def id_only_baseline(config: Config) -> Config:
 
 def _compare_with_baseline(config: Config, data: str, run: Path, ranks: Ranks) -> None:
     """Train the baseline of a run, or go on with it, and compare both. A collective."""
-    gc.collect()  # the first model is no longer needed, and its modules refer to each other
+    gc.collect()  # frees the first model, whose modules form reference cycles
     folder = run / BASELINE
     ranks.on_first((run / BASELINE_MARK).touch)
     logger.info("training the ID-only baseline in %s", folder)

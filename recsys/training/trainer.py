@@ -36,12 +36,12 @@ from recsys.training.trackers import Reporter
 
 logger = logging.getLogger(__name__)
 
-LIVING_OBJECTS = 20_000  # above what a step makes; cycles of a user's own parts still end
+LIVING_OBJECTS = 20_000  # more than a step makes; cycles in user code are still collected
 
 
 @dataclass
 class Trainer:
-    """A job in training, with all parts of its loop besides the model."""
+    """The training loop of a job, and the parts that it uses besides the model."""
 
     job: Job
     run: Path
@@ -56,7 +56,7 @@ class Trainer:
     def __post_init__(self) -> None:
         if (negatives := self.job.preparation.negatives) is not None:
             negatives.counts = self.item_counts
-        # Must not hold the trainer: a circle would keep the model after the run has ended.
+        # These must not reference the trainer: a cycle would keep the model after the run.
         job, checkpoints = self.job, self.checkpoints
         every, steps = job.config.log_every_steps, job.config.profile_steps
         rows = self.interactions.rows
@@ -79,7 +79,7 @@ class Trainer:
         job, progress = self.job, self.progress
         if progress.steps:
             self._end_decay_with_last_epoch()
-        self.callbacks.run(lambda part: part.begin(job, progress))
+        self.callbacks.run(lambda callback: callback.begin(job, progress))
         try:
             with relaxed_gc():
                 while not self.is_finished:
@@ -88,20 +88,20 @@ class Trainer:
             self.checkpoints.save(progress, wait=True)
             raise
         self.checkpoints.save(progress, wait=True)
-        self.callbacks.run(lambda part: part.end(job, progress))
+        self.callbacks.run(lambda callback: callback.end(job, progress))
 
     def _end_decay_with_last_epoch(self) -> None:
-        """Plan the learning rates of a run that goes on, by the updates made and those to come.
+        """Set where a resumed run's decay ends, from the updates made and those to come.
 
-        Other ranks or batch sizes, whose updates are more or fewer, may have begun it.
+        The run may have been begun with another number of ranks or another batch size.
         """
         job, progress, interactions = self.job, self.progress, self.interactions
         parts = job.config.validations_per_epoch
         ends = [interactions.batches_until(part, parts) for part in range(parts + 1)]
         interactions.begin(progress.epoch, progress.stages, progress.batches)
-        parts_left = range(progress.validations + 1, parts + 1)
-        rest = [progress.batches, *(interactions.batches_until(part, parts) for part in parts_left)]
-        num_updates = progress.dense_steps + job.updates_between(list(accumulate(rest, max)))
+        remaining = range(progress.validations + 1, parts + 1)
+        stops = [progress.batches, *(interactions.batches_until(part, parts) for part in remaining)]
+        num_updates = progress.dense_steps + job.updates_between(list(accumulate(stops, max)))
         epochs_after = job.config.epochs - progress.epoch - 1
         job.end_decay(num_updates + epochs_after * job.updates_between(ends))
         job.set_step(progress.age, progress.dense_steps)
@@ -109,7 +109,7 @@ class Trainer:
     def train_epoch(self) -> None:
         """Train for the rest of an epoch, or until patience ends. A collective.
 
-        An epoch has parts, which end with a validation, of stretches, which end with a checkpoint.
+        Parts of an epoch end with a validation; stretches of a part end with a checkpoint.
         """
         config, progress = self.job.config, self.progress
         self.interactions.begin(progress.epoch, progress.stages, progress.batches)
@@ -159,7 +159,7 @@ class Trainer:
                 self.reporter.step(progress, losses)  # logs every `log_every_steps`
                 self.callbacks.step(progress, losses, lockstep)
                 if lockstep.stop or lockstep.save:
-                    lockstep.end_stretch()  # the pipeline ends its fetched batches
+                    lockstep.end_stretch()  # the pipeline still trains on fetched batches
                 lockstep.watchdog.mark(f"step {progress.steps}")
                 self.profile.step()
         lockstep.record_error(self.loss_watch.check())
@@ -187,7 +187,7 @@ class Trainer:
         return every is not None and progress.steps // every > first_step // every
 
     def _refresh_bank(self) -> None:
-        """Encode all items again, if every epoch does so. A collective."""
+        """Encode all items again, if `refresh_bank_every_epoch` is set. A collective."""
         content = content_settings(self.job.config.content)
         if content is not None and content.history.refresh_bank_every_epoch:
             fill_bank(self.job, self.lockstep)
@@ -206,7 +206,7 @@ class Trainer:
             if (line := format_unknown("train", progress.ids)) is not None:
                 logger.info("%s; %s", line, progress.vocabularies)
             self.reporter.validation(progress, report)
-            self.callbacks.run(lambda part: part.validation(job, progress, report))
+            self.callbacks.run(lambda callback: callback.validation(job, progress, report))
             score = selection_score(report, metric)
             if score is None:
                 cause = f"the {selection_words(metric)} is not defined there"

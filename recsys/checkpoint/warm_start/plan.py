@@ -1,4 +1,4 @@
-"""Decides about every tensor of a new run: taken over, begun anew, or refused."""
+"""Decides for every tensor of a new run: taken over, initialised, or refused."""
 
 import logging
 from collections import Counter
@@ -35,7 +35,7 @@ SCALING = f"{MODEL}scaling."  # a number per dense column and list
 MOST_SHAPES = 8  # in a message
 # Parts whose weights make the vectors in the memory bank.
 ENCODING = ("model.content.encoders.", "model.content.projections.", "model.content.fusion.")
-# Parts of the model that tell inputs apart by their places; of others the ranking model alone.
+# Parts whose weights depend on the order of a kind of inputs; default: the ranking model.
 _PARTS_BY_PLACE = {
     "modalities": ("ranking.", "content."),
     "further sequences": ("ranking.", "further_histories."),
@@ -48,8 +48,8 @@ class WarmStartPlan:
     """Tensors and rows that a new run takes over from another one."""
 
     source: Source
-    tensors: dict[str, StoredState] = field(default_factory=dict)  # its checkpoint, by name
-    # Rows of tables, by table, and of tensors with a row per item, by name.
+    tensors: dict[str, StoredState] = field(default_factory=dict)  # checkpoint of each, by name
+    # Rows of tables, by table, and rows of tensors with a row per item, by tensor.
     maps: dict[str, RowMap] = field(default_factory=dict)
     items: RowMap | None = None  # rows of the items; None if the memory bank is filled anew
 
@@ -59,8 +59,8 @@ class WarmStartPlan:
 
     def __str__(self) -> str:
         model = self.source.model
-        words = f"{model.folder}, step {model.step:,}: {len(self.tensors):,} tensors"
-        return f"warm start from {words}\n{self.differences}\n"
+        summary = f"{model.folder}, step {model.step:,}: {len(self.tensors):,} tensors"
+        return f"warm start from {summary}\n{self.differences}\n"
 
     @property
     def weights(self) -> list[str]:
@@ -75,7 +75,7 @@ class WarmStartPlan:
         return {table for name in names if (table := _table_of(name)) is not None}
 
     def take_unused_rows(self, job: Job) -> None:
-        """Take over the rows of ids that are new in exact maps, too."""
+        """Take over unused rows of exact maps, too, which new ids get."""
         new_maps = exact_maps(job.schema)
         for table, old in exact_maps(self.source.schema).items():
             rows, new = self.maps.get(table), new_maps.get(table)
@@ -90,7 +90,7 @@ class WarmStartPlan:
 
     @torch.no_grad()
     def apply(self, job: Job) -> None:
-        """Fill the job with what is taken over; the rest stays. A collective."""
+        """Load the tensors and rows that are taken over into the job. A collective."""
         training, ranks = TrainingState(job), job.ranks
         entries = {name: stored.entries[name] for name, stored in self.tensors.items()}
         state = training.state_dict(entries)
@@ -132,9 +132,9 @@ def plan_warm_start(job: Job, source: Source) -> WarmStartPlan:
         names = {*state, *source.model.entries}
         parameters = [name.removeprefix(MODEL) for name in names if name.startswith(MODEL)]
         for pattern in source.request.unmatched(parameters):
-            what, example = "no parameter of either run has such a name", min(parameters)
+            problem, example = "no parameter of either run has such a name", min(parameters)
             fix = f"correct the pattern of --warm-start-only or skip; one of the names is {example}"
-            plan.differences.refuse(f"'{pattern}'", what, fix)
+            plan.differences.refuse(f"'{pattern}'", problem, fix)
     _choose_weights(plan, job, state)
     with job.ranks.raise_on_all_ranks():
         _choose_vocabularies(plan, state)
@@ -148,27 +148,27 @@ def plan_warm_start(job: Job, source: Source) -> WarmStartPlan:
 
 
 def _refuse_moved_inputs(source: Source, job: Job) -> None:
-    """Refuse weights of inputs and labels at whose places the new model has others.
+    """Refuse weights whose inputs or labels have another order in the new model.
 
-    Lists of unlike lengths have shapes that do not fit, except those of labels and sequences.
+    Another number of inputs changes the shapes, except for labels and further sequences.
     """
     inputs = _inputs(source.config, source.schema)
     for kind, names in _inputs(job.config, job.schema).items():
-        before, parts = inputs.get(kind, names), _PARTS_BY_PLACE.get(kind, ("ranking.",))
-        kept = [name for name in names if name in before]
-        are_moved = len(names) == len(before) and names != before
+        previous, parts = inputs.get(kind, names), _PARTS_BY_PLACE.get(kind, ("ranking.",))
+        shared = [name for name in names if name in previous]
+        are_moved = len(names) == len(previous) and names != previous
         if kind in ("labels", "further sequences"):
-            are_moved &= bool(kept)
-            are_moved |= any(names.index(name) != before.index(name) for name in kept)
+            are_moved &= bool(shared)
+            are_moved |= any(names.index(name) != previous.index(name) for name in shared)
         if are_moved and any(map(source.request.takes, parts)):
-            what = f"their places tell them apart, and were {before}, are {names}"
+            change = f"their places tell them apart, and were {previous}, are {names}"
             patterns = " ".join(f"'{part}*'" for part in parts)
             fix = f"keep the places of the run, or --warm-start-skip {patterns}"
-            source.differences.refuse(kind, what, fix)
+            source.differences.refuse(kind, change, fix)
 
 
 def _inputs(config: Config, schema: Schema) -> dict[str, list[str]]:
-    """Return what a model tells apart by place alone, by kind."""
+    """Return the inputs and labels that a model distinguishes by order alone, by kind."""
     lists = {f"lists beside '{history.name}'": history.numbers for history in schema.histories}
     dense, pooled = schema.of_kind("dense"), pooled_features(config.embedding, schema)
     query, features = list[str](), getattr(config.ranking, "query_features", None)
@@ -221,43 +221,43 @@ def _choose_weights(plan: WarmStartPlan, job: Job, state: State) -> None:
 
 def _refuse_rules_without_state(plan: WarmStartPlan, job: Job) -> None:
     tables = {table_of_key(name) for name in plan.tensors if name.startswith(MODEL)}
-    what = "applies to rows whose moments are zero, and the table's optimizer state begins anew"
+    problem = "applies to rows whose moments are zero, and the table's optimizer state begins anew"
     fix = "take that state over, or set random"
     for table, rule in cold_row_rules(job.config, job.schema).items():
         if table in tables - plan.tables_with_state:
             setting = f"embedding.tables.{table}.new_rows"
-            plan.differences.refuse(setting, f"{rule} {what}", fix)
+            plan.differences.refuse(setting, f"{rule} {problem}", fix)
 
 
 def _refuse_shapes(shapes: dict[str, str], differences: Differences) -> None:
     if shapes:
-        listed = [f"{name} {sizes}" for name, sizes in shapes.items()][:MOST_SHAPES]
-        num_unlisted = len(shapes) - len(listed)
+        shown = [f"{name} {sizes}" for name, sizes in shapes.items()][:MOST_SHAPES]
+        num_unlisted = len(shapes) - len(shown)
         patterns = dict.fromkeys(
             f"'*.{table}.*'"
             if (table := table_of_key(MODEL + name))
             else f"'{'.'.join(name.split('.')[:2])}*'"
             for name in shapes
         )
-        what = ", ".join(listed) + (f" and {num_unlisted:,} more" if num_unlisted else "")
+        changes = ", ".join(shown) + (f" and {num_unlisted:,} more" if num_unlisted else "")
         fix = f"set back what they depend on, or --warm-start-skip {' '.join(patterns)}"
-        differences.refuse("shapes that do not fit", what, fix)
+        differences.refuse("shapes that do not fit", changes, fix)
 
 
 def _shared_weights(plan: WarmStartPlan, state: State) -> list[str]:
-    """Return the weights that both runs have and that are asked for; list the others."""
+    """Return the requested weights that both runs have; list all others as differences."""
     request, names = plan.source.request, {name for name in state if name.startswith(MODEL)}
     stored = {name for name in plan.source.model.entries if name.startswith(MODEL)}
     skipped = {name for name in names & stored if not request.takes(name.removeprefix(MODEL))}
-    for untaken, what, rule in (
+    for omitted, reason, rule in (
         (names - stored, "not in the run", "added, with initial values"),
         (stored - names, "not in this model", "dropped"),
         (skipped, "not asked for", "initial values"),
     ):
-        paths = [name.removeprefix(MODEL).split(".") for name in sorted(untaken)]
+        paths = [name.removeprefix(MODEL).split(".") for name in sorted(omitted)]
         groups = Counter(".".join(path[:3]) + ".*" * (len(path) > 3) for path in paths)
         for group, count in groups.items():
-            plan.differences.add(group, f"{what} ({count:,} tensor{'s' * (count > 1)})", rule)
+            plan.differences.add(group, f"{reason} ({count:,} tensor{'s' * (count > 1)})", rule)
     shared = sorted((names & stored) - skipped)
     if not shared:
         fix = "name others in --warm-start-only or skip"
@@ -319,8 +319,8 @@ def _choose_optimizer_state(plan: WarmStartPlan, job: Job, state: State) -> None
         differences.add("optimizer state", reason, "begins anew")
         return
     if stored.step != (model_step := plan.source.model.step):
-        what = f"the run keeps that of step {stored.step:,}, not of the model's step {model_step:,}"
-        differences.add("optimizer state", what, f"of step {stored.step:,}")
+        note = f"the run keeps that of step {stored.step:,}, not of the model's step {model_step:,}"
+        differences.add("optimizer state", note, f"of step {stored.step:,}")
     names = [*_table_states(plan, stored, job), *_dense_states(plan, stored, job)]
     if job.averages is not None:
         names += _averages(plan, stored, state)
@@ -337,11 +337,11 @@ def _table_states(plan: WarmStartPlan, stored: StoredState, job: Job) -> Iterato
             continue
         part, optimizers = f"optimizer state of '{table}'", (previous[table], current[table])
         if optimizers[0] != optimizers[1]:
-            what = f"{optimizers[0]} before, {optimizers[1]} now"
+            change = f"{optimizers[0]} before, {optimizers[1]} now"
             if "none" in optimizers:
-                plan.differences.add(part, what, "begins anew")
+                plan.differences.add(part, change, "begins anew")
             else:
-                plan.differences.refuse(part, what, OPTIMIZER_FIX)
+                plan.differences.refuse(part, change, OPTIMIZER_FIX)
         elif table in bounded and stored.step != plan.source.model.step:
             plan.differences.add(part, "its rows have had other ids since", "begins anew")
         else:
@@ -356,8 +356,8 @@ def _table_optimizers(config: Config, schema: Schema) -> dict[str, str]:
 def _dense_states(plan: WarmStartPlan, stored: StoredState, job: Job) -> Iterator[str]:
     previous, current = plan.source.config.optimizer, job.config.optimizer
     if (previous.name, previous.options) != (current.name, current.options):
-        what = f"{previous.name} {previous.options} before, {current.name} {current.options} now"
-        plan.differences.refuse("state of the dense optimizer", what, OPTIMIZER_FIX)
+        change = f"{previous.name} {previous.options} before, {current.name} {current.options} now"
+        plan.differences.refuse("state of the dense optimizer", change, OPTIMIZER_FIX)
         return
     trained = {name for name, value in job.em3.named_parameters() if value.requires_grad}
     trained.intersection_update(plan.weights)

@@ -1,6 +1,6 @@
 """Maps the rows of a new run's tables to those of the same ids in another run, and moves them.
 
-Rows go by raw id where a table has a map, else they keep their place; -1 begins anew.
+Rows are matched by raw id if a table has a map, else by their number; -1: initial values.
 Shapes: R rows, N rows of a range or block, D dimension, S sets of a bounded vocabulary.
 """
 
@@ -111,9 +111,9 @@ def _map_exact(
         return None
     num_kept = int((old_of_new >= 0).sum())
     if len(old) and not num_kept:
-        what = f"none of the run's {len(old):,} ids is among the {len(new):,} of the data"
+        problem = f"none of the run's {len(old):,} ids is among the {len(new):,} of the data"
         fix = f"bring the run's vocabulary into the dataset and extend it, {fix}"
-        differences.refuse(part, what, fix)
+        differences.refuse(part, problem, fix)
         return None
 
     @lru_cache(maxsize=1)
@@ -157,12 +157,12 @@ def _map_bounded(
 
     with ranks.raise_on_all_ranks():
         first, last = (num_rows * rank // ranks.world_size for rank in (ranks.rank, ranks.rank + 1))
-        num_own = int((find(first, last) >= 0).sum())
+        num_local = int((find(first, last) >= 0).sum())
         num_ids = sum(int((rows.last_used >= 0).sum()) for rows in _used_rows(source, table))
-    num_kept = sum(ranks.gather(num_own)) - 1  # without the row of unknown ids
-    what = f"{old_rows:,} rows and {num_ids:,} ids before, {num_rows:,} rows now"
+    num_kept = sum(ranks.gather(num_local)) - 1  # without the row of unknown ids
+    change = f"{old_rows:,} rows and {num_ids:,} ids before, {num_rows:,} rows now"
     rule = f"{num_kept:,} ids keep their rows at another place, {num_ids - num_kept:,} have no room"
-    source.differences.add(f"table '{table}'", what, rule)
+    source.differences.add(f"table '{table}'", change, rule)
     return RowMap(False, num_rows, find)
 
 
@@ -172,7 +172,7 @@ def _used_rows(source: Source, table: str) -> Iterator[UsedRows]:
     num_sets, rows_per_set = parts[0].size
     for start in range(0, num_sets, SETS_PER_READ):
         stop = min(start + SETS_PER_READ, num_sets)
-        values = [part.rows(start, stop).flatten().numpy() for part in parts]
+        values = [tensor.rows(start, stop).flatten().numpy() for tensor in parts]
         yield UsedRows(start * rows_per_set, *values)
 
 
@@ -221,9 +221,9 @@ def _move(
         block = read(start, stop)  # [N] or [N, D]
         new_rows, block_rows = order[begin:end] + first, old_rows[begin:end] - start
         for piece in pieces:
-            inside = (new_rows >= piece.row) & (new_rows < piece.row + len(piece.tensor))
-            values = block[torch.from_numpy(block_rows[inside])]
-            targets = torch.from_numpy(new_rows[inside] - piece.row).to(piece.tensor.device)
+            is_inside = (new_rows >= piece.row) & (new_rows < piece.row + len(piece.tensor))
+            values = block[torch.from_numpy(block_rows[is_inside])]
+            targets = torch.from_numpy(new_rows[is_inside] - piece.row).to(piece.tensor.device)
             if values.dim() > 1:
                 values = values[:, piece.column : piece.column + piece.tensor.shape[1]]
             piece.tensor[targets] = values.to(piece.tensor)

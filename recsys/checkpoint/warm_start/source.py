@@ -1,4 +1,4 @@
-"""The request of a warm start, the checkpoints that it reads, and in what the new run differs."""
+"""The request of a warm start, the checkpoints that it reads, and differences of the new run."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class WarmStart:
         run: folder of the run.
         checkpoint: its best model or its last checkpoint.
         only: load only parameters that match these patterns, such as `content.*`; empty: all.
-        skip: reinitialise parameters that match these patterns. What belongs to a parameter goes
-            with it: the state of its optimizer, and a table's vocabulary.
+        skip: reinitialise parameters that match these patterns, with their optimizer state and, of
+            a table, the vocabulary.
         optimizer: also take the state of the optimizers.
     """
 
@@ -60,7 +60,7 @@ class WarmStart:
 
 
 class Difference(NamedTuple):
-    """One difference."""
+    """A difference between the runs that does not prevent a warm start."""
 
     part: str
     what: str
@@ -69,7 +69,7 @@ class Difference(NamedTuple):
 
 @dataclass
 class Differences:
-    """Differences that a rule reconciles, and faults: those that none does."""
+    """Differences that a rule reconciles, and faults: differences that no rule reconciles."""
 
     reconciled: list[Difference] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
@@ -83,10 +83,10 @@ class Differences:
     def check(self, folder: object) -> None:
         """Raise a ValueError that lists the faults, if there are any."""
         if self.faults:
-            listed = self.faults[:MOST_FAULTS]
-            if num_unlisted := len(self.faults) - len(listed):
-                listed.append(f"and {num_unlisted} more")
-            raise ValueError(f"{folder}: this model cannot start from it: {'. '.join(listed)}")
+            shown = self.faults[:MOST_FAULTS]
+            if num_unlisted := len(self.faults) - len(shown):
+                shown.append(f"and {num_unlisted} more")
+            raise ValueError(f"{folder}: this model cannot start from it: {'. '.join(shown)}")
 
     def __str__(self) -> str:
         if not self.reconciled:
@@ -146,7 +146,7 @@ def open_source(request: WarmStart, out: Path | None, ranks: Ranks) -> Source:
     """Open the checkpoint of a run, for a new run in the folder `out`, if any. A collective.
 
     The best model takes optimizer state from the checkpoint of its step, or else the last one.
-    What is missing, damaged or `out` itself is a ValueError on every rank.
+    A checkpoint that is missing or damaged, or a run that is `out`, is a ValueError on every rank.
     """
     with ranks.raise_on_all_ranks():
         if out is not None and request.run.resolve() == out.resolve():
@@ -172,14 +172,14 @@ def open_source(request: WarmStart, out: Path | None, ranks: Ranks) -> Source:
     return Source(request, model, optimizer, schema, config)
 
 
-# Attributes of which `rows` decides, since they concern the rows of a table alone.
+# Attributes that concern the rows of a table alone; `rows.row_map` compares these.
 _ROW_ATTRIBUTES = ("num_embeddings", "vocabulary.kind", "vocabulary.num_hashes", "vocabulary.seed")
 # Attributes that change how the model is trained or measured, but not what its weights mean.
 _FREE_ATTRIBUTES = ("vocabulary.admit_after", "vocabulary.half_life", "loss", "nullable")
 
 
 def reconciled_schema(source: Source, root: Location, with_vocabularies: bool = True) -> Schema:
-    """Load a dataset's schema, with the run's order of columns, further ones behind, and fits."""
+    """Load a dataset's schema with the run's fits and order of columns; new columns come last."""
     trained, differences = source.schema, source.differences
     data = load_schema(root, with_vocabularies=False)
     for name, chain in data.transforms.items():
@@ -210,8 +210,8 @@ def reconciled_schema(source: Source, root: Location, with_vocabularies: bool = 
 
 def _compare_columns(trained: Schema, data: Schema, differences: Differences) -> None:
     if trained.target_item != data.target_item:
-        what = f"'{trained.target_item}' in the run, '{data.target_item}' in the data"
-        differences.refuse("target_item", what, "name the run's column, or train anew")
+        targets = f"'{trained.target_item}' in the run, '{data.target_item}' in the data"
+        differences.refuse("target_item", targets, "name the run's column, or train anew")
     for change in changes("group", {"": trained.group}, {"": data.group}):
         differences.add("group", change, "measured by the data's")
     stored, current = described_columns(trained), described_columns(data)
@@ -222,10 +222,10 @@ def _compare_columns(trained: Schema, data: Schema, differences: Differences) ->
         if name not in stored:
             differences.add(name, "not in the run", "added")
             continue
-        for attribute, before, present in differing(stored[name], current[name]):
+        for attribute, old_value, new_value in differing(stored[name], current[name]):
             if attribute in _ROW_ATTRIBUTES:
                 continue
-            change = f"{attribute} was {short(before)}, is {short(present)}"
+            change = f"{attribute} was {short(old_value)}, is {short(new_value)}"
             if attribute in _FREE_ATTRIBUTES or attribute.split(".")[0] == "fill":
                 differences.add(name, change, "as in the data")
             else:
@@ -263,7 +263,7 @@ def compare_encoders(source: Source, job: Job, takes: Callable[[str], bool]) -> 
                 fix = f"or --warm-start-skip 'content.*.{name}.*'"
                 source.differences.refuse(f"content.modalities.{name}", str(error), fix)
     if is_same and source.model.manifest["frozen_weights"] != frozen_digest(job):
-        what = "they are others, though encoders and settings are the same"
+        problem = "they are others, though encoders and settings are the same"
         fix = "bring the run's encoders back, or train anew"
-        source.differences.refuse("frozen weights", what, fix)
+        source.differences.refuse("frozen weights", problem, fix)
     return is_same

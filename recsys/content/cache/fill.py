@@ -40,7 +40,7 @@ SECONDS_UNTIL_VISIBLE = 120  # network folders appear on other machines with a d
 
 
 def distinct_rows(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [N] -> [S], [N]
-    """Return the first row of each content, ascending, and each row's place among them, or -1."""
+    """Return the first row of each content, ascending, and each row's place among these, or -1."""
     rows = np.flatnonzero(hashes != b"")
     _, first, group = np.unique(hashes[rows], return_index=True, return_inverse=True)
     order = np.argsort(first)
@@ -50,7 +50,7 @@ def distinct_rows(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [N] -
 
 
 def encoder_key(encoder: Encoder) -> str:
-    """Return a hash of frozen weights, settings and batch shapes; what trains is left out."""
+    """Return a hash of frozen weights, settings and batch shapes, without trained weights."""
     dtype = () if encoder.frozen_dtype == torch.float32 else (dtype_of(encoder),)
     shapes = (ITEMS_PER_GROUP, SHORT_LENGTHS, encoder.max_length, *dtype)
     trained = {name for name, value in encoder.named_parameters() if value.requires_grad}
@@ -73,7 +73,7 @@ class EarlierCache:
 
 
 def with_progress(calls: list[np.ndarray], name: str, shown: bool) -> Generator[np.ndarray]:
-    """Yield the calls; their items move a bar or, where none is drawn, give lines of the log."""
+    """Yield the calls, and show progress over items as a bar or, without a bar, as log lines."""
     total, num_done = sum(map(len, calls)), 0
     start = last_line = time.monotonic()
     with progress_bar(total, name, shown, unit=" items", unit_scale=True) as bar:
@@ -145,7 +145,7 @@ class _Fill:
         """Encode all missing items and write the cache. A collective."""
         ranks = self.ranks
         self.encoder.to(ranks.device).eval()
-        number = ranks.from_first(secrets.randbits(32))  # of this job among all
+        number = ranks.from_first(secrets.randbits(32))  # identifies this job
         failed = self.parts / f".failed-{number}"
         with ranks.raise_on_all_ranks():
             self.parts.mkdir(parents=True, exist_ok=True)
@@ -178,7 +178,7 @@ class _Fill:
                 raise
 
     def _earlier_caches(self) -> tuple[list[EarlierCache], np.ndarray]:
-        """Return caches of the encoder that hold rows, each in one of them, and the other rows."""
+        """Return caches of this encoder, with the rows to read from each, and the missing rows."""
         usable, missing = [], self.first
         for about in self.cache.glob(f"frozen-*/{ABOUT}"):
             # Damaged ones, or those being removed, are left out: encoding again is always correct.
@@ -220,9 +220,9 @@ class _Fill:
                 self._part(call).unlink(missing_ok=True)
 
     def _encode_missing(self, calls: list[np.ndarray], num_earlier: int, failed: Path) -> None:
-        """Encode the calls that no rank or job has done, until all are; a failure ends all ranks.
+        """Encode the calls that no rank or job has encoded yet; a failure ends all ranks.
 
-        Each rank has an order of its own, so that all that share a folder share the work, and the
+        Each rank has its own order, so that ranks and jobs with one folder share the work, and the
         rate averages over short and long texts.
         """
         todo = [call for call in calls if not self._part(call).exists()]
@@ -244,8 +244,8 @@ class _Fill:
         reused = f"; {num_done:,} were done before" if num_done else ""
         reused += f"; {num_earlier:,} are in an earlier cache" if num_earlier else ""
         is_distinct = len(self.first) == self.num_items
-        what = "items" if is_distinct else f"distinct contents of {self.num_items:,} items"
-        return f"encoding '{self.name}' of {total:,} {what} once, into {self.folder}{reused}"
+        unit = "items" if is_distinct else f"distinct contents of {self.num_items:,} items"
+        return f"encoding '{self.name}' of {total:,} {unit} once, into {self.folder}{reused}"
 
     def _encode(self, call: np.ndarray) -> None:  # [n]
         part = self._part(call)

@@ -45,8 +45,8 @@ def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> ContentInput:
 
 ITEMS_PER_GROUP = 32
 SHORT_LENGTHS = (8, 16, 24, 32)
-# Those that texts are padded to: after these 48, 64, 96, 128 ..., at most the encoder's limit.
-PADDED_LENGTHS = (*SHORT_LENGTHS, *(part << power for power in range(32) for part in (48, 64)))
+# Texts are padded to one of these lengths (48, 64, 96, 128 ... after the short ones).
+PADDED_LENGTHS = (*SHORT_LENGTHS, *(length << power for power in range(32) for length in (48, 64)))
 
 
 def _group(content: ContentInput, items: Tensor, length: int | None) -> ContentInput:
@@ -56,19 +56,19 @@ def _group(content: ContentInput, items: Tensor, length: int | None) -> ContentI
     group = content[items]
     if length is None:
         return group
-    cut = (0, length - content.mask.shape[1])  # padded, or shortened where negative
-    return ContentInput(pad(group.values, cut), pad(group.mask, cut))
+    padding = (0, length - content.mask.shape[1])  # padded, or shortened where negative
+    return ContentInput(pad(group.values, padding), pad(group.mask, padding))
 
 
-def _together(outputs: list[tuple[Tensor, ContentInput]], mask: Tensor, width: int) -> ContentInput:
+def _merge(outputs: list[tuple[Tensor, ContentInput]], mask: Tensor, width: int) -> ContentInput:
     counts = [int(output.mask.sum(dim=1).max()) for _, output in outputs]
     token_mask = mask.new_zeros(len(mask), max([1, *counts]))
     values = torch.zeros(*token_mask.shape, width, device=mask.device)
     for (items, output), count in zip(outputs, counts, strict=True):
         items = items.to(mask.device)
-        tokens, present = output.values[:, :count], output.mask[:, :count]
-        values[items, :count] = tokens.masked_fill(~present.unsqueeze(-1), 0)
-        token_mask[items, :count] = present
+        tokens, has_token = output.values[:, :count], output.mask[:, :count]
+        values[items, :count] = tokens.masked_fill(~has_token.unsqueeze(-1), 0)
+        token_mask[items, :count] = has_token
     return ContentInput(values, token_mask)
 
 
@@ -101,7 +101,7 @@ class Encoder(nn.Module):
     """
 
     output_dim: int  # D of the tokens
-    frozen_tokens: int = 1  # that `frozen` returns for one image
+    frozen_tokens: int = 1  # tokens that `frozen` returns for one image
     frozen_dtype: torch.dtype = torch.float32  # float16 if an item has several final tokens
     caches: bool  # whether `frozen` computes anything, so that caching pays
     max_length: int = 1  # most tokens of a text; 1 for images
@@ -168,7 +168,7 @@ class Encoder(nn.Module):
                 for items in places.split(ITEMS_PER_GROUP):
                     group = _group(content, items, shape if is_text else None)
                     outputs.append((items, self.frozen(group)[: len(items)]))
-        return _together(outputs, content.mask, self.frozen_dim)
+        return _merge(outputs, content.mask, self.frozen_dim)
 
     def drop_frozen_layers(self) -> None:
         self.is_cached = True

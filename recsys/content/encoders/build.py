@@ -10,7 +10,7 @@ __all__ = ["Encoder", "StoredFeatures", "build_encoder"]
 
 
 def encoder_of(kind: ModalityKind, entry_shape: tuple[int, ...] = ()) -> Encoder:
-    """Return the encoder of a kind and its items' entries, with identity; misfits are errors."""
+    """Return a kind's encoder with its identity; another type than Encoder is a ValueError."""
     encoder = kind.encoder(entry_shape)
     if not isinstance(encoder, Encoder):
         raise ValueError(

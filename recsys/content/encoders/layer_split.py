@@ -15,7 +15,7 @@ from recsys.content.wrap import unwrap, wrap
 
 def find_layers(model: Any) -> list[nn.Module]:
     """Return the layers of a model from the lowest to the highest, whatever their names."""
-    lists = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part)]
+    lists = [stack for stack in model.modules() if isinstance(stack, nn.ModuleList) and len(stack)]
     count = getattr(model.config, "num_hidden_layers", None)
     for stack in lists:
         if len(stack) == count:
@@ -23,7 +23,7 @@ def find_layers(model: Any) -> list[nn.Module]:
     inner = [
         stack
         for stack in lists
-        if not any(isinstance(part, nn.ModuleList) for part in list(stack.modules())[1:])
+        if not any(isinstance(module, nn.ModuleList) for module in list(stack.modules())[1:])
     ]
     return [layer for stack in inner for layer in stack]
 
@@ -70,7 +70,7 @@ class AtCut(nn.Module):
 
 
 class LayerSplit:
-    """Cut of `model` above the last of the layers `below`; if there is none, behind its `entry`."""
+    """Cut of `model` above the last of the layers `below`; without any, after its `entry`."""
 
     def __init__(self, model: nn.Module, entry: nn.Module, below: Sequence[nn.Module]) -> None:
         self.model = model
@@ -101,10 +101,10 @@ class LayerSplit:
 
     def drop(self) -> None:
         """Free the weights below the cut; names of parameters stay, their sizes become 0."""
-        below = {id(part) for top in self.parts for part in top.modules()}
-        above = [part for part in self.model.modules() if id(part) not in below]
-        shared = {id(value) for part in above for value in part.parameters(recurse=False)}
-        for value in (value for part in self.parts for value in part.parameters()):
+        below = {id(module) for top in self.parts for module in top.modules()}
+        above = [module for module in self.model.modules() if id(module) not in below]
+        shared = {id(value) for module in above for value in module.parameters(recurse=False)}
+        for value in (value for module in self.parts for value in module.parameters()):
             if id(value) not in shared:
                 value.data = value.data.new_empty(0)
 
@@ -119,7 +119,7 @@ def find_split(
     run: Callable[[], Tensor],
     run_from_cut: Callable[[Tensor], Tensor],
 ) -> tuple[LayerSplit | None, str]:
-    """Return the cut above `below` if the model gives the same output through it, else the reason.
+    """Return a cut above `below`, or None and the reason why outputs differ or it fails.
 
     `run` returns tokens [U, T, D] of a sample, `run_from_cut` those from hidden states.
     """

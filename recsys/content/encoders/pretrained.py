@@ -40,7 +40,7 @@ from recsys.storage.files import home_expanded
 
 
 class PretrainedEncoder:
-    """Checkpoint of an encoder; files are read when an attribute needs them, or a ValueError."""
+    """Checkpoint of an encoder, read on first use; files that cannot be used are a ValueError."""
 
     def __init__(self, name: str, revision: str | None, where: str) -> None:
         self.name, self.revision, self.where = name, revision, where
@@ -110,20 +110,20 @@ class PretrainedEncoder:
     def tokenizer(self) -> Any:
         if self.is_random:
             return tiny_tokenizer()
-        what = f"{self.where}: tokenizer of '{self.name}'"
+        description = f"{self.where}: tokenizer of '{self.name}'"
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 self.source, revision=self.revision, trust_remote_code=False
             )
             num_embeddings = self.config.get_text_config().vocab_size
         except Exception as error:
-            raise ValueError(f"{what} cannot be loaded: {_explained(error)}") from error
+            raise ValueError(f"{description} cannot be loaded: {_explained(error)}") from error
         vocabulary = tokenizer.get_vocab()
         if len(vocabulary) <= len(tokenizer.all_special_ids):  # made up by transformers
-            raise ValueError(f"{what} has no vocabulary; add tokenizer.json")
+            raise ValueError(f"{description} has no vocabulary; add tokenizer.json")
         if max(vocabulary.values()) >= num_embeddings:
             raise ValueError(
-                f"{what} has ids up to {max(vocabulary.values())}, the encoder embeds "
+                f"{description} has ids up to {max(vocabulary.values())}, the encoder embeds "
                 f"{num_embeddings}; they are of different models"
             )
         return tokenizer

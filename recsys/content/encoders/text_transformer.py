@@ -78,7 +78,7 @@ class TextTransformer(TransformerEncoder):
 
     def _trained(self, content: ContentInput) -> ContentInput:
         """Run each text once, with others of similar length if pooled; equal texts share tokens."""
-        # Lengths and contents are unknown, or cost a wait for a GPU, which has room for padding.
+        # Lengths and contents are unknown on meta; on a GPU to read them would make the host wait.
         if content.mask.is_meta or not is_on_host(content.mask):
             return super()._trained(content)
         first, place = distinct_items(content)
@@ -95,12 +95,12 @@ class TextTransformer(TransformerEncoder):
             longest = max(int(lengths[items[-1]]), 1)
             values, mask = content.values[items, :longest], content.mask[items, :longest]
             parts.append(super()._trained(ContentInput(values, mask)))
-        values = torch.cat([part.values for part in parts])
-        return ContentInput(values, torch.cat([part.mask for part in parts]))[order.argsort()]
+        values = torch.cat([output.values for output in parts])
+        return ContentInput(values, torch.cat([output.mask for output in parts]))[order.argsort()]
 
 
 def unread_masks() -> AbstractContextManager[Any]:
-    """Keep transformers from reading a mask to learn whether it can be left out: a GPU waits."""
+    """Keep transformers from reading masks to skip them, which would make the host wait."""
     names = ("_ignore_bidirectional_mask_sdpa", "_ignore_causal_mask_sdpa")
     unread: dict[str, Any] = dict.fromkeys(names, lambda *_, **options: False)
     return patch.multiple(masking_utils, create=True, **unread)  # later versions may not read

@@ -34,7 +34,7 @@ def pooled_states(output: Any, mask: Tensor, pooling: Pooling) -> ContentInput:
     states = getattr(output, "hidden_states", None)
     if not states or {state.shape for state in states} != {output.last_hidden_state.shape}:
         raise ValueError("side tuning needs the hidden states of all layers, of one width")
-    # The last one once more: some models normalise it behind their layers.
+    # The last state is the model's output, which some models normalise after their layers.
     pooled = [pool(state, mask, pooling) for state in (*states[:-1], output.last_hidden_state)]
     values, masks = zip(*((state.values, state.mask) for state in pooled))
     return ContentInput(torch.cat(values, dim=1), torch.cat(masks, dim=1))
@@ -92,7 +92,7 @@ def add_lora(layers: Sequence[nn.Module], lora: LoraSettings, where: str) -> Non
     """Add adapters to each layer; ValueError for a target without linear map, or from peft."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    linear = [name for name, part in layers[0].named_modules() if isinstance(part, nn.Linear)]
+    linear = [name for name, module in layers[0].named_modules() if isinstance(module, nn.Linear)]
     if lora.rank < 1 or not lora.targets:
         raise ValueError(
             f"{where}.lora: rank {lora.rank} and targets {lora.targets}; rank must be at least "
@@ -106,7 +106,7 @@ def add_lora(layers: Sequence[nn.Module], lora: LoraSettings, where: str) -> Non
             )
     # Layer by layer: peft's selection of layers by index depends on the name of the model's stack.
     for layer in layers:
-        names = [name for name, part in layer.named_modules() if isinstance(part, nn.Linear)]
+        names = [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
         try:
             settings = LoraConfig(
                 r=lora.rank,
@@ -196,7 +196,7 @@ class TransformerEncoder(Encoder):
         identity = None
         if torch.get_default_device().type != "meta":
             # Computed before adapters are added to its weights.
-            parts = [part for part in (tower, projection) if isinstance(part, nn.Module)]
+            parts = [module for module in (tower, projection) if isinstance(module, nn.Module)]
             weights = weights_digest(nn.ModuleList(parts))
             identity = EncoderIdentity(pretrained.name, pretrained.commit, weights)
         encoder = cls(tower, modality, where, projection if is_projected else None, pixels)
@@ -210,7 +210,7 @@ class TransformerEncoder(Encoder):
 
     @property
     def trained_parts(self) -> list[nn.Module]:
-        """Layers that are trained or have adapters, or lie above one; or the side network."""
+        """Layers from the lowest trained or adapted one to the top; or the side network."""
         return [self.side] if self.side is not None else self._layers[self.first_trained :]
 
     def frozen_settings(self) -> Any:
@@ -232,10 +232,10 @@ class TransformerEncoder(Encoder):
         self.output_dim = tokens.shape[-1]
         self.frozen_tokens = tokens.shape[1]
         if self.training_mode == "full":
-            weights = [part for part in self.parameters() if part.requires_grad]
+            weights = [parameter for parameter in self.parameters() if parameter.requires_grad]
             gradients = torch.autograd.grad(tokens.sum(), weights, allow_unused=True)
-            for part, gradient in zip(weights, gradients, strict=True):
-                part.requires_grad_(gradient is not None)  # frozen if it has no effect
+            for parameter, gradient in zip(weights, gradients, strict=True):
+                parameter.requires_grad_(gradient is not None)  # frozen if it has no effect
         if self.training_mode == "lora":
             self._try_split(values, mask, where)
         self.model.train(training)
@@ -319,8 +319,6 @@ class TransformerEncoder(Encoder):
         hidden, mask = self._all_tokens(content.values), content.mask
         return self._finish(self.split.above(hidden, lambda: self._run_above_cut(mask)), mask)
 
-    # Texts and images override these.
-
     def _read_settings(self, modality: ModalitySettings, where: str) -> None:
         """Read and check the settings of texts or images alone."""
 
@@ -331,7 +329,7 @@ class TransformerEncoder(Encoder):
         raise NotImplementedError
 
     def _run_above_cut(self, mask: Tensor) -> Any:  # [U, T]
-        """Run the model on dummy inputs, as its embeddings return the given hidden states."""
+        """Run the model on dummy inputs; its embeddings return the given hidden states instead."""
         raise NotImplementedError
 
     def _token_mask(self, mask: Tensor, length: int) -> Tensor:  # [U, length]

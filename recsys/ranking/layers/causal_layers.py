@@ -1,9 +1,9 @@
 """Encoders with causal self-attention over the history, whose last token is the target.
 
-HSTU (arXiv 2402.17152) has no softmax, but gates, and biases of place and time. Weights are
+HSTU (arXiv 2402.17152) has no softmax, but gates, and biases by place and time. Weights are
 SiLU(Q K' + bias) / L with L = `ranking.recent_items`, a constant, so that a row does not depend on
 the others of its batch. The causal transformer is SASRec (arXiv 1808.09781) with embeddings of
-place and age as in BST (arXiv 1905.06874); norms stand before each part.
+place and age as in BST (arXiv 1905.06874), and pre-norm layers.
 Shapes: B batch, T tokens of all histories, S sequences, L longest sequence, D width, H heads.
 """
 
@@ -26,7 +26,7 @@ EPSILON = 1e-12  # of the norm of sums, which are small where a history is short
 
 
 class HstuLayer(nn.Module):
-    """A layer of HSTU, whose places are relative; maps read the ages of events if `has_ages`."""
+    """A layer of HSTU, with biases by relative place and, if `has_ages`, by time."""
 
     compiled_methods = ("_tokens", "_among_events", "_gated", "_asked")  # on GPUs
 
@@ -56,13 +56,13 @@ class HstuLayer(nn.Module):
         return self._gated(states, sums, gates), (keys, values)
 
     def _tokens(self, states: Tensor, ages: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Map [T, D] to keys, values and queries, and ages [T, 3 * D or 3 * D + 1], and parts."""
+        """Return keys, values, queries, ages [T, 3 * D or 3 * D + 1]; gates; keys; values."""
         kvqu, dim = F.silu(self.kvqu(self.norm(states))), states.shape[1]
         tokens = kvqu[:, : 3 * dim].float()
         if self.of_times is not None:
             assert ages is not None
             tokens = torch.cat([tokens, ages], dim=1)
-        keys, values = (part.contiguous() for part in tokens[:, : 2 * dim].chunk(2, dim=1))
+        keys, values = (tensor.contiguous() for tensor in tokens[:, : 2 * dim].chunk(2, dim=1))
         return tokens, kvqu[:, 3 * dim :], keys, values
 
     def _among_events(self, padded: Tensor) -> Tensor:  # [S, L, 3 * D or 3 * D + 1] -> [S, L, D]
@@ -121,9 +121,9 @@ class HstuEncoder(SequenceEncoder):
 
 
 class TransformerLayer(nn.Module):
-    """A layer of attention and feed-forward; embeddings of ages are in its tokens.
+    """A layer of attention and feed-forward; its tokens include embeddings of ages.
 
-    So are those of places, unless scores have biases by distance (`relative_places`).
+    Tokens also include embeddings of places, or scores have biases by distance (`relative_places`).
     """
 
     compiled_methods = ("_tokens", "_fed_forward", "_asked", "_attended")  # on GPUs
@@ -153,7 +153,7 @@ class TransformerLayer(nn.Module):
     def _tokens(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [T, D]
         """Return keys, values and queries [T, 3 * D], and the first two of them."""
         kvq = self.kvq(self.norm(states)).float()
-        keys, values, _ = (part.contiguous() for part in kvq.chunk(3, dim=1))
+        keys, values, _ = (tensor.contiguous() for tensor in kvq.chunk(3, dim=1))
         return kvq, keys, values
 
     def _among_events(self, padded: Tensor) -> Tensor:  # [S, L, 3 * D] -> [S, L, D]
@@ -207,7 +207,7 @@ def _causal_attention(
     if biases is not None and not is_exporting:
         biases = biases.masked_fill(later, -torch.inf)
         return F.scaled_dot_product_attention(queries, keys, values, biases)
-    # Compiled, PyTorch's kernel of attention divides by zero where a history is empty.
+    # An exported graph of PyTorch's attention kernel divides by zero if a history is empty.
     scores = queries @ keys.transpose(2, 3) * queries.shape[3] ** -0.5
     scores = scores if biases is None else scores + biases
     return scores.masked_fill(later, -torch.inf).softmax(dim=3) @ values

@@ -46,8 +46,8 @@ def similarity_features(
     """
     spaces, batch = cosine.shape[1], history.lengths.shape[0]
     flagged = flags > 0.5
-    everyone = torch.ones(flags.shape[0], 1, dtype=torch.bool, device=flags.device)
-    groups = torch.cat([everyone, flagged, ~flagged], dim=1)  # [N, G]
+    all_items = torch.ones(flags.shape[0], 1, dtype=torch.bool, device=flags.device)
+    groups = torch.cat([all_items, flagged, ~flagged], dim=1)  # [N, G]
     count = history.sum(groups.to(cosine.dtype)).unsqueeze(1)  # [B, 1, G]
     members = cosine.unsqueeze(2) * groups.unsqueeze(1)  # [N, M, G]
     mean = history.sum(members.flatten(1)).view(batch, spaces, -1) / count.clamp(min=1)
@@ -66,8 +66,8 @@ def shared_similarity_features(
 ) -> Tensor:  # [B, M * S]
     """Return `similarity_features` by products with the groups, without a copy for each group."""
     flagged = flags > 0.5
-    everyone = torch.ones(flags.shape[0], 1, dtype=torch.bool, device=flags.device)
-    groups = torch.cat([everyone, flagged, ~flagged], dim=1).to(cosine.dtype)
+    all_items = torch.ones(flags.shape[0], 1, dtype=torch.bool, device=flags.device)
+    groups = torch.cat([all_items, flagged, ~flagged], dim=1).to(cosine.dtype)
     # Products with a few columns are four times as fast if these are contiguous.
     members, lists = groups.T.contiguous(), flags.T.to(cosine.dtype).contiguous()  # [G, L], [P, L]
     count = members.sum(dim=1)  # [G]
@@ -75,14 +75,14 @@ def shared_similarity_features(
     padded = F.pad(cosine, (0, 1), value=LOWER_THAN_COSINE)  # a history may be empty
     # Added, as `torch.where` takes three times as long.
     lowered = (1 - F.pad(members, (0, 1), value=1.0)) * 2 * LOWER_THAN_COSINE  # [G, L + 1]
-    maxima = [(padded + part).amax(dim=2) for part in lowered.unbind()]
+    maxima = [(padded + offsets).amax(dim=2) for offsets in lowered.unbind()]
     maximum = torch.where(count > 0, torch.stack(maxima, dim=2), 0.0)
     votes = (cosine / 0.1).softmax(dim=2) @ lists.T  # [M, B, P]
     return torch.cat([mean, maximum, votes], dim=2).transpose(0, 1).flatten(1)
 
 
 def latest_flags(history: JaggedHistory, sizes: Sequence[int]) -> Tensor:  # [N, R]
-    """Return a list of flags for each size: whether an item is among the latest so many."""
+    """Return a column of flags for each size: whether an item is among the latest `size`."""
     return torch.stack([history.ages < size for size in sizes], dim=1).float()
 
 
@@ -166,11 +166,11 @@ class ContentInterest(nn.Module):
             if self.settings.similarity_features:
                 queries.append(F.normalize(target, dim=-1) @ matrix)
                 queries += F.normalize(content.target_modalities.float(), dim=-1).unbind(dim=1)
-            listed = parallel[:, : list_factors.shape[1]].float()
+            values = parallel[:, : list_factors.shape[1]].float()
             stacked, index, offsets = torch.stack(queries, dim=1), history.index, history.offsets
             sums, features = native_content_interest(
-                stacked, stored.rows, matrix, index, offsets, list_factors, listed
+                stacked, stored.rows, matrix, index, offsets, list_factors, values
             )
-            if attention.parallel_map is not None:  # sums are of items and, behind them, of lists
+            if attention.parallel_map is not None:  # sums are of items, then of lists
                 matrix = torch.cat([matrix, attention.parallel_map.weight], dim=1)
             return torch.cat([sums @ matrix.T, features], dim=1)

@@ -19,8 +19,8 @@ from recsys.ranking.vectors import InputDimensions
 
 EVIDENCE = ("regression", "variance", "item_mean", "item_count", "user_mean", "history_length")
 MEANS = [EVIDENCE.index(name) for name in ("regression", "item_mean", "user_mean")]
-# Items of the history whose numbers have a mean of their own. That of the latest 5 would follow how
-# a user's level drifts, and rank worse within users.
+# Lists have a mean over this many latest items. A mean over the latest 5 would follow the drift of
+# a user's level and rank worse within users.
 LATEST = (20, 200)
 NUM_VOTES = 5  # numbers of one similarity
 
@@ -81,7 +81,7 @@ class RidgePredictions:
         """Compute in double precision: packages and predictions agree to 1e-6."""
         past = torch.cat([self.fixed, self.past], dim=2)
         parts = past, self.residuals, self.precisions, self.target, self.prior
-        weights, directions = _solve(*(part.double() for part in parts))
+        weights, directions = _solve(*(tensor.double() for tensor in parts))
         mean, variance = (weights * self.target).sum(1), (directions * self.target).sum(1)
         return mean.flatten().float(), variance.flatten().float()
 
@@ -132,13 +132,13 @@ class _Ridge(torch.autograd.Function):
         weights, directions = solve(past, *inputs)
         ctx.num_fixed = fixed.shape[2]
         ctx.save_for_backward(past, *inputs, weights, directions)
-        mean, variance = ((part * inputs[2]).sum(1) for part in (weights, directions))
+        mean, variance = ((vectors * inputs[2]).sum(1) for vectors in (weights, directions))
         return mean.flatten(), variance.flatten()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:  # [R], [R]
         past, residuals, precisions, _, prior, weights, directions = ctx.saved_tensors
-        mean, variance = (part.unsqueeze(1) for part in gradients)
+        mean, variance = (gradient.unsqueeze(1) for gradient in gradients)
         along, predicted = (past @ torch.cat([directions, weights], dim=2)).unbind(2)  # [R, L]
         errors = residuals - predicted
         factors = precisions * (mean * errors - 2 * variance * along), precisions * mean * along

@@ -25,7 +25,7 @@ def history_numbers(history: JaggedHistory, parallel: Tensor) -> Tensor:  # [B, 
     if history.is_shared:
         history, parallel = history.one_row(), history.of_one_row(parallel)
     lengths = history.lengths.unsqueeze(1)
-    # Filled on the device: a tensor of Python numbers would be copied, and a GPU waited for.
+    # Filled on the device: to copy Python numbers to a GPU would make the host wait.
     fills = [torch.full((1,), life, device=lengths.device) for life in HALF_LIVES]
     half_lives = torch.cat(fills)
     # Denormal weights of very old items would be slow, so they are clamped.
@@ -44,7 +44,7 @@ def num_history_numbers(num_parallel: int) -> int:
 
 
 def pooled_history(items: Tensor, history: JaggedHistory, parallel: Tensor) -> list[Tensor]:
-    """Return the means [B, D] of histories, and those by each list [N, P]; zeros if empty."""
+    """Return histories' mean [B, D], and one weighted by each of P lists; zeros if empty."""
     share = history.spread(1 / history.lengths.clamp(min=1).to(items.dtype).unsqueeze(1))
     weights = torch.cat([share, share * parallel], dim=1)
     return [history.weighted_sum(column.contiguous(), items) for column in weights.unbind(dim=1)]

@@ -86,7 +86,7 @@ class EnsembleHead(nn.Module):
         """Return the head of a package; with `bfloat16` all layers but the last compute in it."""
         *hidden, last = self.folded()
         dtype = torch.bfloat16 if bfloat16 else torch.float32
-        return FoldedHead([part.to(dtype) for pair in hidden for part in pair] + list(last))
+        return FoldedHead([tensor.to(dtype) for pair in hidden for tensor in pair] + list(last))
 
 
 class FoldedHead(nn.Module):
@@ -95,7 +95,7 @@ class FoldedHead(nn.Module):
     def __init__(self, weights: list[Tensor]) -> None:
         super().__init__()
         self.weights = nn.ParameterList(
-            nn.Parameter(part.detach().contiguous(), requires_grad=False) for part in weights
+            nn.Parameter(weight.detach().contiguous(), requires_grad=False) for weight in weights
         )
 
     def forward(self, features: Tensor) -> Tensor:  # [B, width] -> [B, C]

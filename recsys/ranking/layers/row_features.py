@@ -60,8 +60,8 @@ class Standardization(nn.Module):
         """Add the rows of a step, of all ranks, to the statistics. A collective."""
         weights = numbers.new_ones(len(numbers)) if row_weights is None else row_weights
         # In double precision: squares of numbers far from 0 cancel.
-        apart = numbers.double() - self.mean
-        moments = torch.cat([torch.ones_like(apart[:, :1]), apart, apart.square()], dim=1)
+        centred = numbers.double() - self.mean
+        moments = torch.cat([torch.ones_like(centred[:, :1]), centred, centred.square()], dim=1)
         totals = weights.double() @ moments  # [1 + 2 W]
         if self.process_group is not None:
             dist.all_reduce(totals, group=self.process_group)
@@ -78,7 +78,7 @@ class PiecewiseLinear(nn.Module):
     """Numbers -> weights of the two nearest of evenly spaced knots, which add up to 1.
 
     A linear map of them is a piecewise linear function of each number (Gorishniy et al. 2022, arXiv
-    2203.05556, section 3.2, with knots in place of quantiles). Numbers outside count as the end.
+    2203.05556, section 3.2, with knots in place of quantiles). Numbers beyond the ends are clamped.
     """
 
     knots: Tensor
@@ -89,8 +89,8 @@ class PiecewiseLinear(nn.Module):
 
     def forward(self, numbers: Tensor) -> Tensor:  # [B, X] -> [B, X * knots]
         spacing = (KNOT_RANGE[1] - KNOT_RANGE[0]) / (len(self.knots) - 1)
-        apart = numbers.clamp(*KNOT_RANGE).unsqueeze(2) - self.knots
-        return (1 - apart.abs() / spacing).clamp(min=0).flatten(1)
+        distances = numbers.clamp(*KNOT_RANGE).unsqueeze(2) - self.knots
+        return (1 - distances.abs() / spacing).clamp(min=0).flatten(1)
 
 
 class RowFeatures(nn.Module):
@@ -159,7 +159,7 @@ class AttendedFeatures(RowFeatures):
         content: ContentSettings | None,
     ) -> None:
         dim, units = dimensions.id_dim, settings.attention_units
-        interest = TargetAttention(dim, dimensions.num_parallel, units)  # drawn first
+        interest = TargetAttention(dim, dimensions.num_parallel, units)  # initialised first
         super().__init__(settings, dim, dimensions, content)
         self.interest = interest
 
@@ -173,7 +173,7 @@ class AttendedFeatures(RowFeatures):
 
 
 class ExtraSequences(nn.Module):
-    """`IDVectors` -> the same with the vectors of extra sequences behind the pooled ones.
+    """`IDVectors` -> the same with vectors of extra sequences appended to the pooled ones.
 
     `widths` has each vector's width, by the sequence's name or `content of` its name, in order.
     """
@@ -196,7 +196,7 @@ class ExtraSequences(nn.Module):
         self.content_encoders = nn.ModuleList()
         for place, sequence in enumerate(histories):
             if content is not None and sequence.name in content.history.columns:
-                # Both are built: what is drawn after them does not depend on the setting.
+                # Both are built, so that later parts' initial weights do not depend on the setting.
                 interest = ContentInterest.of(content, len(sequence.numbers))
                 mean = MeanOfEvents(content.dim, len(sequence.numbers))
                 self.content_places.append(place)

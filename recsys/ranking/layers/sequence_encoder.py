@@ -1,4 +1,4 @@
-"""Encoders in which the items of a history attend to each other, and then the target to them.
+"""Encoders in which history items attend to each other, and the target attends to them.
 
 Attention is causal, so a user's history is computed once for all candidates (M-FALCON of HSTU,
 arXiv 2402.17152). Items before the latest `ranking.recent_items` enter the last layer alone. Ages
@@ -44,9 +44,9 @@ def times_between(ages: Tensor) -> Tensor:  # [S, L] -> int64 [S, L, L]
 
 
 class TimeGaps:
-    """Place of the ages of history items among the parallel lists, `column`, and their scale.
+    """Index `column` of history items' ages among the parallel lists, and the ages' scale.
 
-    The columns `flags` are those that models read as numbers; ages in seconds are none of them.
+    `flags` are the indices of the lists that models read as numbers: all but ages of linear scale.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ Read = tuple[Tensor, Tensor]  # keys and values [T, D] that targets read of even
 
 @dataclass
 class Events:
-    """Times of the tokens that a layer reads."""
+    """Sequences, places and ages of the tokens that a layer reads."""
 
     sequences: Sequences
     places: Tensor  # int64 [T], the number of newer tokens, at most `ranking.recent_items`
@@ -87,7 +87,7 @@ class Events:
 class EventTokens(nn.Module):
     """ID vectors, content vectors and lists beside the history -> tokens; width 0 omits a part.
 
-    Without `reads_target` the target's token is a parameter alone: the next item, whatever it is.
+    Without `reads_target` the target's token is a parameter that stands for any next item.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class SequenceEncoder(nn.Module):
 
     A layer maps states of events [T, D] to keys and values (`read`), or to these and new states
     (`history`). `target` maps states of targets [B, D] and keys and values to new states.
-    With `embeds_positions` places, unless these are relative, and ages are embedded in tokens.
+    With `embeds_positions` tokens include embeddings of ages and, unless relative, of places.
     """
 
     Layer: type[nn.Module]
@@ -188,22 +188,22 @@ class SequenceEncoder(nn.Module):
         tokens = self.dropout(self._positioned(tokens, events))
         *lower, last = cast(Any, self.layers)
         if lower:
-            whole = events.sequences
-            latest = whole.latest(self.recent_items)
-            places = whole.take_latest(events.places.unsqueeze(1), latest).squeeze(1)
-            ages = None if events.ages is None else whole.take_latest(events.ages, latest)
-            recent, states = Events(latest, places, ages), whole.take_latest(tokens, latest)
+            sequences = events.sequences
+            latest = sequences.latest(self.recent_items)
+            places = sequences.take_latest(events.places.unsqueeze(1), latest).squeeze(1)
+            ages = None if events.ages is None else sequences.take_latest(events.ages, latest)
+            recent, states = Events(latest, places, ages), sequences.take_latest(tokens, latest)
             for layer in lower:
                 states, read = layer.history(states, recent)
                 target = layer.target(target, read, recent)
-            tokens = whole.put_latest(tokens, states, latest)
+            tokens = sequences.put_latest(tokens, states, latest)
         target = last.target(target, last.read(tokens), events)
         return self.norm(target)
 
     def _at_all_positions(
         self, ids: IDVectors, content: ContentVectors | None, batch: Batch
     ) -> Tensor:  # [B, D]
-        """Return what `forward` does, by one pass over each whole history: attention is causal."""
+        """Return the result of `forward`, by one causal pass over each whole history."""
         history, whole = batch.history.jagged(), batch.history.whole
         assert whole is not None
         source = whole.jagged(history.num_items)
@@ -212,13 +212,13 @@ class SequenceEncoder(nn.Module):
         tokens, target = self.tokens(ids, content, source, sequences, lists)
         events, target = Events(sequences, sequences.ages(), None), target.float()
         states = self.dropout(self._positioned(tokens.float(), events))
-        beginnings = replace(history, index=whole.places, num_items=len(whole.index))
-        before = Events(sequences_of(beginnings), beginnings.ages, None)
+        prefixes = replace(history, index=whole.places, num_items=len(whole.index))
+        prefix_events = Events(sequences_of(prefixes), prefixes.ages, None)
         *lower, last = cast(Any, self.layers)
         for layer in lower:
             states, read = layer.history(states, events)
-            target = layer.target(target, tuple(map(beginnings.gather, read)), before)
-        target = last.target(target, tuple(map(beginnings.gather, last.read(states))), before)
+            target = layer.target(target, tuple(map(prefixes.gather, read)), prefix_events)
+        target = last.target(target, tuple(map(prefixes.gather, last.read(states))), prefix_events)
         return self.norm(target)
 
     def _positioned(self, tokens: Tensor, events: Events) -> Tensor:  # [T, D] -> [T, D]

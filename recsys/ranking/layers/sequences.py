@@ -28,9 +28,9 @@ def _dots(history: JaggedHistory, queries: Tensor, table: Tensor, heads: int) ->
     split, offsets = table.view(-1, table.shape[1] // heads), history.offsets[:-1]
     head_dots = torch.ops.aten._embedding_bag_per_sample_weights_backward
     dots = []
-    for head, part in enumerate(queries.chunk(heads, dim=1)):
+    for head, query in enumerate(queries.chunk(heads, dim=1)):
         index = history.index * heads + head
-        dots.append(head_dots(part.contiguous(), split, index, offsets, history.rows, 0))
+        dots.append(head_dots(query.contiguous(), split, index, offsets, history.rows, 0))
     return torch.stack(dots)
 
 
@@ -89,7 +89,7 @@ class _Sums(torch.autograd.Function):
 
 Attention = Callable[[Tensor], Tensor]  # [S, L, K] -> [S, L, D]
 CELLS_OF_BLOCK = 2**20  # pairs of places, whose scores fit a cache
-BYTES_OF_CELL = 320  # 4 bytes for each of 5 tensors and 4 heads, in a quarter of a GPU's memory
+BYTES_OF_CELL = 320  # 4 bytes * 5 tensors * 4 heads * 4, to fill a quarter of a GPU's memory
 
 
 @torch.compiler.assume_constant_result
@@ -127,7 +127,7 @@ class JaggedSequences:
     def ages(self) -> Tensor:  # int64 [T]: the number of newer tokens of the same row
         return self.history.ages
 
-    def padded(self, tokens: Tensor) -> Tensor:  # [T, K] -> [B, L, K], zero behind the last token
+    def padded(self, tokens: Tensor) -> Tensor:  # [T, K] -> [B, L, K], zero after the last token
         offsets, longest = [self.history.offsets], [self.history.longest]
         return torch.ops.fbgemm.jagged_to_padded_dense(tokens, offsets, longest, 0.0)
 
@@ -147,7 +147,7 @@ class JaggedSequences:
         blocks = []
         for number, rows in enumerate(order.split(size)):
             last = min((number + 1) * size, len(order)) - 1
-            block_length = longest  # if the host does not know the lengths: it need not wait
+            block_length = longest  # if lengths are on a GPU alone: the host does not wait for it
             if ordered is not None:
                 block_length = int(ordered[last])
             elif is_on_host(lengths):
@@ -189,7 +189,7 @@ class JaggedSequences:
 
 @dataclass
 class EqualSequences:
-    """Sequences of one length: one that all candidates share, or one of each after a search."""
+    """Sequences of one length: one that all candidates share, or one per row after a search."""
 
     history: Any  # a `SharedHistory` over the tokens
 

@@ -1,4 +1,4 @@
-"""Target attention (DIN, Zhou et al. 2018, arXiv 1706.06978): the history as the target sees it.
+"""Target attention (DIN, Zhou et al. 2018, arXiv 1706.06978): the target weights the history.
 
 Terms of an item alone are computed once per unique item: the first layer of (h, t, h - t, h * t) is
 (W1 + W3) h + (W2 - W3) t + W4 (h * t).
@@ -31,7 +31,7 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 class HistoryAttention(nn.Module):
-    """Base of both attentions: softmax over scores, and the sum weighted by it.
+    """Base of attention to a history: the sum of its items, weighted by the softmax of scores.
 
     An empty history gives zeros. Under autocast the interest is float32.
     """
@@ -87,7 +87,7 @@ class TargetAttention(HistoryAttention):
             layers += [nn.Linear(width, unit), nn.ReLU(inplace=True)]
             width = unit
         self.score = nn.Sequential(*layers, nn.Linear(width, 1))
-        self.rounds_shared = False  # factors of products for a shared history, to bfloat16
+        self.rounds_shared = False  # whether products for a shared history have bfloat16 factors
 
     def packaged(self, bfloat16: bool) -> TargetAttention:  # which shares the weights
         packaged = copy.copy(self)
@@ -102,16 +102,16 @@ class TargetAttention(HistoryAttention):
         lists = no_lists if parallel_map is None else parallel_map.weight  # [D, P]
         is_autocast = torch.is_autocast_enabled(target.device.type)
         if history.is_shared and not is_autocast and not torch.is_grad_enabled():
-            listed = history.of_one_row(parallel)[:, : lists.shape[1]]
+            values = history.of_one_row(parallel)[:, : lists.shape[1]]
             return shared_target_attention(
-                target, items, listed, lists, self.score, self.rounds_shared
+                target, items, values, lists, self.score, self.rounds_shared
             )
         weights = ScoreWeights.of(self.score)
         may_be_native = isinstance(history, JaggedHistory) and not parallel.requires_grad
         if weights is not None and may_be_native and has_native(target, items, *weights):
-            listed = parallel[:, : lists.shape[1]]
+            values = parallel[:, : lists.shape[1]]
             return native_target_attention(
-                target, items, history.index, history.offsets, listed, lists, weights
+                target, items, history.index, history.offsets, values, lists, weights
             )
         return super().forward(target, items, history, parallel)
 

@@ -1,6 +1,6 @@
-"""Features in a package: a file of Arrow per table, mapped into memory, with an index of its ids.
+"""Features in a package: an Arrow file per table, mapped into memory, with an index of its ids.
 
-Items that were added since the export have theirs in one further table. Shapes: K keys.
+Features of items that were added since the export are in one more table. Shapes: K keys.
 """
 
 from collections.abc import Sequence
@@ -54,7 +54,7 @@ class IndexedRows:
         return places
 
 
-# By identity of the file: packages that follow each other share files, and so their index.
+# By identity of the file: successive packages share unchanged files, and so their index.
 _shared: WeakValueDictionary[tuple[Any, ...], IndexedRows] = WeakValueDictionary()
 
 
@@ -75,7 +75,7 @@ class PackageFeatures(FeatureSource):
     def __init__(self, package: Path, schema: Schema, later_rows: pa.Table | None = None) -> None:
         """Open the files; `later_rows`, by the ranked item, replace rows of the files."""
         self.types: dict[str, pa.Schema] = {}
-        self._parts: dict[str, list[IndexedRows]] = {}  # of each table; a later part's rows count
+        self._parts: dict[str, list[IndexedRows]] = {}  # of each table; later parts take precedence
         for table in schema.features:
             parts = [_opened(features_file(package, table), table)]
             self.types[table.name] = parts[0].schema
@@ -99,7 +99,7 @@ class PackageFeatures(FeatureSource):
 def updated_rows(
     features: PackageFeatures, table: FeatureTable, rows: pa.Table, unix_time: float
 ) -> tuple[pa.Table, pa.Array]:
-    """Return rows with new values of some columns and known ones of others, and which change."""
+    """Return rows with stored values of columns that `rows` lacks, and a mask of changed rows."""
     ids = [plain_values(one_chunk(rows[name])) for name in table.by]
     stored, types = features.read(table, ids), features.types[table.name]
     columns = dict(zip(table.by, ids, strict=True))
@@ -121,10 +121,10 @@ def updated_rows(
 
 def _of_type(values: pa.Array, kind: pa.DataType, name: str) -> pa.Array:
     """Return values in the type of the package; 7 and "7" are two ids, and none is cast."""
-    kinds = [part.value_type if is_list(part) else part for part in (values.type, kind)]
+    kinds = [dtype.value_type if is_list(dtype) else dtype for dtype in (values.type, kind)]
     if any(map(pa.types.is_null, kinds)):
         return values if pa.types.is_null(kinds[1]) else values.cast(kind)
-    texts = [is_id_type(part) and not pa.types.is_integer(part) for part in kinds]
+    texts = [is_id_type(dtype) and not pa.types.is_integer(dtype) for dtype in kinds]
     is_time = texts[0] and pa.types.is_temporal(kinds[1])  # JSON has times as text
     if texts[0] != texts[1] and not is_time:
         raise ValueError(f"column '{name}' has type {values.type}, but {kind} in the package")
@@ -186,11 +186,11 @@ def _read(folder: Location, names: Sequence[str]) -> pa.Table:
 def refresh_features(package: Path, data: str, out: Path) -> Manifest:
     """Write a package with the last known features of a dataset; it appears whole or not at all.
 
-    Features of items that were added to the package stay where the dataset has none.
+    Features of items that were added to the package are kept if the dataset has none of them.
     """
     if out.exists():
         raise ValueError(f"{out}: exists already; remove it or name another folder")
-    package = package.resolve()  # of a link, which may be exchanged meanwhile
+    package = package.resolve()  # a link may be replaced meanwhile
     manifest, schema = read_manifest(package, verify=False), load_run_schema(package)
     if not schema.features:
         raise ValueError(f"{package}: looks up no features; export the run with a newer dataset")
@@ -215,7 +215,7 @@ def refresh_features(package: Path, data: str, out: Path) -> Manifest:
 
 def _write_missing_features(package: Path, schema: Schema, rows: pa.Table, path: Path) -> None:
     """Write the features of added items that the files of a package do not have."""
-    table = next(part for part in schema.features if part.by == [schema.target_item])
+    table = next(candidate for candidate in schema.features if candidate.by == [schema.target_item])
     stored = _opened(features_file(package, table), table)
     is_missing = stored.find([one_chunk(rows[schema.target_item])]) < 0
     missing = rows.filter(pa.array(is_missing))

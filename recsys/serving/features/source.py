@@ -28,7 +28,7 @@ class FeatureSourceError(Exception):
 
 
 class FeatureSettingsError(ValueError):
-    """A source cannot be made by its settings, whatever the package."""
+    """The settings of a source are invalid, for any package."""
 
 
 class FeatureSource(ABC):
@@ -44,14 +44,14 @@ class FeatureSource(ABC):
                 rows = self.client.get(table.name, key_texts(keys))
                 return table_of_rows(rows, table, self.types)
 
-    `types` are those of the package's own features. `version` is of all values, if there is one.
+    `types` are those of the package's own features. `version` is the store's, if it has one.
     """
 
     version = ""
 
     @abstractmethod
     def read(self, table: FeatureTable, keys: list[pa.Array]) -> pa.Table:  # K ids each -> [K]
-        """Return the columns of a table, and the times of those that have one; null if unknown.
+        """Return the columns of a table, and the times of columns that have them; null if unknown.
 
         `keys` are the ids of each column in `table.by`; a key may be null, which is unknown.
         """
@@ -63,7 +63,7 @@ def value_columns(table: FeatureTable) -> list[str]:
 
 
 def joined_keys(keys: list[pa.Array]) -> pa.Array:  # K ids each -> [K]
-    """Return one id for the ids of each key: itself, or a text of several; null if one is."""
+    """Return one id per key: its only id, or several joined as text; null if one is null."""
     if len(keys) == 1:
         return keys[0]
     texts = [ids.cast(pa.large_string()) for ids in keys]

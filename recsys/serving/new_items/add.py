@@ -1,8 +1,8 @@
 """Adds items to a package, or replaces the content of items that it has, without training.
 
 Vectors go into a new folder; the manifest is replaced last, by one rename. A killed process leaves
-the package unchanged. A server takes items by requests: as rows of a file, by an encoder that stays
-loaded. Shapes: K items that are new or changed, N items of the files.
+the package unchanged. A server writes items of requests to a file, and keeps the encoder loaded.
+Shapes: K items that are new or changed, N items of the files.
 """
 
 import base64
@@ -69,7 +69,7 @@ def add_items(package: Path, items: str, encoders: EncoderCache | None = None) -
             of the run, or the package has no content or is damaged. Nothing is written then.
     """
     encoders = encoders or EncoderCache()
-    package = package.resolve()  # of a link, which may be exchanged meanwhile
+    package = package.resolve()  # a link may be replaced meanwhile
     read_manifest(package, verify=False)
     # Processes that add items at once wait for each other.
     with FileLock(package / ".lock"):
@@ -99,7 +99,7 @@ def add_items(package: Path, items: str, encoders: EncoderCache | None = None) -
 
 
 def _has_one_of(columns: Iterable[str], files: Location) -> bool:
-    """Whether a file has one of these columns, which are then those of all its items."""
+    """Return whether any of the files has one of these columns."""
     names = set(columns)
     for file in files.files(".parquet"):
         with open_parquet(file) as parquet:
@@ -109,7 +109,7 @@ def _has_one_of(columns: Iterable[str], files: Location) -> bool:
 
 
 def _content_columns(schema: Schema) -> dict[str, ItemColumn]:
-    """Return the columns that may be encoded; a category is none, but may be a feature."""
+    """Return the columns that may be encoded; a category is not, but may be a feature."""
     columns = {} if schema.items is None else schema.items.columns
     return {name: column for name, column in columns.items() if column.kind != "category"}
 
@@ -236,7 +236,7 @@ def _compare(
     return is_new, ~is_new & (stored["content"] != index["content"])
 
 
-# Types of content of which no item of a request has any.
+# Types of content columns in which all items of a request are null.
 TYPES = {
     "text": pa.string(),
     "image": pa.binary(),
@@ -275,7 +275,7 @@ class ItemIntake:
 def item_rows(schema: Schema, items: Sequence[Item]) -> pa.Table:
     """Return items as rows of a file; images are in base64.
 
-    An item's content is given whole: what it lacks is null. Columns of features may be left out.
+    An item's content is replaced whole: missing columns are null. Features may be left out.
     """
     content, columns = _content_columns(schema), dict[str, pa.Array]()
     item = schema.target_item if schema.items is None else schema.items.id

@@ -62,12 +62,12 @@ class AddedItems:
         return AddedItems(entry["number"], index, ids, vectors, features)
 
     def with_features(self, rows: pa.Table, item: str) -> pa.Table:
-        """Return these features and further rows, which replace those of equal ids."""
+        """Return these features and `rows`, which replace features of equal ids."""
         if self.features is None:
             return rows
         is_replaced = pc.is_in(self.features[item], rows[item])
-        kept = self.features.filter(pc.invert(is_replaced))
-        return pa.concat_tables([kept, rows], promote_options="permissive")  # ids of any width
+        remaining = self.features.filter(pc.invert(is_replaced))
+        return pa.concat_tables([remaining, rows], promote_options="permissive")  # ids of any width
 
     def replace_in(self, vectors: Tensor, items: np.ndarray) -> None:  # [N, E], [N]
         place, is_added = lookup(self.index, items)
@@ -77,7 +77,7 @@ class AddedItems:
     def merged_with(
         self, index: np.ndarray, vectors: Tensor
     ) -> tuple[np.ndarray, Tensor]:  # INDEX_TYPE, and as many vectors [E]
-        """Return index and vectors of these items and of further ones, which replace equal ones."""
+        """Return index and vectors of these items and of new ones, which replace equal items."""
         old = self.index[~np.isin(self.index["item"], index["item"])]
         union = np.concatenate([old, index])
         union = union[np.argsort(union["item"])]
@@ -102,7 +102,7 @@ class AddedItems:
     ) -> Manifest:
         """Write the folder of the next addition and return the manifest that names it.
 
-        The last folder but one is removed; readers of the previous manifest keep theirs.
+        Older folders are removed; readers of the current manifest keep its folder.
         """
         root, number, shape = package / FOLDER, self.number + 1, None
         if len(index):
@@ -149,7 +149,7 @@ class GrowingVocabulary(ExactVocabulary):
 
 
 def grow_vocabulary(schema: Schema, ids: list[pa.Array]) -> GrowingVocabulary | None:
-    """Give the schema a map of items with further ids; None if it has no exact map."""
+    """Extend the schema's map of items by ids, and return it; None if it has no exact map."""
     vocabulary = schema.vocabularies.get(schema.target_item)
     if not isinstance(vocabulary, ExactVocabulary):
         return None

@@ -92,7 +92,7 @@ class ItemEncoder:
         return torch.cat([*encoded_blocks(self.load(), store, ids)])
 
     def load(self) -> ContentBranch:
-        """Load the encoders, unless they are; a ValueError names one that is not of the run."""
+        """Load the encoders once; a ValueError names an encoder that is not that of the run."""
         if self._branch is not None:
             return self._branch
         kinds = make_kinds(self.content.modalities)

@@ -16,9 +16,9 @@ SECONDS = 60  # for an answer
 
 
 def send_items(server: str, items: str, token: str | None) -> str:
-    """Send the items of files; return the numbers that the server answers.
+    """Send the items of files; return the server's counts as text.
 
-    If the server refuses some items, a ValueError, those before are in.
+    If the server refuses some items, which is a ValueError, earlier ones have been added.
     """
     files, total = Location.of(items).files(".parquet"), Counter[str]()
     if not files:

@@ -1,10 +1,10 @@
-"""Measures a retrieval model beside popularity, item-CF, content and text neighbours, and blends.
+"""Compares a retrieval model with popularity, item-CF, content and text neighbours, and blends.
 
 Neighbours are items that resemble those of the history, whose latest items weigh more: by their
 users (item-CF), by order (transitions), by the cosine of content vectors, by TF-IDF of all texts.
-Where users take items again, the history itself is a baseline, too. Decay and weights of a blend
-are those that rank the targets of validation best. The blend with the model is what
-`recsys export-vectors --blend true` serves; it reads the nearest texts of an item alone.
+If users may take items again, the history itself is a baseline, too. Decay and weights of a blend
+are those that rank the targets of validation best. `recsys export-vectors --blend true` serves the
+blend with the model, which uses only the nearest texts of an item.
 
 Shapes: R rows with a query, I items of the catalogue, S history items of all rows, D width.
 """
@@ -48,18 +48,18 @@ from recsys.serving.retrieval.query_rows import (
 )
 
 logger = logging.getLogger(__name__)
-DECAYS = (0.3, 0.5, 0.8, 1.0)  # weight of an item of the history beside that of the next newer one
-FACTORS = (0, 0.25, 0.5, 0.7, 1.4, 2, 4)  # that are tried of a weight
-NEW_FACTORS = (0.03, 0.1, 0.3, 1, 3)  # of a new part's deviation beside that of the others
+DECAYS = (0.3, 0.5, 0.8, 1.0)  # weight of a history item relative to the next newer one
+FACTORS = (0, 0.25, 0.5, 0.7, 1.4, 2, 4)  # multiples of a weight to try
+NEW_FACTORS = (0.03, 0.1, 0.3, 1, 3)  # deviations of a new part to try, relative to the others'
 MOST_SWEEPS = 4
-MOST_SCORES = 2**25  # of the rows that choose the weights; further rows do not
+MOST_SCORES = 2**25  # scores to choose weights by; more rows are sampled
 SCORES_PER_BLOCK = 2**22
 TEXT_NEIGHBOURS = 100
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """All items, and what the parts of a blend know of them.
+    """All items, with the statistics and vectors by which parts of a blend score them.
 
     Neighbours are by users (item_cf), by order (transitions), by text to the nearest items
     (near_text), and an item itself (repeat) where items may be taken again.
@@ -67,7 +67,7 @@ class Catalogue:
 
     popularity: np.ndarray  # float32 [I], logarithms of counts
     neighbours: dict[str, csr_matrix]  # [I, I]
-    # Of the model, and of length one: of content, means of encoders, and sparse TF-IDF of texts.
+    # Of the model; of length one: content vectors, means of encoders, and sparse TF-IDF of texts.
     vectors: dict[str, np.ndarray | csr_matrix]  # float32 [I, D]
 
     @property
@@ -118,10 +118,9 @@ class Blend:
 def choose_blend(
     catalogue: Catalogue, rows: QueryRows, names: tuple[str, ...], settings: RetrievalSettings
 ) -> Blend:
-    """Return the blend of some parts, and its decay, that rank the targets of rows best.
+    """Return the blend of parts whose decay and weights rank the targets of rows best.
 
-    The measure is NDCG over all ranks: it also counts targets behind the first depth, so that few
-    rows choose less noise. Weights are at least 0.
+    The measure is NDCG over all items, less noisy than that at a depth. Weights are at least 0.
     """
     if rows.weights is not None:
         rows = rows.take(np.flatnonzero(rows.weights.numpy() > 0))
@@ -158,12 +157,12 @@ def best_weights(
 ) -> tuple[dict[str, float], float]:
     """Return weights of at least 0 for a sum of parts [R, I], and the measure of that sum.
 
-    They are the better of two ascents: from the best part alone, so that the sum never ends below
-    a part, and from all parts at equal deviations, which seldom leaves one out by chance.
+    The better of two coordinate ascents wins: from the best part alone, so that the sum is never
+    worse than a part, and from all parts at equal deviations, which seldom drops one by chance.
     """
     single_parts = {name: measure(part) for name, part in parts.items()}
     starts = [dict.fromkeys(parts, 0.0) | {max(single_parts, key=single_parts.__getitem__): 1.0}]
-    # A part that is constant in these rows may not be so in others: it has no weight.
+    # A part that is constant in these rows has no weight, as it may vary in others.
     deviations = {name: float(part.std()) if np.ptp(part) else 0.0 for name, part in parts.items()}
     if any(deviations.values()):
         starts.append({name: 1 / width if width else 0.0 for name, width in deviations.items()})
@@ -173,16 +172,16 @@ def best_weights(
 def _ascend(
     parts: Mapping[str, np.ndarray], measure: Measure, start: Mapping[str, float]
 ) -> tuple[dict[str, float], float]:
-    """Give one weight after the other the best of a few multiples, until none gains."""
+    """Set one weight after the other to the best of a few multiples, until none gains."""
     weights = dict(start)
     highest = measure(Blend(1.0, weights).scores(parts))
     for _ in range(MOST_SWEEPS):
         previous = highest
         for name, part in parts.items():
-            remaining = Blend(1.0, {key: weights[key] for key in parts if key != name})
-            if not any(remaining.weights.values()):
+            other_parts = Blend(1.0, {key: weights[key] for key in parts if key != name})
+            if not any(other_parts.weights.values()):
                 continue
-            scores = remaining.scores(parts)
+            scores = other_parts.scores(parts)
             unit = weights[name] or float(scores.std()) / max(float(part.std()), 1e-12)
             for factor in FACTORS if weights[name] else NEW_FACTORS:
                 weight = unit * factor
@@ -195,7 +194,7 @@ def _ascend(
 
 @dataclass(frozen=True)
 class RowGains:
-    """NDCG of each row at the first depth by name of the scores, and `QueryRows`' users."""
+    """NDCG of each row at the first depth, by name of the scores, and the rows' users."""
 
     users: np.ndarray
     weights: torch.Tensor | None
@@ -219,7 +218,7 @@ def compare_with_baselines(
     job = load_run(run, data, ranks, ranks.device.type)
     settings = settings_with_vectors(run, job)
     items, catalogue = _read_catalogue(run, job, settings)
-    # Only the comparison reads them: an export does not run the encoders for all items.
+    # Encoder means are added only here: an export does not run the encoders for all items.
     if (encoders := _encoders(job, items)) is not None:
         catalogue.vectors["encoders"] = encoders
     counts = read_item_counts(run, job.schema.item_id_limit)
@@ -248,7 +247,7 @@ def compare_with_baselines(
 def metrics_by_frequency(
     above: torch.Tensor, tied: torch.Tensor, rows: QueryRows, settings: RetrievalSettings
 ) -> dict[str, dict[str, Any]]:  # int64 [R], int64 [R]
-    """Return `retrieval_metrics` of all rows, and by how often training has their items."""
+    """Return `retrieval_metrics` of all rows, and by the frequency of targets in training."""
     return {
         part: retrieval_metrics(
             above[mask],
@@ -261,7 +260,7 @@ def metrics_by_frequency(
 
 
 def blend_to_serve(run: Path, job: Job) -> tuple[Catalogue, Blend]:
-    """Return the items of a run, and the blend of its model with baselines, by validation.
+    """Return the items of a run, and the blend of model and baselines that validation chooses.
 
     A run without histories or without rows of validation is a ValueError.
     """
@@ -295,8 +294,8 @@ def interval(
 ) -> list[float | None]:
     """Return the mean over rows, and the ends of its 95 % interval over users.
 
-    Rows of a user err together: the error is that of the users' sums (Liang and Zeger 1986). Fewer
-    than `LEAST_USERS` have no interval.
+    Errors of a user's rows are correlated: the standard error is that of sums by user (Liang and
+    Zeger 1986). Fewer than `LEAST_USERS` have no interval.
     """
     shares = np.ones(len(users)) if weights is None else weights.double().numpy()
     shares = shares / shares.sum()
@@ -352,7 +351,7 @@ def _places_of_rows(
 def _read_catalogue(
     run: Path, job: Job, settings: RetrievalSettings
 ) -> tuple[np.ndarray, Catalogue]:
-    """Return the ids of all items, ascending, and what the parts know of them."""
+    """Return the ids of all items, ascending, and their catalogue."""
     ids, vectors = catalogue_vectors(job, Lockstep(job.ranks))
     items = ids.numpy()
     users, event_items, pairs = _read_events(run, job, items)
@@ -384,11 +383,10 @@ def _encoders(job: Job, items: np.ndarray) -> np.ndarray | None:  # [I, V]
 def _read_events(
     run: Path, job: Job, items: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, csr_matrix]:
-    """Return users and places of the items of the training rows with a positive first label.
+    """Return users and items' places of training rows with a positive first label, and pairs.
 
-    They are of all partitions that the run has learned from and that are still there. Rows of
-    weight 0 are left out. The last result has the weights of pairs of items of their histories and
-    theirs [I, I].
+    Rows are of all partitions that the run has learned from and that still exist, without rows of
+    weight 0. Pairs [I, I] have the weights of history items (rows) and the row's item (columns).
     """
     schema, columns = job.schema, []
     label, pairs = schema.of_kind("label")[0], csr_matrix((len(items),) * 2)
@@ -396,8 +394,8 @@ def _read_events(
     for table in chain.from_iterable(rows.read(*rows.share(0, 1)) for rows in _sources(run, job)):
         events = RowColumns.of(table)
         targets = place_of(items, events.values(schema.target_item))
-        is_taken = rows_that_count(table, schema) & (events.values(label) > 0) & (targets >= 0)
-        events, targets = events.take(np.flatnonzero(is_taken)), targets[is_taken]
+        is_positive = rows_that_count(table, schema) & (events.values(label) > 0) & (targets >= 0)
+        events, targets = events.take(np.flatnonzero(is_positive)), targets[is_positive]
         history = place_of(items, events.values(schema.history))
         lengths = events.lengths(schema.history)
         pairs += nearest_items.pair_weights(history, lengths, targets, len(items))
@@ -409,13 +407,14 @@ def _read_events(
 
 def _sources(run: Path, job: Job) -> Iterator[RowSource]:
     folders = learned_folders(run, job.train_folder)
-    gone = [folder for folder in folders[:-1] if not (job.root / folder).exists()]
-    if gone:
+    removed = [folder for folder in folders[:-1] if not (job.root / folder).exists()]
+    if removed:
         logger.warning(
-            f"{job.root}: {len(gone):,} of {len(folders):,} partitions that the run has learned "
-            f"from are gone, from {gone[0]} to {gone[-1]}: the baselines learn from the others"
+            f"{job.root}: {len(removed):,} of {len(folders):,} partitions that the run has learned "
+            f"from are gone, from {removed[0]} to {removed[-1]}: the baselines learn from the "
+            "others"
         )
     for folder in folders:
-        if folder not in gone:
+        if folder not in removed:
             config = job.config
             yield open_rows(config.source, job.root, folder, job.schema, config.on_bad_row)

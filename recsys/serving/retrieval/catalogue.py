@@ -24,7 +24,7 @@ VectorKind = Literal["content", "item_tower", "codes"]
 class ItemVectors:
     """Vectors of the same items: rows of the item's table, raw ids and vectors, by place."""
 
-    rows: np.ndarray  # int64 [I], rising
+    rows: np.ndarray  # int64 [I], ascending
     ids: pa.Array  # int64 or string [I]
     vectors: np.ndarray  # float32 [I, V]; int64 [I, L + 2] of codes
 
@@ -63,7 +63,7 @@ def item_vectors(job: Job, kind: VectorKind) -> ItemVectors:
 
 
 def item_table(job: Job) -> ItemTable:
-    """Return the table of a job's items, which it has read if there is content."""
+    """Return the table of a job's items, which the job has already read if there is content."""
     store = job.store
     return store.items if store else ItemTable(job.root, job.schema, job.config.on_bad_row)
 

@@ -1,7 +1,7 @@
 """Item vectors: what `recsys export-vectors` writes and `recsys retrieve` reads.
 
 `vectors.npy`, `items.parquet` and `index.faiss`, a FAISS index of dot products (extra `retrieve`),
-have the same order. `queries/` is the user tower, which makes the vectors that search them.
+have the same order. `queries/` is the package of the user tower, which computes query vectors.
 Shapes: I items, V width of a vector, Q queries, K results, L levels of codes.
 """
 
@@ -60,7 +60,7 @@ class QueryVectors(nn.Module):
     def forward(
         self, ids: IDVectors, content: ContentVectors | None, batch: CandidateBatch
     ) -> Tensor:  # [N, V]
-        """Return the query of each row; ranked items and their content may be any."""
+        """Return the query of each row, which does not depend on the ranked item."""
         by_place = dict(zip(self.towers.pooled, ids.pooled, strict=True))
         unread = batch.dense_features.new_zeros(0)
         pooled = [by_place.get(place, unread) for place in range(self.num_pooled)]
@@ -98,7 +98,7 @@ class UserTower(Scorer):
     """Computes query vectors from the package of a user tower; threads may share one."""
 
     def columns(self, names: Sequence[str]) -> tuple[list[str], list[str]]:
-        """Return columns of user and history that a query reads; those looked up only if given."""
+        """Return columns of user and history that a query reads; looked-up ones if in `names`."""
         schema, manifest = self.schema, self.manifest
         user, history = request_columns(schema, manifest.pooled, manifest.dense)
         return (
@@ -117,8 +117,8 @@ class UserTower(Scorer):
 IndexKind = Literal["flat", "ivf", "hnsw"]
 
 HNSW_LINKS, HNSW_BUILD, HNSW_SEARCH = 32, 128, 128
-IVF_READ, IVF_READ_PER_RESULT = 2000, 40  # items, at least, of the clusters that are probed
-IVF_CLUSTERS, IVF_PROBED = 4.0, 1 / 16  # times the root of I; share of the clusters
+IVF_READ, IVF_READ_PER_RESULT = 2000, 40  # least items in probed clusters: in all, per result
+IVF_CLUSTERS, IVF_PROBED = 4.0, 1 / 16  # clusters per root of I; share of them that is probed
 IVF_TRAINED_ON = 64  # vectors per cluster
 
 
@@ -166,8 +166,7 @@ def search_index(
 class CodeIndex:
     """Searches items by their codes, by the methods of a FAISS index that a retriever calls.
 
-    A query is a user's state, a score the log-probability of the decoder. The table of codes is
-    int64 [I, L + 2].
+    A query is a user's state, a score the decoder's log-probability; `table` is int64 [I, L + 2].
     """
 
     def __init__(self, decoder: CodeDecoder, table: np.ndarray, beam_size: int) -> None:
@@ -190,7 +189,7 @@ class CodeIndex:
         return scores, places
 
     def trie_with(self, codes: np.ndarray) -> CodeTrie:  # int64 [N, L]
-        """Return the trie of more items; ValueError: more share all codes than are told apart."""
+        """Return a trie with more items; too many items that share all codes are a ValueError."""
         table, most = add_codes(self.trie.table, codes), self.decoder.codes.shape[1]
         if table[:, -1].max(initial=0) > most:
             raise ValueError(
@@ -232,12 +231,12 @@ class VectorsManifest(BaseManifest):
     index: IndexKind | None
     normalized: bool  # vectors in the index have length one, so that it compares cosines
     tower: dict[str, Any] = field(default_factory=dict)  # size and hashes of the tower's graph
-    decoder: dict[str, int] = field(default_factory=dict)  # sizes, of codes
+    decoder: dict[str, int] = field(default_factory=dict)  # sizes of the decoder of codes
     blend: dict[str, Any] = field(default_factory=dict)  # decay, weights and widths of its parts
 
 
 def load_index(folder: Path, manifest: VectorsManifest, vectors: np.ndarray) -> Any:
-    """Load a FAISS index, or one of codes; a ValueError says that FAISS is missing, or refuses."""
+    """Load a FAISS index, or one of codes; a missing FAISS or unreadable file is a ValueError."""
     if manifest.vectors == "codes":
         sizes = {name: size for name, size in manifest.decoder.items() if name != "beam_size"}
         decoder = CodeDecoder(**sizes)
@@ -324,7 +323,7 @@ def _write(
 
 def _blended_vectors(folder: Path, run: Path, job: Job) -> tuple[ItemVectors, dict[str, Any]]:
     """Write the neighbours of a blend; return its vectors, and its entry in the manifest."""
-    # They import SciPy, which no other vectors need.
+    # These modules import SciPy, which no other vectors need.
     from recsys.serving.retrieval.baselines import blend_to_serve
     from recsys.serving.retrieval.served_blend import ServedBlend
 

@@ -29,7 +29,7 @@ SIGNIFICANCE = 10
 MOST_STEPS = 10  # from an item to one that follows it
 STEP_DECAY = 0.8  # of the weight of a pair with each step
 PAIR_SIGNIFICANCE = 3
-MOST_EVENTS = 1000  # of a user, the last ones, which pair: the cost grows with their square
+MOST_EVENTS = 1000  # latest events of a user: the cost of their pairs grows with the square
 WORD = re.compile(r"\w\w+")
 PRODUCTS_PER_BLOCK = 2**24  # of items with all items, in memory at a time
 ITEMS_PER_CALL = 1024  # of the encoders
@@ -112,7 +112,7 @@ def text_vectors(texts: Iterable[str]) -> csr_matrix:  # float32 [I, W]
 
 
 def nearest(vectors: csr_matrix, count: int) -> csr_matrix:  # [I, W] -> float32 [I, I]
-    """Return for each item the products with the `count` other items that have the highest."""
+    """Return the `count` highest products of each item with other items."""
     blocks, transposed = [], vectors.T.tocsc()
     size = max(PRODUCTS_PER_BLOCK // vectors.shape[0], 1)
     for start in range(0, vectors.shape[0], size):

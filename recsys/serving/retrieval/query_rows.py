@@ -1,4 +1,4 @@
-"""Rows that ask for an item: their histories and candidates, and the places of their items.
+"""Query rows, whose first label is positive: histories, candidates and places of their targets.
 
 Shapes: R rows with a query, I items of the catalogue, S history items of all rows, D width.
 """
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class QueryRows:
-    """Rows whose first label is positive, and what is known of their users."""
+    """Rows whose first label is positive, with their users' histories and query vectors."""
 
     targets: np.ndarray  # int64 [R], places in the catalogue
     histories: np.ndarray  # int64 [S], places or -1, oldest first
@@ -51,7 +51,7 @@ class QueryRows:
         )
 
     def sample(self, most: int) -> QueryRows:
-        """Return rows at even distances, at most `most`: neighbours are of one user or moment."""
+        """Return at most `most` evenly spaced rows: adjacent ones share a user or a moment."""
         return self.take(
             np.linspace(0, len(self.targets) - 1, min(most, len(self.targets)), dtype=int)
         )
@@ -74,7 +74,7 @@ class QueryRows:
 def other_candidates(rows: QueryRows, num_items: int, exclude_seen: bool) -> np.ndarray:
     """Return which items compete with each row's target, bool [R, I].
 
-    Items that came later do not, nor, on request, those of the history.
+    Items that appeared later do not, nor with `exclude_seen` those of the history.
     """
     row = np.arange(len(rows.targets))
     is_candidate = np.ones((len(row), num_items), bool)
@@ -97,7 +97,7 @@ def places(
 def places_among(
     scores: np.ndarray, targets: np.ndarray, is_other: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:  # float32 [R, I], int64 [R], bool [R, I] -> int64 [R] twice
-    """Count the items among some others with a higher and an equal score."""
+    """Count the items of `is_other` with a higher, and with an equal score."""
     target = scores[np.arange(len(scores)), targets].reshape(-1, 1)
     margin = TIE * np.abs(target)
     above = ((scores > target + margin) & is_other).sum(axis=1)
@@ -111,7 +111,7 @@ def place_of(items: np.ndarray, ids: np.ndarray) -> np.ndarray:  # ascending [I]
 
 
 def read_query_rows(job: Job, split: str, items: np.ndarray, counts: ItemCounts) -> QueryRows:
-    """Return the rows of a split that ask for an item of the catalogue."""
+    """Return the query rows of a split whose target is in the catalogue."""
     interactions, settings = split_interactions(job, split), job.config.ranking
     outputs = score(job, interactions, with_queries=True, with_histories=True)
     scored = {name: column.numpy() for name, column in outputs.items()}

@@ -43,7 +43,7 @@ History = Mapping[str, Sequence[Any]] | Sequence[Any]
 
 
 class NoQueryError(ValueError):
-    """No item of a history has a vector, and the query is made of these."""
+    """No item of a history has a vector, so that there is no mean as a query."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Retriever:
     @staticmethod
     def load(folder: str | Path, verify: bool = True) -> Retriever:
         """Load a folder with an index; compare the hashes of its files, or only their sizes."""
-        folder = Path(folder).resolve()  # of a link, which may be exchanged meanwhile
+        folder = Path(folder).resolve()  # a link may be replaced meanwhile
         manifest = read_manifest_of(VectorsManifest, folder, verify)
         if manifest.index is None and manifest.vectors != "codes":
             raise ValueError(f"{folder}: has no index; export the vectors with --index hnsw")
@@ -127,9 +127,9 @@ class Retriever:
         return self.search(query, count, [exclude], [history])[0]
 
     def add_items(self, folder: str | Path) -> int:
-        """Make items of a generative model retrievable that came later; return their number.
+        """Make new items retrievable by a generative model; return their number.
 
-        `folder` is of `recsys semantic-ids --codebooks`, with the codes of these and other items.
+        `folder`, by `recsys semantic-ids --codebooks`, has the codes of new and known items.
         """
         if not isinstance(self._index, CodeIndex):
             raise ValueError(
@@ -154,7 +154,7 @@ class Retriever:
         return int(is_new.sum())
 
     def columns(self, given: Sequence[str]) -> tuple[list[str], list[str]]:
-        """Columns of the files that a request gives: of the user, and of the history."""
+        """Return the file columns of user and history that a request gives."""
         return ([], [self._history]) if self.tower is None else self.tower.columns(given)
 
     def query(self, user: Values, history: History = ()) -> np.ndarray:  # float32 [V]
@@ -189,7 +189,7 @@ class Retriever:
         exclude: Iterable[Sequence[Any]] | None = None,
         histories: Sequence[History] | None = None,
     ) -> list[Retrieved]:  # float32 [Q, V] -> Q results
-        """Return the best items of each query, but raw ids in its list of `exclude`.
+        """Return the best items of each query, except raw ids in its list of `exclude`.
 
         A blend also reads the `histories` of the queries.
         """
@@ -296,7 +296,7 @@ def _requests(name: str, retriever: Retriever) -> Iterator[PlacedRequest]:
             columns = list(dict.fromkeys([*user, *history]))
             for column in columns:
                 column_type(parquet, file, column)
-            # Row group by row group: pyarrow reads lists of categories across them not at all.
+            # By row group, as pyarrow cannot read lists of categories across row groups.
             groups = range(parquet.num_row_groups)
             tables = (read_row_group(parquet, file, group, columns) for group in groups)
             batches = (batch for table in tables for batch in table.to_batches(REQUESTS_PER_BLOCK))

@@ -1,7 +1,7 @@
 """Semantic ids: a few codes per item, from coarse to fine, that similar items share.
 
 Residual k-means, as in QARM (arXiv 2411.11739), on unit vectors: of content, or of the item tower,
-which also tells who took an item, as in LETTER (arXiv 2405.07314). An item's codes depend on its
+which also reflects who took an item, as in LETTER (arXiv 2405.07314). An item's codes depend on its
 vector and the codebooks alone. The folder has `items.parquet`, `codebooks.npy` with the centres
 of each level, and `collisions.json`. Shapes: I items, D content dimension, L levels, C codes.
 """
@@ -45,16 +45,16 @@ ITERATIONS = 25
 BALANCING_ROUNDS, BALANCING_STEPS = 8, 20
 TRAINED_ON = 1024  # vectors per code, at most
 ITEMS_PER_BLOCK = 4096
-SHOWN = 5  # of the items that share their codes with most others
+SHOWN = 5  # examples of the largest group of items with equal codes
 ITEMS, CODEBOOKS, COLLISIONS = "items.parquet", "codebooks.npy", "collisions.json"
 PRICES = "prices.npy"
-SUCCESS = "_SUCCESS"  # in a partition that is whole, for which `recsys continual` waits
+SUCCESS = "_SUCCESS"  # marks a whole partition; `recsys continual` waits for it
 COLUMN = "semantic_ids"
 
 
 @dataclass(frozen=True)
 class Codebooks:
-    """Centres of each level, and what they cost beside others, so that codes are used alike."""
+    """Centres of each level, and prices, which are penalties that balance the use of codes."""
 
     centres: np.ndarray  # float32 [L, C, D]
     prices: np.ndarray  # float64 [L, C]; zeros: the nearest centre is chosen
@@ -62,34 +62,34 @@ class Codebooks:
 
     @staticmethod
     def fit(vectors: np.ndarray, levels: int, codes: int, balanced: bool = False) -> Codebooks:
-        """Cluster vectors [I, D], and what each level leaves of them; at least as many as codes.
+        """Cluster vectors [I, D], at least as many as codes, then the residuals of each level.
 
         `balanced` gives each code of a level about as many of the vectors.
         """
         _check_codes(codes, len(vectors))
-        faiss, rest, centres, prices = require_faiss(), unit(vectors), [], []
+        faiss, residuals, centres, prices = require_faiss(), unit(vectors), [], []
         for _ in range(levels):
             means = faiss.Kmeans(
-                rest.shape[1],
+                residuals.shape[1],
                 codes,
                 niter=ITERATIONS,
                 seed=0,
                 min_points_per_centroid=1,
                 max_points_per_centroid=TRAINED_ON,
             )
-            means.train(np.ascontiguousarray(rest))
+            means.train(np.ascontiguousarray(residuals))
             centres.append(means.centroids.copy())
             prices.append(np.zeros(codes))
             if balanced:
-                centres[-1], prices[-1] = _balance(rest, centres[-1])
-            rest = rest - centres[-1][_nearest(rest, centres[-1], prices[-1])]
+                centres[-1], prices[-1] = _balance(residuals, centres[-1])
+            residuals = residuals - centres[-1][_nearest(residuals, centres[-1], prices[-1])]
         return Codebooks(np.stack(centres), np.stack(prices))
 
     def codes_of(self, vectors: np.ndarray) -> np.ndarray:  # float32 [I, D] -> [I, L] in [0, C)
-        rest, codes = unit(vectors), []
+        residuals, codes = unit(vectors), []
         for centres, prices in zip(self.centres, self.prices, strict=True):
-            codes.append(_nearest(rest, centres, prices))
-            rest = rest - centres[codes[-1]]
+            codes.append(_nearest(residuals, centres, prices))
+            residuals = residuals - centres[codes[-1]]
         return np.stack(codes, axis=1)
 
     def ids_of(self, vectors: np.ndarray) -> np.ndarray:  # float32 [I, D] -> int64 [I, L]
@@ -108,7 +108,7 @@ def _check_codes(codes: int, num_items: int) -> None:
 def _balance(vectors: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Move centres [C, D] to the means of groups of about equal size, and find their prices [C].
 
-    Prices are those of Sinkhorn's algorithm at a temperature that falls (arXiv 1306.0895).
+    Prices are those of Sinkhorn's algorithm at a falling temperature (arXiv 1306.0895).
     """
     from scipy.special import softmax  # other commands start without it
 
@@ -116,29 +116,29 @@ def _balance(vectors: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.n
     sampled, prices = vectors[np.sort(sample)].astype(np.float64), np.zeros(len(centres))
     share = len(sampled) / len(centres)
     for temperature in np.geomspace(0.1, 0.001, BALANCING_ROUNDS):
-        wide = centres.astype(np.float64)
-        gains = sampled @ wide.T - (wide**2).sum(axis=1) / 2  # [I, C]
+        centres64 = centres.astype(np.float64)
+        gains = sampled @ centres64.T - (centres64**2).sum(axis=1) / 2  # [I, C]
         for _ in range(BALANCING_STEPS):
             shares = softmax((gains - prices) / temperature, axis=1).sum(axis=0)
             prices = prices + temperature * np.log(np.maximum(shares, 1e-9) / share)
         codes = _nearest(sampled, centres, prices)
         counts = np.bincount(codes, minlength=len(centres))
-        sums = np.zeros_like(wide)
+        sums = np.zeros_like(centres64)
         np.add.at(sums, codes, sampled)
-        means = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], wide)
+        means = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], centres64)
         last, centres = centres, means.astype(np.float32)
-    return last, prices  # the prices are of the centres that they were found for
+    return last, prices  # the prices were found for the centres before the last move
 
 
 def _nearest(
     vectors: np.ndarray, centres: np.ndarray, prices: np.ndarray
 ) -> np.ndarray:  # [I, D], [C, D], [C] -> [I]
-    wide = centres.astype(np.float64)  # whatever the block, an item has the same code
-    halves = (wide**2).sum(axis=1) / 2 + prices
+    centres64 = centres.astype(np.float64)  # a code does not depend on the block
+    halves = (centres64**2).sum(axis=1) / 2 + prices
     codes = np.zeros(len(vectors), np.int64)
     for start in range(0, len(vectors), ITEMS_PER_BLOCK):
         block = slice(start, start + ITEMS_PER_BLOCK)
-        codes[block] = (vectors[block].astype(np.float64) @ wide.T - halves).argmax(axis=1)
+        codes[block] = (vectors[block].astype(np.float64) @ centres64.T - halves).argmax(axis=1)
     return codes
 
 
@@ -148,10 +148,10 @@ def collision_report(codes: np.ndarray, ids: list[Any], num_codes: int) -> dict[
     largest = np.flatnonzero(inverse.reshape(-1) == counts.argmax())
     levels = []
     for level in codes.T:
-        positive = np.bincount(level, minlength=num_codes) / len(level)
-        positive = positive[positive > 0]
-        perplexity = float(np.exp(-(positive * np.log(positive)).sum()))
-        levels.append({"codes": num_codes, "used": len(positive), "perplexity": perplexity})
+        shares = np.bincount(level, minlength=num_codes) / len(level)
+        shares = shares[shares > 0]
+        perplexity = float(np.exp(-(shares * np.log(shares)).sum()))
+        levels.append({"codes": num_codes, "used": len(shares), "perplexity": perplexity})
     return {
         "items": len(codes),
         "distinct": len(counts),
@@ -208,9 +208,8 @@ def export_semantic_ids(
     """Write semantic ids of all items, fitted to trained ones; return the collision report.
 
     The arguments are those of `recsys semantic-ids`, and `ranks` is a single process. `codebooks`
-    also decide the sizes and the kind of vectors. A ValueError says that a folder exists, the run
-    has no such vectors or fewer trained items than codes, the codebooks are of another model, or
-    FAISS is missing.
+    also decide sizes and kind of vectors. A folder that exists, a run without such vectors or with
+    too few trained items, codebooks of another model and a missing FAISS are ValueErrors.
     """
     if dataset is not None:
         if dataset.exists():
@@ -294,16 +293,15 @@ def write_dataset_with(
 ) -> None:
     """Write a local dataset whose rows also have the ids of their item, whole or not at all.
 
-    `ids` has raw ids of items, and lists of ids in [0, num_ids) in `column`; other items get an
-    empty list. The column is also looked up by the item: requests may leave it out, and no user
-    tower reads it.
+    `ids` has raw ids of items and lists of ids in [0, num_ids) in `column`; other items get []. The
+    column is also looked up by the item: requests may omit it, and no user tower reads it.
     """
     content = _schema_without(root, column)
     content["columns"][column] = {"kind": "ids", "num_embeddings": num_ids}
     with whole_folder(out) as partial:
         for entry in sorted(Path(root.path).iterdir()):
             if entry.name == STATE:
-                continue  # of the events, which know nothing of the column
+                continue  # of `prepare events`, which does not know the column
             if entry.is_dir() and entry.name not in SPLITS:
                 shutil.copytree(entry, partial / entry.name, copy_function=link_or_copy)
             elif entry.is_file() and entry.name != "schema.yaml":
@@ -324,7 +322,7 @@ def _add_lookup(
     tables: list[dict[str, Any]], item: str, ids: pa.Table, column: str, out: Path
 ) -> None:
     """Add a column of the item to the tables of `schema.yaml` and to the dataset's last values."""
-    table = next((part for part in tables if part["by"] == [item]), None)
+    table = next((entry for entry in tables if entry["by"] == [item]), None)
     if table is None:
         table = {"by": [item], "columns": []}
         tables.append(table)
@@ -340,7 +338,7 @@ def _add_lookup(
         is_missing = pc.invert(pc.is_in(ids[item], stored))
         ids = pa.concat_tables([values, ids.filter(is_missing)], promote_options="permissive")
         for file in files:
-            file.unlink()  # a link to that of the other dataset
+            file.unlink()  # a link to the other dataset's file
     pq.write_table(ids, folder / "part-0.parquet")
 
 

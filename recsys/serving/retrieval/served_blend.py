@@ -1,10 +1,9 @@
 """A blend of a two-tower model with its baselines, as files of a folder of item vectors.
 
-Parts that are dot products stand side by side in one vector of each item: the model's, the content
-vector, the logarithm of the count. The others are neighbours of the history's items: one matrix has
-their weighted sum. An item's score is the dot product plus the mean of its row entries over the
-history. Scores of neighbours are no less than 0, so that the best items are among the best of the
-index and the neighbours.
+Parts that are dot products are concatenated in one vector per item: model, content, logarithm of
+the count. The other parts are neighbours of the history's items, summed with their weights in one
+matrix. An item's score is the dot product plus the mean of its matrix entries over the history.
+Entries are not negative, so the best items are among the index's best and the neighbours.
 
 Shapes: I items, V width of a vector, H items of a history, N neighbours, K results.
 """
@@ -24,7 +23,7 @@ NEIGHBOURS = "neighbours.npz"
 
 @dataclass(frozen=True)
 class ServedBlend:
-    """The weights of parts of vectors, in their order, and neighbours [I, I] with theirs."""
+    """Weights and widths of the parts of vectors, in order, and weighted neighbours [I, I]."""
 
     decay: float
     weights: dict[str, float]
@@ -71,7 +70,7 @@ class ServedBlend:
     def query(
         self, query: np.ndarray, places: np.ndarray, vectors: np.ndarray
     ) -> np.ndarray:  # float32 of the model's, int64 [H], float32 [I, V] -> float32 [V]
-        """Return the vector whose dot product with an item's is the sum of these parts."""
+        """Return the vector whose dot product with an item's is the sum of the parts of vectors."""
         parts, start = [], 0
         shares, history = self.shares(places), vectors[places.clip(min=0)]
         for name, width in self.widths.items():

@@ -6,7 +6,7 @@ from http import HTTPStatus
 from starlette.responses import JSONResponse
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-READ_TIMEOUT = "read_timeout"  # its seconds, in the state that the application's lifespan yields
+READ_TIMEOUT = "read_timeout"  # key of the seconds in the state that the app's lifespan yields
 MAX_HEAD = 2**16  # bytes of the URL and all headers of a request
 MAX_PIPELINED = 100  # requests of a connection that wait for an earlier answer
 
@@ -74,7 +74,7 @@ class BoundedConnection(HttpToolsProtocol):
         self._refuse(HTTPStatus.BAD_REQUEST, msg)
 
     def timeout_keep_alive_handler(self) -> None:
-        """End an idle connection, unless its next request has begun, which the other timer ends."""
+        """End an idle connection, unless its next request has begun, which has its own timer."""
         if self._timer is None:
             super().timeout_keep_alive_handler()
 
@@ -89,7 +89,7 @@ class BoundedConnection(HttpToolsProtocol):
             self._timer = None
 
     def _end_reading(self, seconds: int) -> None:
-        if self._awaits_answer():  # what follows it is not read meanwhile
+        if self._awaits_answer():  # bytes after that request are not read meanwhile
             self._start_timer()
             return
         problem = f"the request was not complete after {seconds} s"

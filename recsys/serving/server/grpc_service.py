@@ -54,8 +54,8 @@ def grpc_server(scoring: ScoringService, address: str) -> grpc.aio.Server:
 def _handlers(service: InferenceService) -> grpc.GenericRpcHandler:
     with TemporaryDirectory() as folder:
         out = Path(folder, "descriptors")
-        words = [f"-I{PROTOCOL.parent}", f"--descriptor_set_out={out}", PROTOCOL.name]
-        code = protoc.main(["protoc", *words])
+        options = [f"-I{PROTOCOL.parent}", f"--descriptor_set_out={out}", PROTOCOL.name]
+        code = protoc.main(["protoc", *options])
         assert code == 0, PROTOCOL
         files = FileDescriptorSet.FromString(out.read_bytes()).file
     pool = DescriptorPool()  # not the default one: clients in this process may use its names
@@ -64,7 +64,7 @@ def _handlers(service: InferenceService) -> grpc.GenericRpcHandler:
     handlers = {}
     for method in pool.FindServiceByName(SERVICE).methods:
         request, response = GetMessageClass(method.input_type), GetMessageClass(method.output_type)
-        # As a stream of one message: gRPC would wait for it without a limit on the time.
+        # As a stream of one message: gRPC waits for a single message without a time limit.
         handlers[method.name] = grpc.stream_unary_rpc_method_handler(
             service.handler(method.name, request, response),
             response_serializer=response.SerializeToString,

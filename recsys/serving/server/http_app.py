@@ -111,7 +111,7 @@ def _refuse(request: Request, error: Exception) -> Response:
 
 
 def _describe(app: FastAPI) -> None:
-    """Complete the description in OpenAPI by the messages, whose bodies the routes parse."""
+    """Add the messages to the OpenAPI description; routes parse their bodies themselves."""
     schemas = app.openapi()["components"]["schemas"]
     for kind in (InferRequest, BatchRequest, RankRequest, ItemsRequest):
         schema = kind.model_json_schema(ref_template=SCHEMAS)
@@ -134,11 +134,11 @@ class Routes:
         }
 
     async def live(self) -> dict[str, bool]:
-        """Return that the server runs."""
+        """Report that the server runs."""
         return {"live": True}
 
     async def ready(self) -> dict[str, bool]:
-        """Return that the server has its package, and is not about to end."""
+        """Report that the server has its package and is not about to end."""
         self._scoring.require_ready()
         return {"ready": True}
 
@@ -151,7 +151,7 @@ class Routes:
         return model_metadata(name, self._scoring.require_model(name, model_version))
 
     async def model_ready(self, name: str, model_version: str | None = None) -> dict[str, Any]:
-        """Return that the model is ready."""
+        """Report that the model is ready."""
         self._scoring.require_model(name, model_version)
         self._scoring.require_ready()
         return {"name": name, "ready": True}
@@ -183,7 +183,7 @@ class Routes:
         package = self._scoring.package
         message = parse_message(RankRequest, await self._body(request))
         ranking = await self._ranking(message, package)
-        return _json(_head(request, package) | ranking)  # the version of what was looked up
+        return _json(_head(request, package) | ranking)  # with the version of features just read
 
     async def rank_batch(self, request: Request) -> Response:
         """Return the ranking of each request of several users, or why it is refused."""

@@ -1,4 +1,4 @@
-"""Open Inference Protocol v2 over HTTP: messages, and tensors in JSON or as bytes behind it.
+"""Open Inference Protocol v2 over HTTP: messages, and tensors in JSON or as bytes after it.
 
 Shapes: N candidates. The values of a tensor are flat, in row-major order.
 """

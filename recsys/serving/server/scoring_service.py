@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.25
 LONGEST_PAUSE = 60.0  # seconds between attempts to load a package that cannot be loaded
-SWITCH_SECONDS = 1e-4  # of a thread while a package is loaded; Python's default is 5 ms
+SWITCH_SECONDS = 1e-4  # between thread switches while a package is loaded; Python has 5 ms
 # Linux has priorities by thread. Lowest priority could hold the GIL and starve requests.
 LOADER_NICENESS = 5
 
@@ -59,7 +59,7 @@ class LoadedPackage:
         verified: VerifiedFiles | None = None,
     ) -> LoadedPackage:
         """Load a package as `Scorer.load` does, with its errors."""
-        folder = Path(settings.package).resolve()  # of a link, which may be exchanged meanwhile
+        folder = Path(settings.package).resolve()  # a link may be replaced meanwhile
         scorer = Scorer.load(folder, settings.verify, previous, verified, settings.features)
         example, statistics = (
             json.loads((folder / file).read_text()) for file in (REQUEST, STATISTICS)
@@ -92,7 +92,7 @@ class ScoringService:
         self.package = LoadedPackage.load(settings, verified=verified)
         self._failures, self._retry_at = 0, 0.0
         self._scorer_thread = ThreadPoolExecutor(1, "scorer")
-        # A separate thread: without privileges its priority cannot be raised again. 0: its own.
+        # A separate thread: without privileges its priority cannot be raised again. 0: the loader.
         priority = os.PRIO_PROCESS, 0, LOADER_NICENESS
         self._loader_thread = ThreadPoolExecutor(1, "loader", os.setpriority, priority)
         self._waiting = Counter[str]()  # requests and additions
@@ -114,7 +114,7 @@ class ScoringService:
             raise RequestError("the server is about to end; send requests to another", 503)
 
     def require_model(self, name: str, version: str | None) -> LoadedPackage:
-        """Return the package for a request to a model; a RequestError of 404 names another."""
+        """Return the package for a request to a model; another one is a RequestError of 404."""
         package = self.package
         if name != self.settings.name:
             raise RequestError(f"model '{name[:99]}': not served; '{self.settings.name}' is", 404)
@@ -157,12 +157,12 @@ class ScoringService:
             return counts, self.package.version
 
     @contextmanager
-    def _queued(self, what: str) -> Iterator[None]:
-        """Count what waits, up to a limit; errors become those of the request."""
-        number = self._waiting[what]
+    def _queued(self, kind: str) -> Iterator[None]:
+        """Count waiting requests or additions up to a limit; turn errors into RequestErrors."""
+        number = self._waiting[kind]
         if number >= self.settings.max_waiting:
-            raise RequestError(f"{number} {what} wait already; send it again", 503)
-        self._waiting[what] += 1
+            raise RequestError(f"{number} {kind} wait already; send it again", 503)
+        self._waiting[kind] += 1
         try:
             yield
         except ValueError as error:
@@ -170,7 +170,7 @@ class ScoringService:
         except FeatureSourceError as error:
             raise RequestError(str(error), 503) from error
         finally:
-            self._waiting[what] -= 1
+            self._waiting[kind] -= 1
 
     def count_worker(self) -> None:
         metrics.WORKERS.labels(self.package.version).set(1)
@@ -200,7 +200,7 @@ class ScoringService:
         return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
 
     def _reload(self, identity: tuple[int, ...] | None) -> bool:
-        if identity == self._manifest_identity:  # of another call
+        if identity == self._manifest_identity:  # loaded by another call
             return True
         try:
             with _short_switches():
@@ -225,7 +225,7 @@ class ScoringService:
 
 @contextmanager
 def _short_switches() -> Iterator[None]:
-    """Switch threads often: a request would wait for the loading thread at each of its steps."""
+    """Switch threads often, as each step of a request may wait for the loading thread."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_SECONDS)
     try:

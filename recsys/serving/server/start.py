@@ -12,7 +12,7 @@ from recsys.config.server import ServerSettings
 from recsys.extras import missing_extra
 
 REQUIRED_PACKAGES = ("fastapi", "grpc_tools", "httptools", "prometheus_client", "uvicorn")
-HEALTH_SECONDS = 60  # without an answer of a worker, after which it is replaced
+HEALTH_SECONDS = 60  # without an answer, after which a worker is replaced
 
 
 def require_installation() -> None:
@@ -45,9 +45,9 @@ def _run(settings: ServerSettings, http: socket.socket) -> None:
     from recsys.serving.server.worker import Workers, worker_app
     from recsys.storage.manifest import VerifiedFiles
 
-    # Of connections whose client does not take its answer; they inherit it.
-    patience = 1000 * settings.read_timeout
-    http.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
+    # Ends connections whose client does not read the answer; they inherit the option.
+    timeout_ms = 1000 * settings.read_timeout
+    http.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
     verified = VerifiedFiles()
     config = uvicorn.Config(
         partial(worker_app, settings, http, verified),
@@ -73,7 +73,7 @@ def _run(settings: ServerSettings, http: socket.socket) -> None:
 
 
 def _bound(name: str, host: str, port: int, is_shared: bool = False) -> socket.socket:
-    """Return a socket; a ValueError says that its address is taken or none of this machine."""
+    """Return a bound socket; an address that is taken or not this machine's is a ValueError."""
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

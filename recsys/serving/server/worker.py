@@ -112,8 +112,8 @@ class Drain:
         uvicorn_server = getattr(self._end_http, "__self__", None)
         assert isinstance(uvicorn_server, Server)
         if number == signal.SIGTERM:
-            # Its handler raises the signal again at the end: that would kill the worker, and leave
-            # the files of compiled graphs in the folder of temporary files.
+            # uvicorn's handler raises the signal again at the end, which would kill the worker and
+            # leave temporary files of compiled graphs.
             uvicorn_server.should_exit = True
         else:
             uvicorn_server.handle_exit(number, None)
@@ -123,7 +123,7 @@ class Drain:
 
 
 class Workers(Multiprocess):
-    """Several workers, whose supervisor keeps no socket open behind them."""
+    """Several workers, whose supervisor closes its copies of their sockets."""
 
     def terminate_all(self) -> None:
         """End the workers; later connections are refused instead of waiting for nobody."""
@@ -132,8 +132,8 @@ class Workers(Multiprocess):
         super().terminate_all()
 
     def keep_subprocess_alive(self) -> None:
-        """Replace workers that ended or do not answer; the end of one is seen at once."""
+        """Replace workers that ended or do not answer; notice an ended one at once."""
         for process in self.processes:
-            # Open here, it would keep a dead worker's answer awaited, for HEALTH_SECONDS.
+            # An open copy here makes the supervisor wait HEALTH_SECONDS for a dead worker's answer.
             process.child_conn.close()
         super().keep_subprocess_alive()

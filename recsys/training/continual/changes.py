@@ -1,4 +1,4 @@
-"""Compares a partition's columns, settings and items with those of the partitions before."""
+"""Compares a partition's columns, settings and items with those of earlier partitions."""
 
 import logging
 
@@ -24,7 +24,7 @@ from recsys.training.initial_state import new_item_rows
 logger = logging.getLogger(__name__)
 
 NewIds = dict[str, pa.Array]  # by table with an exact map
-# Rules of a warm start by which a column is read as before.
+# Rules of a warm start under which a column keeps its meaning.
 UNCHANGED_RULES = ("as in the data", "fit of the run")
 
 
@@ -48,10 +48,10 @@ def require_unchanged(source: Source, config: Config, root: Location) -> None:
 def new_schema(
     root: Location, partition: Partition, previous: tuple[Schema, Schema] | None, ranks: Ranks
 ) -> tuple[Schema, NewIds]:
-    """Return the columns as the model before the partition reads them, and its new ids.
+    """Return the schema as the previous model reads it, and the partition's new ids.
 
-    `previous` are the columns without maps, and those of the run before. Data that cannot be read
-    is a ValueError on every rank. A collective.
+    `previous` has the data's schema without maps, and that of the previous run. Data that cannot be
+    read is a ValueError on every rank. A collective.
     """
     with ranks.raise_on_all_ranks():
         if previous is None:
@@ -84,7 +84,7 @@ def new_schema(
 
 
 def _size_tables(schema: Schema, ids: NewIds, previous: Schema | None) -> None:
-    """Enlarge tables for the new ids of a partition; they never get smaller by themselves."""
+    """Enlarge tables for the new ids of a partition; never make a table smaller."""
     for table, vocabulary in exact_maps(schema).items():
         rows = schema.limit(table)
         if previous is not None and table in previous.grown and previous.limit(table) > rows:
@@ -95,14 +95,14 @@ def _size_tables(schema: Schema, ids: NewIds, previous: Schema | None) -> None:
 
 
 def add_ids(schema: Schema, ids: NewIds, ranks: Ranks) -> None:
-    """Give new ids rows, behind those of the known ones. A collective."""
+    """Append new ids to the maps, which gives them rows after the known ids'. A collective."""
     with ranks.raise_on_all_ranks():
         for table, vocabulary in exact_maps(schema).items():
             vocabulary.extend([ids[table]])
 
 
 def check_items(job: Job, plan: WarmStartPlan) -> None:
-    """Raise a ValueError if many known items changed content: other items' ids. A collective."""
+    """Raise a ValueError if so many items changed that ids seem reassigned. A collective."""
     if plan.items is None:
         return
     source, allowed = plan.source, job.config.continual.edited_items

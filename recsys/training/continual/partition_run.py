@@ -1,6 +1,6 @@
 """Scores a partition (prequential evaluation), and trains on it in a run of its own.
 
-Metrics come from the file of scores, so a killed job repeats no row and no line.
+Metrics come from the file of scores, so a restarted job repeats no row and no line.
 """
 
 import json
@@ -80,20 +80,20 @@ class ContinualRun:
     data: str
     folder: ContinualFolder
     ranks: Ranks
-    lockstep: Lockstep  # keeps the ranks on the same batch, and learns of requests to end
+    lockstep: Lockstep  # keeps the ranks on the same batch, and receives requests to end
     writers: Ranks  # the same ranks with a group for checkpoints
-    warm_start: WarmStart | None = None  # the run that the first partition's begins from
+    warm_start: WarmStart | None = None  # the run that the first partition starts from
 
 
 class PartitionRun:
-    """The run of a partition, which is scored first. It holds no job, whose memory comes free."""
+    """Scores a partition, then trains on it in a run. Holds no job, so that its memory is freed."""
 
     def __init__(self, continual: ContinualRun, partition: Partition, state: RunState) -> None:
         self.continual, self.partition, self.state = continual, partition, state
         self.folder, self.ranks, self.timer = continual.folder, continual.ranks, PhaseTimer()
         self.run = self.folder.run_of(partition.name)
         number, from_nothing = len(state.trained), state.warm_start is None
-        # Learning rates warm up once.
+        # Learning rates warm up in the first run only.
         warmup = continual.config.optimizer.warmup_steps if number == 0 and from_nothing else 0
         self.config = replace(
             continual.config,
@@ -101,17 +101,17 @@ class PartitionRun:
             validations_per_epoch=1,
             optimizer=replace(continual.config.optimizer, warmup_steps=warmup),
         )
-        self.previous, self.request = "", continual.warm_start  # partition and run to go on from
+        self.previous, self.request = "", continual.warm_start  # partition and run to start from
         if state.last is not None:
             self.previous = state.last.name
-            # Both have the same weights, unless the best has averages, which this run may not keep.
+            # `last` and `best` have the same weights, unless `best` has averages.
             has_averages = self.config.optimizer.ema_decay is not None
             self.request = WarmStart(
                 self.folder.run_of(self.previous), checkpoint="last" if has_averages else "best"
             )
 
     def train(self) -> TrainedPartition:
-        """Score the partition and train on it, or go on with that. A collective."""
+        """Score the partition and train on it, or resume its run. A collective."""
         ranks, request = self.ranks, self.request
         with ranks.raise_on_all_ranks():
             if request is not None and not (request.run / "config.yaml").is_file():
@@ -139,9 +139,9 @@ class PartitionRun:
         return self._as_read(trainer.interactions)
 
     def _schema(self, goes_on: bool) -> tuple[Schema, Source | None, changes.NewIds | None]:
-        """Return the columns with their maps of ids, the run to start from, if anew, and new ids.
+        """Return the schema, the run to start from and the partition's new ids; None if resumed.
 
-        The ids are new in the partition's rows, and get rows once these are scored. A collective.
+        New ids get table rows once the partition is scored. A collective.
         """
         data, ranks, root = self.continual.data, self.ranks, Location.of(self.continual.data)
         if goes_on:
@@ -212,7 +212,7 @@ class PartitionRun:
     def _begin(
         self, current: TrainedPartition, job: Job, source: Source | None, ids: changes.NewIds
     ) -> Progress:
-        """Begin the run, whose rows are scored if a model can. A collective."""
+        """Begin the run; first score its rows if there is an earlier model. A collective."""
         run, ranks, plan, counts = self.run, self.ranks, None, ItemCounts.sum_of([])
         begun_state = replace(self.state, begun=current)
         if source is not None:
@@ -249,10 +249,10 @@ class PartitionRun:
         return progress
 
     def _write_scores(
-        self, begun_state: RunState, job: Job, counts: ItemCounts, before: Path
+        self, begun_state: RunState, job: Job, counts: ItemCounts, previous_run: Path
     ) -> None:
-        """Score the partition by the run before, unless its scores are written. A collective."""
-        file, model = self.folder.scores_of(self.partition.name), model_of(before)
+        """Score the partition by the previous run, unless scores exist. A collective."""
+        file, model = self.folder.scores_of(self.partition.name), model_of(previous_run)
         are_written = self.ranks.from_first(file.exists())
         if are_written and job.em3.neighbours is None:  # otherwise the blend is fitted again
             return
@@ -260,7 +260,7 @@ class PartitionRun:
             scores = score_partition(job, counts, self.continual.lockstep)
         with self.ranks.raise_on_all_ranks():
             if scores is not None and not are_written:
-                # First, so that the scores are known to be of these rows.
+                # Written before the scores, so that these are known to be of `begun_state`'s rows.
                 self.folder.write(begun_state)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_scores(scores, file, model)
@@ -279,7 +279,7 @@ class PartitionRun:
         return line
 
     def _finish(self, trainer: Trainer) -> None:
-        """Keep the model, with averaged weights if there are any, and describe it. A collective."""
+        """Save the model, with averaged weights if there are any, and metrics. A collective."""
         job, progress = trainer.job, trainer.progress
         with job.averaged():
             trainer.checkpoints.save_best(progress)
@@ -314,13 +314,13 @@ class PartitionTrainer(Trainer):
 
     def _validate(self) -> None:
         """At the end of a pass fill rows without training and, if asked, the bank. A collective."""
-        with self.job.averaged():  # by which the next partition is scored
+        with self.job.averaged():  # these weights score the next partition
             self._refresh_bank()
             initial_state.refill_cold_rows(self.job)
 
 
 def passes_over(settings: ContinualSettings, number: int, from_nothing: bool) -> int:
-    """Return the passes over a partition; a model `from_nothing` gains from several at first."""
+    """Return the number of passes; a model `from_nothing` gains from several at first."""
     first = settings.first_passes if from_nothing else []
     return first[number] if number < len(first) else settings.passes
 

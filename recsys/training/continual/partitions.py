@@ -1,7 +1,7 @@
 """Partitions of the training rows: Hive folders such as `train/date=2026-11-01/hour=05`.
 
-Values are ordered as numbers, dates or text. A name out of order, as of next year, would make every
-later day late: it is refused, as is a next partition that breaks the order of time.
+Values are ordered as numbers, dates or text. A partition dated in the future would make all days
+until then late, so it is refused, as are partitions whose order is not that of time.
 """
 
 import re
@@ -18,7 +18,7 @@ from recsys.checkpoint.partitions import RunState
 from recsys.storage.location import Location, is_partition
 
 SUCCESS = "_SUCCESS"
-# Names of folders and files that writers use until a file is whole.
+# Endings of names that writers use until a file or folder is whole.
 UNFINISHED = ("_temporary", ".partial", ".tmp", ".inprogress", "._COPYING_", ".crdownload")
 NULL = "__HIVE_DEFAULT_PARTITION__"  # the value of rows without one, as Hive writes it
 # Clocks differ by time zone, and the day of a partition may be that of its end.
@@ -48,12 +48,12 @@ def levels_of(name: str) -> list[tuple[str, str]]:
 
 
 def key_of(name: str) -> Key:
-    """Return the place of a partition in the order."""
+    """Return the sort key of a partition."""
     return tuple(_key_of_value(value) for _, value in levels_of(name))
 
 
 def key_of_bound(bound: str, like: Key) -> Key:
-    """Return the place of a bound such as `2026-11-01/05` among partitions."""
+    """Return the sort key of a bound such as `2026-11-01/05`, of the types of key `like`."""
     keys = []
     for value, (kind, *_) in zip(_values_of_bound(bound), like):
         keys.append((1, 0, _padded(value)) if kind else _key_of_value(value))
@@ -82,7 +82,7 @@ def list_partitions(root: Location) -> list[Partition]:
     train = root / "train"
     names = list(_leaves(train, ""))
     most = max((name.count("/") for name in names), default=0)
-    # A day whose hours have not come yet is none.
+    # A day's folder without hours yet is no partition.
     names = [name for name in names if name.count("/") == most or (train / name).files(".parquet")]
     partitions = [Partition(name) for name in names]
     partitions.sort(key=lambda partition: partition.key)
@@ -137,7 +137,7 @@ def unfinished_file(folder: Location) -> str | None:
 
 
 def _entries(folder: Location) -> dict[str, dict[str, Any]]:
-    """Return by name what the filesystem says of the files and folders in a folder."""
+    """Return the filesystem's entries of the files and folders in a folder, by name."""
     try:
         entries = folder.filesystem.ls(folder.path, detail=True)
     except FileNotFoundError:  # removed after its parent was listed
@@ -232,10 +232,10 @@ class PartitionRange:
     """Partitions to walk."""
 
     first: str | None = None  # value such as `2026-11-01` or `2026-11-01/05`; None: from the start
-    last: str | None = None  # one of fewer levels takes all partitions in it
+    last: str | None = None  # a value of fewer levels includes all partitions in it
 
     def check(self, partitions: Sequence[Partition]) -> None:
-        """Refuse a bound of another form than these partitions, which lie all on one side of it."""
+        """Refuse a bound that cannot be compared with these partitions."""
         example = partitions[0].name if partitions else ""
         values = [value for _, value in levels_of(example)] if example else []
         for option, bound in (("from", self.first), ("until", self.last)):
@@ -270,7 +270,7 @@ def next_partition(
     span: PartitionRange,
     late: Literal["refuse", "train"] = "refuse",
 ) -> Partition | None:
-    """Return the partition to train on now, or None; one older than those begun may be refused."""
+    """Return the next partition to train on, or None; `late` decides about an older one."""
     trained = {partition.name for partition in state.trained}
     waiting = [partition for partition in partitions if partition.name not in trained]
     begun_name = "" if state.begun is None else state.begun.name
@@ -284,7 +284,7 @@ def next_partition(
             "on it all the same, without scores, by --continual.late train, move its rows to the "
             "next partition or remove it, or start a new run in another --out"
         )
-    waiting.sort(key=lambda p: (p.name != begun_name, p.key))  # what is begun goes on first
+    waiting.sort(key=lambda p: (p.name != begun_name, p.key))  # a begun partition comes first
     waiting = [p for p in waiting if not span.ends_before(p.key)]
     if waiting and span.begins_after(waiting[0].key):
         raise ValueError(

@@ -1,7 +1,7 @@
 """Walks the partitions of a dataset in order: `recsys continual`.
 
-The model of each is built anew from the saved state, so a killed job goes on with the same bits.
-Another process writes packages `PACKAGES/NAME` and `NAME.delta`, as ranks cannot leave their group.
+The model of each is built anew from the saved state, so a restarted job computes the same bits. A
+process that is no rank writes packages `PACKAGES/NAME`, as ranks cannot leave their process group.
 """
 
 import gc
@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 NEWEST = "newest"
 SECONDS = "seconds.jsonl"  # in the run's folder
-LOOK_SECONDS = 0.2  # from one exchange of requests to end to the next
+LOOK_SECONDS = 0.2  # between checks for requests to end
 
 
 def check_packages(settings: ContinualSettings, schema: Schema, run: Path) -> None:
@@ -125,7 +125,7 @@ class WalkOptions:
 
     span: PartitionRange = field(default_factory=PartitionRange)
     follow: bool = False  # wait for further partitions, until the job is asked to end
-    warm_start: WarmStart | None = None  # the run that the first partition's begins from
+    warm_start: WarmStart | None = None  # the run that the first partition starts from
 
 
 def train_continually(
@@ -180,7 +180,7 @@ def _walk(continual: ContinualRun, options: WalkOptions) -> RunState:
     folder, ranks = continual.folder, continual.ranks
     state = ranks.on_first(_earlier_state, continual, options)
     num_trained = len(state.trained)
-    gc.freeze()  # what is there now stays, so that looking for a partition's model takes no time
+    gc.freeze()  # present objects stay, so that collecting a partition's model skips them
     if options.follow:
         continual.lockstep.listen()
     while (partition := _next(continual, options, state)) is not None:
@@ -197,7 +197,7 @@ def _walk(continual: ContinualRun, options: WalkOptions) -> RunState:
                 run.timer.append(folder.path / SECONDS, partition.name, trained.rows)
         logger.info(f"trained on {partition.name}: {trained.rows:,} rows in {run.timer}")
         ranks.on_first(run.require_useful_scores)
-        gc.collect()  # the model of this partition, before the next is built
+        gc.collect()  # frees the model of this partition before the next is built
     if ranks.is_first and len(state.trained) > num_trained:
         print_table(format_lines(continual.config.ranking, folder.metrics()))
         logger.info("written to %s", folder.path)
@@ -207,7 +207,7 @@ def _walk(continual: ContinualRun, options: WalkOptions) -> RunState:
 
 
 def _earlier_state(continual: ContinualRun, options: WalkOptions) -> RunState:
-    """Return the state to go on from, and check that its partitions are as they were. On rank 0."""
+    """Return the state to go on from, and check that its partitions are unchanged. On rank 0."""
     state = continual.folder.read()
     state = replace(state, warm_start=state.warm_start or _source_run(options))
     if state.last is None and state.begun is None:
@@ -335,7 +335,7 @@ def _pause(lockstep: Lockstep, seconds: float) -> None:
     while True:
         lockstep.sync_errors()
         lockstep.raise_if_stopped()
-        # All ranks wait for rank 0 in the exchange, so that they leave after the same one.
+        # All ranks use rank 0's clock, so that they leave the loop together.
         remaining = lockstep.ranks.from_first(end - time.monotonic())
         if remaining <= 0:
             return
