@@ -1,9 +1,9 @@
-"""A ladder from a naive implementation to all optimisations, one change per row.
+"""Measure a ladder from a naive implementation to all optimisations, one change per row.
 
     python -m benchmarks.ladder --out FOLDER --setting A
 
 Each row is measured in turns with the row it changes. The speed-up over the first row is the
-product of these. Hand-written notes in `ladder_SETTING_notes.md` end the page.
+product of these ratios. Hand-written notes in `ladder_SETTING_notes.md` end the page.
 """
 
 from __future__ import annotations

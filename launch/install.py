@@ -1,7 +1,7 @@
 """Create a virtual environment and install this project into it, with wheels for this machine.
 
-pip alone cannot on a CPU machine: torchrec requires `fbgemm-gpu`, which needs an NVIDIA driver.
-This file can, by the standard library alone: `python3 launch/install.py`.
+pip alone cannot do this on a CPU machine: torchrec requires `fbgemm-gpu`, which needs an NVIDIA
+driver. This script needs only the standard library: `python3 launch/install.py`.
 """
 
 from __future__ import annotations

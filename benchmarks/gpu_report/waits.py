@@ -1,4 +1,4 @@
-"""Five training steps of a recipe or backbone in which PyTorch refuses to wait for the GPU."""
+"""Five training steps of a recipe or backbone in which a wait for the GPU raises an error."""
 
 from pathlib import Path
 

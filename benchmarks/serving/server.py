@@ -1,4 +1,4 @@
-"""A server of a package in a process of its own."""
+"""Run a package's server in its own process."""
 
 import http.client
 import json

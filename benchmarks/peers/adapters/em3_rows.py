@@ -1,7 +1,7 @@
 """EM3 as public implementations build it: a Q-Former over every history item, with gradient.
 
-A plain PyTorch model by the authors' code and MMCTR-Bench. The item id is one more token, and DIN
-pools the fused vectors. CIC compares content and id of the target, with the batch as negatives.
+A plain PyTorch model after the authors' code and MMCTR-Bench. The item id is one more token, and
+DIN pools the fused vectors. CIC compares content and id of the target, with the batch as negatives.
 It has no memory bank, LoRA or similarities.
 
 Shapes: N rows, B batch, L history length, I items, K numbers, U distinct items of a batch,

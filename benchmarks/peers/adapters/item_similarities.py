@@ -1,7 +1,7 @@
 """Features of a peer by the similarity of the target to its history.
 
-Co-rating statistics are of the distinct events in the histories of training rows. A training row
-reads those of the users of other folds.
+Co-rating statistics count the distinct events in the histories of training rows. A training row
+reads the statistics of users in other folds.
 Shapes: N rows, L history length, I items, E events, K features.
 """
 

@@ -1,8 +1,8 @@
-"""Text-based SASRec as MoRec trains it: the item encoder learns by the loss of the next item.
+"""Text-based SASRec as MoRec trains it: the next-item loss trains the item encoder.
 
-An item is its text (Yuan et al., SIGIR 2023, arXiv 2303.13835). Each position of a user's sequence
-predicts the next item among the distinct items of the batch, less the logarithm of their
-popularity; the user's own items are no negatives. A row's score is that of its target.
+An item vector encodes its text (Yuan et al., SIGIR 2023, arXiv 2303.13835). Each position of a
+user's sequence predicts the next item among the distinct items of the batch, less the logarithm of
+their popularity; the user's own items are no negatives. A row's score is that of its target.
 Shapes: N rows, B sequences, L history length, U distinct items of a batch, D dimension.
 """
 
