@@ -57,7 +57,7 @@ def main(words: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def _options(words: list[str] | None) -> argparse.Namespace:
+def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/gpu_report"), help="folder of data and records")
@@ -70,7 +70,7 @@ def _options(words: list[str] | None) -> argparse.Namespace:
         ("--dry-run", "print the plan"),
     ):
         add(name, action="store_true", help=help_text)
-    return parser.parse_args(words)
+    return parser.parse_args(arguments)
 
 
 def _has_gpu() -> bool:

@@ -88,8 +88,8 @@ class Events:
         return Events(pairs[:, 0], pairs[:, 1], stars - mean[place])
 
     def without_fold(self, fold: int) -> Events:
-        rest = self.user % FOLDS != fold
-        return Events(self.user[rest], self.item[rest], self.deviation[rest])
+        is_outside = self.user % FOLDS != fold
+        return Events(self.user[is_outside], self.item[is_outside], self.deviation[is_outside])
 
     def similarities(
         self, num_items: int, significance: float = SIGNIFICANCE

@@ -80,8 +80,8 @@ def scores(model: TextSASRec, rows: Rows) -> np.ndarray:  # [N]
     model.eval()
     vectors = F.pad(model.items.all_vectors(), (0, 0, 1, 0))
     lengths = np.minimum(np.diff(rows.offsets), LENGTH)
-    before = rows.padded(rows.history + 1, LENGTH)
-    behind = np.take_along_axis(before, (np.arange(LENGTH) - lengths[:, None]) % LENGTH, axis=1)
+    padded = rows.padded(rows.history + 1, LENGTH)
+    behind = np.take_along_axis(padded, (np.arange(LENGTH) - lengths[:, None]) % LENGTH, axis=1)
     history, target = torch.from_numpy(behind).long(), torch.from_numpy(rows.item + 1).long()
     last = torch.from_numpy(lengths - 1)
     parts = []
