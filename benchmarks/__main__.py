@@ -1,6 +1,6 @@
 """Run a benchmark of a suite: `python -m benchmarks SUITE NAME --option ...`.
 
-Without words, list the suites.
+Without arguments, list the suites.
 """
 
 import runpy

@@ -1,4 +1,4 @@
-"""The product, the ID-only baseline and a plain PyTorch baseline, on the same batches in one run.
+"""Time training beside an ID-only and a plain PyTorch baseline, on the same batches in one run.
 
     python -m benchmarks.compare --out FOLDER
 

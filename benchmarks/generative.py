@@ -3,8 +3,8 @@
     python -m benchmarks serving generative
 
 A model of the default sizes is trained for a few steps on synthetic rows. Requests come one at a
-time on one thread; each reads its values, encodes the user and searches the trie. Times are those
-of the thread on its core, so that other processes do not count. Exits with 1 if the median at the
+time on one thread; each reads its values, encodes the user and searches the trie. Times are
+CPU times of that thread, so that other processes do not count. Exits with 1 if the median at the
 beam of 50 is 20 ms or more.
 """
 

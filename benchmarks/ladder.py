@@ -1,9 +1,9 @@
-"""A ladder from a naive implementation to all optimisations, one change per row.
+"""Measure a ladder from a naive implementation to all optimisations, one change per row.
 
     python -m benchmarks.ladder --out FOLDER --setting A
 
 Each row is measured in turns with the row it changes. The speed-up over the first row is the
-product of these. Hand-written notes in `ladder_SETTING_notes.md` end the page.
+product of these ratios. Hand-written notes in `ladder_SETTING_notes.md` end the page.
 """
 
 from __future__ import annotations
@@ -96,10 +96,10 @@ def _chosen(rows: list[Row], only: list[str] | None, in_process: bool) -> list[R
     for name in only or list(by_name):
         if in_process and by_name[name].variant.ranks > 1:
             continue
-        above: str | None = name
-        while above is not None:
-            names.add(above)
-            above = by_name[above].base
+        ancestor: str | None = name
+        while ancestor is not None:
+            names.add(ancestor)
+            ancestor = by_name[ancestor].base
     return [row for row in rows if row.name in names]
 
 
@@ -214,9 +214,9 @@ class _Rows:
 
     def add(self, name: str, what: str, *overrides: str, base: str = "", **fields: Any) -> None:
         by_name = {row.name: row for row in self.rows}
-        before = by_name[base] if base else self.rows[-1]
-        variant = before.variant.changed(name, *overrides, **fields)
-        self.rows.append(Row(name, before.name, what, variant))
+        base_row = by_name[base] if base else self.rows[-1]
+        variant = base_row.variant.changed(name, *overrides, **fields)
+        self.rows.append(Row(name, base_row.name, what, variant))
 
 
 def rows_of(setting: str, recipe: str, data: str, overrides: tuple[str, ...]) -> list[Row]:

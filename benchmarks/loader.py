@@ -107,7 +107,7 @@ def benchmark(
         rows: rows of the dataset; long histories get fewer.
         items: items of the dataset.
         batch_size: rows per batch.
-        passes: epochs per case, after one that is not counted.
+        passes: epochs per case, after one warm-up epoch.
         step_ms: how long the trainer computes per batch.
         results: folder for the figures.
     """

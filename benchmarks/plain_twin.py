@@ -1,4 +1,4 @@
-"""A plain PyTorch twin of the product: padded batches, features of all items, and its sizes.
+"""A plain PyTorch baseline (twin) of the same sizes, with padded batches and features of all items.
 
 Product and twin read the same rows through the product's data layer.
 Shapes: B batch, L longest history, I items, E width of a feature.

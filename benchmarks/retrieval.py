@@ -2,8 +2,8 @@
 
     python -m benchmarks.retrieval
 
-Unit vectors are clustered points of few dimensions under a fixed network. Queries come one at a
-time on one thread. Exits with 1 if the graph of the most items misses more than 2 % of what exact
+Unit vectors are clustered points of few dimensions, mapped by a fixed network. Queries come one at
+a time on one thread. Exits with 1 if `hnsw` over the most items misses more than 2 % of what exact
 search finds, or is not ten times as fast.
 
 Shapes: I items, Q queries, V width, K results.

@@ -3,7 +3,7 @@
     python -m benchmarks.scaling --out FOLDER
 
 Setting A with one size changed at a time, each in turns with the first point of its curve.
-`ranks, apart` are jobs that send nothing, the machine's upper limit.
+`ranks, apart` are jobs without communication, the machine's upper limit.
 FOLDER needs about 2 GB; the largest table needs 13 GB of memory.
 """
 

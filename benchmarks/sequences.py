@@ -1,4 +1,4 @@
-"""Whole training steps of the sequence models with histories of 50 and of 1000 items.
+"""Time whole training steps of the sequence models with histories of 50 and of 1000 items.
 
     python -m benchmarks.sequences --out FOLDER
 

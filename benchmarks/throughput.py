@@ -1,4 +1,4 @@
-"""Speed of training in one setting, its parts, and its distance to the machine's limits.
+"""Measure training speed in one setting, its parts, and its distance to the machine's limits.
 
     python -m benchmarks.throughput --out FOLDER --setting A
     torchx run -s local_cwd launch/components.py:benchmark --nproc 2 -- throughput --out FOLDER

@@ -1,7 +1,7 @@
 """Create a virtual environment and install this project into it, with wheels for this machine.
 
-pip alone cannot on a CPU machine: torchrec requires `fbgemm-gpu`, which needs an NVIDIA driver.
-This file can, by the standard library alone: `python3 launch/install.py`.
+pip alone cannot do this on a CPU machine: torchrec requires `fbgemm-gpu`, which needs an NVIDIA
+driver. This script needs only the standard library: `python3 launch/install.py`.
 """
 
 from __future__ import annotations
@@ -92,19 +92,19 @@ def installation_stages(
     first = [required["torch"]]
     # Without dependencies: the CUDA wheel of FBGEMM, unused frameworks, other clients.
     names = {"encoders", *extras}
-    alone = [line for name in WITHOUT_DEPENDENCIES if name in names for line in groups[name]]
+    no_deps = [line for name in WITHOUT_DEPENDENCIES if name in names for line in groups[name]]
     if flavor == "cuda":
         first.append(required["fbgemm-gpu"])
     else:
-        alone.append(required.pop("torchrec"))
-    rest = [for_cpu(line) if flavor == "cpu" else line for line in required.values()]
-    rest += [line for name in sorted(names - {*WITHOUT_DEPENDENCIES}) for line in groups[name]]
+        no_deps.append(required.pop("torchrec"))
+    with_deps = [for_cpu(line) if flavor == "cpu" else line for line in required.values()]
+    with_deps += [line for name in sorted(names - {*WITHOUT_DEPENDENCIES}) for line in groups[name]]
     index = ["--index-url", index_url] if index_url else []
     return {
         "torch" if flavor == "cpu" else "torch and FBGEMM for CUDA": [*index, *first],
         # On a CPU machine pip would report FBGEMM's CUDA distribution as missing.
-        "dependencies": ["--no-warn-conflicts", *rest],
-        "torchrec and encoders" if flavor == "cpu" else "encoders": ["--no-deps", *alone],
+        "dependencies": ["--no-warn-conflicts", *with_deps],
+        "torchrec and encoders" if flavor == "cpu" else "encoders": ["--no-deps", *no_deps],
         # Once more quiet: setuptools warns of each editable installation.
         "this project": ["--quiet", "--no-deps", "--editable", str(root)],
     }

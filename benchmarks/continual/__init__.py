@@ -1,1 +1,1 @@
-"""Continual training: its quality beside other ways on one log, and the time of a partition."""
+"""Quality of continual training beside alternatives on one log, and the time of a partition."""

@@ -1,8 +1,8 @@
-"""Continual training beside other ways to keep a model up to date, and the time of a partition.
+"""Compare continual training with other update methods, and time a partition.
 
     python -m benchmarks.continual --out runs/bench
 
-Four ways score each of 20 MovieLens partitions before training on it. They are the continual run,
+Four methods score each of 20 MovieLens partitions before training on it: the continual run,
 retraining from scratch, the continual model frozen halfway, and a run without content.
 Partitions of a synthetic dataset are timed from arrival to checkpoint, beside a plain epoch.
 Exits with 1 if an aim is missed.
@@ -67,7 +67,7 @@ def benchmark(
         partitions: number of partitions of the log.
         source: MovieLens; default: the bundled sample.
         retrained_from: number of the first partition before which a model is trained from scratch.
-        epochs: epochs of such a model, of which the best is taken.
+        epochs: epochs of a model trained from scratch, of which the best is used.
         arrival_rows: rows of a partition whose time is measured.
         jobs: trainings side by side, one thread each.
         device: cpu, or cuda for a GPU per rank.

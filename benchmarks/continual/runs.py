@@ -1,4 +1,4 @@
-"""Ways to keep a model up to date: each scores every partition before it has seen it."""
+"""Methods to keep a model up to date; each scores every partition before training on it."""
 
 import json
 import os

@@ -2,7 +2,7 @@
 
     python -m benchmarks.events --out FOLDER
 
-Each click is a sample with the user's last 50 clicks, and whether the item was bought within a day.
+Each click is a sample with the user's last 50 clicks; its label is a purchase within a day.
 A small log shows that all programs write equal datasets. Logs of more events than `--peers_up_to`
 are prepared by `recsys` alone. Polars is optional (`pip install polars`).
 """
@@ -51,9 +51,9 @@ def benchmark(
         rows: numbers of events.
         users: users of the log.
         items: items of the log.
-        memory: limit of DuckDB's memory in `recsys`, where Python has some of its own.
+        memory: limit of DuckDB's memory in `recsys`; Python needs further memory.
         peer_memory: limit of DuckDB's memory in plain SQL.
-        peers_up_to: largest number of events that the other programs get.
+        peers_up_to: largest number of events that the other programs are run on.
         quick: try a small size.
         results: folder for the figures.
     """

@@ -3,9 +3,9 @@
     python -m benchmarks.events.days --out FOLDER --retail FOLDER
 
 Two logs: a synthetic one, and the last days of a shop's. Each day's file comes before its call. The
-aim is for a day of the second half at most 1.3 times its share of the processor seconds that one
-call takes for all days. A call with nothing to do measures the start of a call, which a second
-column leaves out of both.
+aim: a day of the second half takes at most 1.3 times its share of the processor seconds that one
+call takes for all days. A call without new files measures start-up time, which a second column
+subtracts from both.
 """
 
 import shutil
@@ -59,7 +59,7 @@ def benchmark(
         out: folder for logs and datasets, each of which is removed after its measurement.
         retail: folder of `events.parquet`, a shop's log; None: the synthetic log alone.
         rows: events of the synthetic log.
-        days: days of it.
+        days: days of the synthetic log.
         retail_days: days at the end of the shop's log.
         memory: limit of DuckDB's memory.
         quick: try a small size.

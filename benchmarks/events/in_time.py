@@ -1,11 +1,11 @@
-"""Measure what a dataset with drawn negatives tells of its test split, where content decides.
+"""Measure whether a dataset with drawn negatives leaks its test split, where content decides.
 
     python -m benchmarks.events.in_time --log FOLDER --out FOLDER
 
-`--log` holds the files of the recipe `recsys/recipes/events/ifdb.yaml`. Two figures show items
+`--log` holds the files of the recipe `recsys/recipes/events/ifdb.yaml`. Two figures detect items
 known too early: the share of test positives without a training row, and the AUC of an item's
 mean label. A logistic regression on counts and text similarity shows what the columns can rank.
-With `--runs`, finished trainings on the same dataset are compared with it.
+With `--runs`, finished trainings on the same dataset are compared with the regression.
 
 Shapes: R rows of a split, L items of all their histories, N items.
 """

@@ -1,4 +1,4 @@
-"""The dataset of the benchmark by Polars (`pip install polars`), for this log alone.
+"""Make the dataset of the benchmark with Polars (`pip install polars`), for this log only.
 
 python -m benchmarks.events.plain_polars LOG OUT
 """

@@ -1,4 +1,4 @@
-"""The dataset of the benchmark by plain SQL on DuckDB, for this log alone and without checks.
+"""Make the dataset of the benchmark with plain SQL on DuckDB, for this log only, without checks.
 
 python -m benchmarks.events.plain_sql LOG OUT MEMORY
 """

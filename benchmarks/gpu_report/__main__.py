@@ -1,9 +1,9 @@
-"""Run what is left of the report, for some minutes, and write its page: `make gpu-report`.
+"""Run remaining stages of the GPU report for some minutes, and write its page: `make gpu-report`.
 
     python -m benchmarks.gpu_report --out runs/gpu --minutes 10
 
-A stage that has run is not run again, or with `--retry` if it failed. Without a GPU the plan is
-printed. Exits with 3 while stages are left. The stages alone import heavy packages.
+A finished stage is skipped, unless it failed and `--retry` is given. Without a GPU the plan is
+printed. Exits with 3 while stages remain. Only the stages import heavy packages.
 """
 
 import argparse
@@ -57,20 +57,20 @@ def main(words: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def _options(words: list[str] | None) -> argparse.Namespace:
+def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/gpu_report"), help="folder of data and records")
     add("--results", type=Path, default=Path("benchmarks/results"), help="folder of the page")
     add("--minutes", type=float, default=10.0, help="start no stage that would end later")
     add("--device", default="cuda", choices=["cuda", "cpu"], help="cpu tries the report out")
-    for name, words_of_help in (
+    for name, help_text in (
         ("--retry", "run failed stages again"),
         ("--quick", "tiny sizes, whose figures mean nothing"),
         ("--dry-run", "print the plan"),
     ):
-        add(name, action="store_true", help=words_of_help)
-    return parser.parse_args(words)
+        add(name, action="store_true", help=help_text)
+    return parser.parse_args(arguments)
 
 
 def _has_gpu() -> bool:

@@ -1,4 +1,4 @@
-"""The dataset of DLRM: 26 columns of ids with a table each, and 13 numbers."""
+"""A synthetic dataset for DLRM: 26 id columns, each with its own table, and 13 numbers."""
 
 from pathlib import Path
 

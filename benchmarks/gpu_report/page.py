@@ -1,4 +1,4 @@
-"""The page of the report, of the stages that have run: what passed, and the speed of each model."""
+"""The report's page, made from finished stages: what passed, and the speed of each model."""
 
 from collections.abc import Sequence
 from pathlib import Path

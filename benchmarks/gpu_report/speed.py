@@ -60,25 +60,25 @@ def _steps(
     """Return a function that makes one training step."""
     if model == "bare":
         return bare_steps(write_categories(out / "data", quick), rows, source, ranks.device)
-    recipe, data, words = _recipe(model, out, quick)
-    words += ("--batch_size", str(rows), "--device", ranks.device.type, *PRECISIONS[precision])
+    recipe, data, overrides = _recipe(model, out, quick)
+    overrides += ("--batch_size", str(rows), "--device", ranks.device.type, *PRECISIONS[precision])
     # 65,536 rows are all of a dataset: one batch of them is enough.
     loaded = 0 if source == "parquet" else (4 if rows <= 8192 else 1)
-    variant = Variant(model, recipe, data, words, loaded_batches=loaded)
+    variant = Variant(model, recipe, data, overrides, loaded_batches=loaded)
     return ProductSteps(variant, ranks).step
 
 
 def _recipe(model: str, out: Path, quick: bool) -> tuple[str, str, tuple[str, ...]]:
     """Return recipe, dataset and overrides of a model."""
     recipe, folder = str(FOLDER / "a.yaml"), out / "data"
-    words: tuple[str, ...]
+    overrides: tuple[str, ...]
     if model == "dlrm":
-        words = ("--ranking", "{name: dlrm}", "--embedding.dim", "16", *WITHOUT_CONTENT)
-        return recipe, str(write_categories(folder, quick)), words
+        overrides = ("--ranking", "{name: dlrm}", "--embedding.dim", "16", *WITHOUT_CONTENT)
+        return recipe, str(write_categories(folder, quick)), overrides
     if model == "setting_a":
         sized = setting("A", quick)
-        data, words = sized.prepared(folder)
-        return str(sized.recipe), data, words
+        data, overrides = sized.prepared(folder)
+        return str(sized.recipe), data, overrides
     backbone, _, length = model.partition("_")
     size = DatasetSize(history=int(length), num_rows=65_536, text_dim=4, image_dim=0)
     if quick:

@@ -1,4 +1,4 @@
-"""The stages of the report, each a command of its own with the minutes that it should take."""
+"""The stages of the report; each is a command with its expected minutes."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Five training steps of a recipe or backbone in which PyTorch refuses to wait for the GPU."""
+"""Five training steps of a recipe or backbone in which a wait for the GPU raises an error."""
 
 from pathlib import Path
 
@@ -23,12 +23,12 @@ def waits(name: str, out: Path, device: str = "cuda", quick: bool = False) -> No
         quick: few rows.
     """
     recipe = RECIPES / f"{name}.yaml"
-    words: tuple[str, ...] = ("--device", device, "--cache", str(out / "cache"))
+    overrides: tuple[str, ...] = ("--device", device, "--cache", str(out / "cache"))
     if not recipe.is_file():
-        recipe, words = RECIPES / "tiny.yaml", (*words, "--ranking", f"{{name: {name}}}")
+        recipe, overrides = RECIPES / "tiny.yaml", (*overrides, "--ranking", f"{{name: {name}}}")
     if quick:
-        words += ("--batch_size", "16")
-    variant = Variant(name, str(recipe), str(out / "data" / "movielens"), words)
+        overrides += ("--batch_size", "16")
+    variant = Variant(name, str(recipe), str(out / "data" / "movielens"), overrides)
     with joined_ranks(device) as ranks:  # type: ignore[arg-type]
         steps = ProductSteps(variant, ranks)
         for _ in range(WARM_UP):

@@ -1,10 +1,10 @@
-"""Whole training steps with and without kernels, and those of an earlier commit, by turns.
+"""Time whole training steps with and without kernels, or with an earlier commit, in turns.
 
     python -m benchmarks.kernels --out FOLDER
     python -m benchmarks.kernels --out FOLDER --before CLONE
 
 Each variant has a process of one thread. A ratio is the median over rounds of the ratio within a
-round. The base is the code in CLONE, or else `kernels: torch`.
+round. The baseline is the code in CLONE, or else `kernels: torch`.
 """
 
 import json

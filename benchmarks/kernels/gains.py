@@ -2,8 +2,8 @@
 
     python -m benchmarks.kernels.gains --out FOLDER
 
-All steps are of one process of one thread, by turns. Their processor time is measured, which other
-processes hardly change. A ratio is the median over rounds of the ratio within a round.
+All steps run in turns in one process of one thread. Their CPU time is measured, which other
+processes hardly affect. A ratio is the median over rounds of the ratio within a round.
 """
 
 import importlib

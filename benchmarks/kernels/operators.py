@@ -1,4 +1,4 @@
-"""Each kernel beside its PyTorch reference, forward and backward, at several sizes.
+"""Time each kernel beside its PyTorch reference, forward and backward, at several sizes.
 
     python -m benchmarks.kernels.operators
 

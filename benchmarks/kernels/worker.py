@@ -1,7 +1,7 @@
-"""Steps of one variant in a clone of its own, started as a file with `PYTHONPATH=CLONE`.
+"""Run steps of one variant in its own clone; started as a file with `PYTHONPATH=CLONE`.
 
-Answers each line of standard input in JSON: `run N` by the seconds of N steps, `peak` by the bytes
-of peak resident memory.
+Answers each line of standard input in JSON: `run N` with the seconds of N steps, `peak` with the
+bytes of peak resident memory.
 """
 
 import json

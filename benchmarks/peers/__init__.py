@@ -1,1 +1,1 @@
-"""The field's own programs on the rows of our datasets."""
+"""Public systems (peers), trained and measured on the rows of our datasets."""

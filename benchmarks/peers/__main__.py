@@ -1,4 +1,4 @@
-"""Our recipe beside other programs, on the same rows, labels, histories and item vectors.
+"""Compare our recipe with public systems, on the same rows, labels, histories and item vectors.
 
     python -m benchmarks.peers --data DATA --out runs/peers
 

@@ -1,6 +1,6 @@
-"""Writes a dataset as plain arrays, which every peer's environment can read.
+"""Write a dataset as plain arrays, which every peer's environment can read.
 
-Item vectors are the outputs of the recipe's frozen encoders, of unit length by modality.
+Item vectors are the outputs of the recipe's frozen encoders, of unit length per modality.
 Shapes: N rows of a split, H history items of a split, I items, V width of all modalities.
 """
 

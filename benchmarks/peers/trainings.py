@@ -1,4 +1,4 @@
-"""Trainings of peers: each once, in a process of one thread in the peer's environment."""
+"""Run each training of a peer once, in a process of one thread in the peer's environment."""
 
 import hashlib
 import json

@@ -1,7 +1,7 @@
 """The cells of the quality study: their changes to the recipe, reasons and baselines.
 
 The difference of a cell to its baseline is the effect of one part; all other settings are equal.
-Cells that a recipe makes equal share their runs.
+Cells whose settings are equal under a recipe share their runs.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""GAUC of each cell by the length of the user's history: what users get who are new."""
+"""GAUC of each cell by the length of the user's history, which shows the quality for new users."""
 
 from __future__ import annotations
 

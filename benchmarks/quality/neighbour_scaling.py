@@ -1,10 +1,10 @@
-"""Measure the neighbours alone on generated logs of equal structure with ever more users.
+"""Measure the neighbours alone, on generated logs of equal structure with growing numbers of users.
 
     python -m benchmarks quality neighbour-scaling
 
 Users and items have vectors of `TASTES` numbers; a rating is an item's mean plus their product plus
-noise. Statistics are of the first events of each user, and the later ones of some users are ranked.
-Nothing is trained: GAUC is of the sum that the evidence's map begins with, and of the first vote.
+noise. Statistics count the first events of each user; later events of some users are ranked.
+Nothing is trained: GAUC is measured of the evidence map's initial sum, and of the first vote.
 
 Shapes: E events, N rows, I items.
 """

@@ -1,10 +1,10 @@
-"""Rank items that came after training by their texts alone, for those who took them.
+"""Rank items that came after training by their texts alone, for users who took them.
 
     python -m benchmarks quality new-item --data DATA --run RUN --out runs/new_item
 
 Exports a run, and adds a copy of each item of test that training never saw, under a new id, as
 `recsys package add-items` does: by content, with counts of 0. Then it ranks items for users of
-test, each with the history of a row: for those who took an item, and for as many others.
+test, each with the history of a row: for users who took an item, and for as many others.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The next item of all: a retrieval model beside popularity, item-CF, content and their blends.
+"""Compare a retrieval model of the next item with popularity, item-CF, content and their blends.
 
     python -m benchmarks quality next-item --runs '["RUN", "RUN"]'
 

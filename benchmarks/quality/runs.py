@@ -1,7 +1,7 @@
 """The runs of a study: every configuration, with every seed, on every dataset, each trained once.
 
 Each is a `recsys train` process of one rank and one thread in `OUT/DATASET/DIGEST-SEED`. Finished
-runs are read, interrupted ones continue, and those of another process are waited for.
+runs are read, interrupted runs continue, and runs of another process are waited for.
 """
 
 import fcntl

@@ -1,4 +1,4 @@
-"""Latency of a package: the exported graph, the scorer, HTTP and gRPC; and a server under load.
+"""Measure latency of a package (exported graph, scorer, HTTP, gRPC), and of a server under load.
 
     python -m benchmarks.serving --package packages/movielens
     python -m benchmarks.serving --package packages/movielens --load_seconds 300

@@ -1,4 +1,4 @@
-"""Measures the AUC of packages of the same runs, by types of tables and precision of products.
+"""Measure the AUC of packages of the same runs, by type of tables and precision of products.
 
     python -m benchmarks.serving.accuracy --runs '[runs/movielens]' --out packages/accuracy
 

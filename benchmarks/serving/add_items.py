@@ -2,8 +2,8 @@
 
     python -m benchmarks.serving.add_items --package packages/movielens --data data/movielens
 
-Items of the dataset get another text, until the server ranks them by it. The answer must equal that
-of a scorer that loads the package afterwards. Exits with 1 if the median is not below the aim.
+Items of the dataset get a new text; the time ends when the server ranks by it. The answer must be
+that of a scorer that loads the package afterwards. Exits with 1 if the median is above the aim.
 """
 
 import json

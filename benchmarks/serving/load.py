@@ -62,8 +62,8 @@ class Load:
                 await asyncio.sleep(max(0.0, due - self._now()))
                 tasks.append(asyncio.create_task(self._send(session, due)))
             await asyncio.gather(*tasks)
-            for other in background:
-                other.cancel()
+            for task in background:
+                task.cancel()
 
     async def _send(self, session: aiohttp.ClientSession, due: float) -> None:
         try:

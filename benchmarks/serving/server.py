@@ -1,4 +1,4 @@
-"""A server of a package in a process of its own."""
+"""Run a package's server in its own process."""
 
 import http.client
 import json
@@ -46,15 +46,15 @@ def _reserved_port() -> Iterator[int]:
 def _served(
     package: Path, verify: str, workers: int, port: int, grpc_port: int
 ) -> Iterator[tuple[int, int, int]]:
-    words = [sys.executable, "-m", "recsys.cli", "serve", str(package), "--name", "package"]
-    words += ["--host", "127.0.0.1", "--port", str(port), "--grpc_port", str(grpc_port)]
-    words += ["--threads", "1", "--log_level", "warning", "--verify", verify]
-    words += ["--workers", str(workers), "--drain", "0"]
-    process = subprocess.Popen(words, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "-m", "recsys.cli", "serve", str(package), "--name", "package"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--grpc_port", str(grpc_port)]
+    command += ["--threads", "1", "--log_level", "warning", "--verify", verify]
+    command += ["--workers", str(workers), "--drain", "0"]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         deadline = time.monotonic() + START_SECONDS
         while not _is_ready(port):
-            assert process.poll() is None and time.monotonic() < deadline, words
+            assert process.poll() is None and time.monotonic() < deadline, command
             time.sleep(0.1)
         yield process.pid, port, grpc_port
     finally:

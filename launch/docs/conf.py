@@ -1,4 +1,4 @@
-"""The site of `make docs`: the folders' pages where they lie, and a reference of public names."""
+"""Sphinx settings of `make docs`: a site of the folders' pages and a reference of public names."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """EM3 as public implementations build it: a Q-Former over every history item, with gradient.
 
-A plain PyTorch model by the authors' code and MMCTR-Bench. The item id is one more token, and DIN
-pools the fused vectors. CIC compares content and id of the target, with the batch as negatives.
+A plain PyTorch model after the authors' code and MMCTR-Bench. The item id is one more token, and
+DIN pools the fused vectors. CIC compares content and id of the target, with the batch as negatives.
 It has no memory bank, LoRA or similarities.
 
 Shapes: N rows, B batch, L history length, I items, K numbers, U distinct items of a batch,
@@ -84,9 +84,9 @@ class EM3(nn.Module):
     def _weights(self, history: Tensor, target: Tensor) -> Tensor:  # [B, L, E], [B, E] -> [B, L]
         """Score `[history, target, history - target, history * target]`, without that tensor."""
         first = self.score[0]
-        past, present, difference, product = first.weight.chunk(4, dim=1)  # [64, E]
-        matrices = past + difference + product * target[:, None]  # [B, 64, E]
-        offsets = F.linear(target, present - difference, first.bias)  # [B, 64]
+        w_history, w_target, w_difference, w_product = first.weight.chunk(4, dim=1)  # [64, E]
+        matrices = w_history + w_difference + w_product * target[:, None]  # [B, 64, E]
+        offsets = F.linear(target, w_target - w_difference, first.bias)  # [B, 64]
         return self.score[1:](history @ matrices.mT + offsets[:, None]).squeeze(2)
 
     def forward(

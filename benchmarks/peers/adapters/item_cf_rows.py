@@ -1,7 +1,7 @@
-"""Item-based collaborative filtering alone, and a logistic regression on it and what is cheap.
+"""Item-based collaborative filtering, and a logistic regression on it and other cheap features.
 
-Item-based CF sums what the user gave the last items of the history, times their similarity to the
-target by the users of both (Sarwar et al. 2001). The logistic regression reads that sum, the
+Item-based CF sums the user's values of the last items of the history, times their similarity to the
+target by common users (Sarwar et al. 2001). The logistic regression reads that sum, the
 dataset's numbers, such as counts of the item, and mean and largest similarity of content.
 Shapes: N rows, L history length, I items, K features.
 """

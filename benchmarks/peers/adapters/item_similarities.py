@@ -1,7 +1,7 @@
 """Features of a peer by the similarity of the target to its history.
 
-Co-rating statistics are of the distinct events in the histories of training rows. A training row
-reads those of the users of other folds.
+Co-rating statistics count the distinct events in the histories of training rows. A training row
+reads the statistics of users in other folds.
 Shapes: N rows, L history length, I items, E events, K features.
 """
 
@@ -88,8 +88,8 @@ class Events:
         return Events(pairs[:, 0], pairs[:, 1], stars - mean[place])
 
     def without_fold(self, fold: int) -> Events:
-        rest = self.user % FOLDS != fold
-        return Events(self.user[rest], self.item[rest], self.deviation[rest])
+        is_outside = self.user % FOLDS != fold
+        return Events(self.user[is_outside], self.item[is_outside], self.deviation[is_outside])
 
     def similarities(
         self, num_items: int, significance: float = SIGNIFICANCE

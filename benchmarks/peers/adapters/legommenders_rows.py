@@ -1,9 +1,9 @@
 """Content-based DCN as Legommenders trains it: a language model with LoRA inside of a click model.
 
-Items are their texts, users the additive attention over their latest items; the click loss trains
-all of it (Liu et al., arXiv 2412.15973). Rows' numbers, which the other peers read, stand beside.
-Each distinct item of a batch is encoded once; a batch has blocks of rows of one user, so that these
-are few.
+An item vector encodes its text, a user vector is additive attention over the latest items; the
+click loss trains both (Liu et al., arXiv 2412.15973). The rows' numbers are inputs, as for other
+peers. Each distinct item of a batch is encoded once; a batch has blocks of rows of one user, so
+that these are few.
 Shapes: N rows, B batch, L history length, D dimension, K numbers, W width of the joint features.
 """
 

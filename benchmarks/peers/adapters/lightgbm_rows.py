@@ -1,7 +1,7 @@
 """LightGBM on statistics of users and items, and on content similarities.
 
-Statistics of an item are of training rows, without the row itself. Similarities are cosines of the
-target to its history by modality and, if the settings say `co_rating`, by the users of both.
+Statistics of an item come from training rows, without the row itself. Similarities are cosines of
+the target to its history by modality and, if the settings say `co_rating`, by common users.
 Shapes: N rows, L history length, K features.
 """
 

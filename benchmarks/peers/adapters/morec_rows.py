@@ -1,8 +1,8 @@
-"""Text-based SASRec as MoRec trains it: the item encoder learns by the loss of the next item.
+"""Text-based SASRec as MoRec trains it: the next-item loss trains the item encoder.
 
-An item is its text (Yuan et al., SIGIR 2023, arXiv 2303.13835). Each position of a user's sequence
-predicts the next item among the distinct items of the batch, less the logarithm of their
-popularity; the user's own items are no negatives. A row's score is that of its target.
+An item vector encodes its text (Yuan et al., SIGIR 2023, arXiv 2303.13835). Each position of a
+user's sequence predicts the next item among the distinct items of the batch, less the logarithm of
+their popularity; the user's own items are no negatives. A row's score is that of its target.
 Shapes: N rows, B sequences, L history length, U distinct items of a batch, D dimension.
 """
 
@@ -80,8 +80,8 @@ def scores(model: TextSASRec, rows: Rows) -> np.ndarray:  # [N]
     model.eval()
     vectors = F.pad(model.items.all_vectors(), (0, 0, 1, 0))
     lengths = np.minimum(np.diff(rows.offsets), LENGTH)
-    before = rows.padded(rows.history + 1, LENGTH)
-    behind = np.take_along_axis(before, (np.arange(LENGTH) - lengths[:, None]) % LENGTH, axis=1)
+    padded = rows.padded(rows.history + 1, LENGTH)
+    behind = np.take_along_axis(padded, (np.arange(LENGTH) - lengths[:, None]) % LENGTH, axis=1)
     history, target = torch.from_numpy(behind).long(), torch.from_numpy(rows.item + 1).long()
     last = torch.from_numpy(lengths - 1)
     parts = []

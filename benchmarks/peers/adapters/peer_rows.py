@@ -1,4 +1,4 @@
-"""Reads the rows that a peer trains on, and writes its scores; needs numpy alone.
+"""Read the rows that a peer trains on, and write its scores; needs only numpy.
 
 Shapes: N rows of a split, H history items of a split, I items, V width of all modalities, L history
 length.

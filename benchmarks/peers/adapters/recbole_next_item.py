@@ -1,6 +1,6 @@
-"""RecBole's sequence models on the next item of all: trained on rows, each a history and its item.
+"""RecBole's sequence models, trained to find the next item: a row is a history and its item.
 
-Their settings are RecBole's, but a width of 64. The best epoch of validation scores all items.
+Settings are RecBole's, except a width of 64. The best epoch of validation scores all items.
 Shapes: N rows, B batch, L history length, I items.
 """
 

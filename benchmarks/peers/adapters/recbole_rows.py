@@ -1,6 +1,6 @@
-"""SASRec of RecBole: the next item that a user likes, of the items that the user liked before.
+"""SASRec of RecBole, which predicts the next liked item from the items that the user liked before.
 
-It learns from positive rows alone, as published. A row's score is that of its target.
+It trains on positive rows only, as published. A row's score is that of its target.
 Shapes: N rows, B batch, L history length.
 """
 

@@ -1,4 +1,4 @@
-"""DIN of Torch-RecHub: histories of ids and of stars, each with an attention of its own.
+"""DIN of Torch-RecHub: histories of ids and of stars, each with its own attention.
 
 Its trainer keeps the best epoch by validation AUC. Shapes: N rows, L history length.
 """
