@@ -114,6 +114,25 @@ class Events:
         return np.stack([np.log1p(count), total / (count + PRIOR)], axis=1)
 
 
+def item_statistics(rows: Rows, train: Rows, prior: float) -> np.ndarray:  # [N, 2]
+    """Return the training rows of each row's item, and their mean label with `prior` mean rows.
+
+    Those of a training row are of users of other folds. If only the row itself was left out, an
+    item's rows would have a lower mean for a label of 1 than of 0, and trees would learn that.
+    """
+    size = int(max(rows.item.max(), train.item.max())) + 1
+    cell = train.user % FOLDS * size + train.item
+    counts = np.bincount(cell, minlength=FOLDS * size).astype(np.float64)
+    positive = np.bincount(cell, train.label, FOLDS * size)
+    row_counts, label_sums = (
+        sums.reshape(FOLDS, size).sum(0)[rows.item] for sums in (counts, positive)
+    )
+    if rows is train:
+        row_counts, label_sums = row_counts - counts[cell], label_sums - positive[cell]
+    mean = (label_sums + prior * train.label.mean()) / (row_counts + prior)
+    return np.stack([np.log1p(row_counts), mean], axis=1)
+
+
 def co_rating_features(
     rows: Rows, history: PaddedHistory, train: Rows, num_items: int
 ) -> np.ndarray:  # [N, K]

@@ -1,7 +1,8 @@
 """LightGBM on statistics of users and items, and on content similarities.
 
-Statistics of an item come from training rows, without the row itself. Similarities are cosines of
-the target to its history by modality and, if the settings say `co_rating`, by common users.
+Statistics of an item come from training rows; for training rows, from users of other folds.
+Similarities are cosines of the target to its history by modality and, if the settings say
+`co_rating`, by common users.
 Shapes: N rows, L history length, K features.
 """
 
@@ -11,7 +12,12 @@ import time
 
 import lightgbm
 import numpy as np
-from item_similarities import PaddedHistory, co_rating_features, similarity_features
+from item_similarities import (
+    PaddedHistory,
+    co_rating_features,
+    item_statistics,
+    similarity_features,
+)
 from peer_rows import PeerJob, Rows, item_vectors
 
 LENGTH = 200
@@ -24,7 +30,7 @@ def features(
 ) -> np.ndarray:  # [N, K]
     """Return the features of rows."""
     history = PaddedHistory.of_rows(rows, LENGTH)
-    blocks = [_of_user(rows), _of_item(rows, train)]
+    blocks = [_of_user(rows), item_statistics(rows, train, PRIOR)]
     blocks += [] if rows.numbers is None else [rows.numbers]
     for matrix in vectors:
         cosines = (matrix @ matrix.T)[rows.item[:, None], history.items]
@@ -45,18 +51,6 @@ def _of_user(rows: Rows) -> np.ndarray:
             end = rows.offsets[1:]
             columns.append((sums[end] - sums[end - count]) / np.maximum(count, 1))
     return np.stack(columns, axis=1)
-
-
-def _of_item(rows: Rows, train: Rows) -> np.ndarray:
-    """Return the training rows of the item and the mean of their labels, without the row itself."""
-    size = int(max(rows.item.max(), train.item.max())) + 1
-    count = np.bincount(train.item, minlength=size).astype(np.float64)
-    positive = np.bincount(train.item, train.label, minlength=size)
-    row_counts, label_sums = count[rows.item], positive[rows.item]
-    if rows is train:
-        row_counts, label_sums = row_counts - 1, label_sums - train.label
-    mean = (label_sums + PRIOR * train.label.mean()) / (row_counts + PRIOR)
-    return np.stack([np.log1p(row_counts), mean], axis=1)
 
 
 def _inputs(

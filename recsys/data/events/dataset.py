@@ -98,7 +98,7 @@ class DatasetWriter:
         check_transformed(Location.of(folder))
 
     def item_counts(self, train: str) -> pa.Table:
-        """Return the number of training rows of each item that count; `train` is their condition."""
+        """Return the number of training rows of each item, of the SQL condition `train`."""
         return self.engine.table(
             f"SELECT iid AS {quoted(self.config.output.item)}, count(*) AS train_rows "
             f"FROM complete c WHERE {train}{self.is_counted} GROUP BY c.iid ORDER BY c.iid"

@@ -35,6 +35,26 @@ def test_ratings_of_the_own_fold_change_no_feature_of_training_rows(
     assert not np.array_equal(before[~own], after[~own])
 
 
+def test_labels_of_the_same_fold_change_no_statistic_of_an_item_in_training_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(ADAPTERS))
+    import item_similarities
+    import peer_rows
+
+    users, items = np.arange(10), np.array([0, 0, 0, 0, 0, 0, 0, 1, 1, 1])
+    labels = np.array([1.0, 0, 1, 0, 0, 1, 0, 1, 0, 0])
+    none = np.zeros(0, np.int64)
+    train = peer_rows.Rows(users, items, labels, np.zeros(11, np.int64), none, {})
+    statistics = item_similarities.item_statistics(train, train, prior=1.0)
+    # Users 0 and 5 are one fold: five rows of item 0 are left, one of them positive.
+    expected = np.log1p(5), (1 + labels.mean()) / (5 + 1)
+    np.testing.assert_allclose(statistics[[0, 5]], [expected, expected])
+    later = replace(train)  # rows of another split count all training rows
+    expected = np.log1p(7), (3 + labels.mean()) / (7 + 1)
+    np.testing.assert_allclose(item_similarities.item_statistics(later, train, 1.0)[0], expected)
+
+
 def test_in_a_log_without_values_the_nearest_items_count_by_their_similarity(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
