@@ -126,9 +126,9 @@ def _summarize_split(
     rows = ParquetRows.of_split(root, split, schema, on_bad_row="skip")
     file = folder / f"{split}.parquet"
     _copy_usable_rows(rows, file)
-    has_raw_group = RAW_GROUP in pq.read_schema(file).names
-    group = quoted(RAW_GROUP if has_raw_group else schema.group)
-    target = quoted(schema.target_item)
+    has_raw_group = schema.vocabulary_of(schema.group) is not None
+    group = _column(RAW_GROUP if has_raw_group else schema.group)
+    target = _column(schema.target_item)
     database.execute(
         f'CREATE VIEW {split} AS SELECT *, {group} AS "/group", {target} AS "/item", '
         f'nullif({target}, {_unknown_item(schema)}) AS "/known", '
@@ -136,7 +136,7 @@ def _summarize_split(
         f"FROM {parquet_rows([file])} r"
     )
     histories = [
-        f'list_contains({quoted(name)}, "/known")'
+        f'list_contains({_column(name)}, "/known")'
         for name in schema.of_kind("sequence")
         if schema.table_of(name) == schema.target_item
     ]
@@ -183,9 +183,20 @@ def _copy_usable_rows(rows: ParquetRows, path: Path) -> None:
         for table in rows.read(0, rows.num_rows)
     )
     first = next(tables)
-    with pq.ParquetWriter(path, first.schema, compression="lz4") as writer:
+    names = [_stored_name(name) for name in first.column_names]
+    stored_schema = first.rename_columns(names).schema
+    with pq.ParquetWriter(path, stored_schema, compression="lz4") as writer:
         for table in chain([first], tables):
-            writer.write_table(table)
+            writer.write_table(table.rename_columns(names))
+
+
+def _stored_name(name: str) -> str:
+    """Return the name of a column in the temporary files: to SQL `Price` and `price` are one."""
+    return name.encode().hex()
+
+
+def _column(name: str) -> str:
+    return quoted(_stored_name(name))
 
 
 def _row(database: Database, query: str) -> dict[str, Any]:
@@ -199,12 +210,12 @@ def _number_figures(database: Database, schema: Schema, split: str) -> dict[str,
         "deviation FROM (SELECT CAST({} AS DOUBLE) AS x FROM {}) WHERE NOT isnan(x)"
     )
     names = [name for kind in NUMBERS for name in schema.of_kind(kind)]
-    return {name: _row(database, query.format(quoted(name), split)) for name in names}
+    return {name: _row(database, query.format(_column(name), split)) for name in names}
 
 
 def _ids(schema: Schema, split: str, name: str) -> str:
     is_list = schema.columns[name].kind != "id" or schema.rows_per_id(name) > 1
-    return f"SELECT {f'unnest({quoted(name)})' if is_list else quoted(name)} AS id FROM {split}"
+    return f"SELECT {f'unnest({_column(name)})' if is_list else _column(name)} AS id FROM {split}"
 
 
 def _id_figures(database: Database, schema: Schema, split: str, name: str) -> Figures:
@@ -223,7 +234,7 @@ def _list_lengths(database: Database, schema: Schema, split: str) -> dict[str, L
     lengths = {name: Lengths() for kind in ("ids", "sequence") for name in schema.of_kind(kind)}
     for name, histogram in lengths.items():
         counts = database.sql(
-            f"SELECT coalesce(len({quoted(name)}), 0) // {schema.rows_per_id(name)} AS length, "
+            f"SELECT coalesce(len({_column(name)}), 0) // {schema.rows_per_id(name)} AS length, "
             f"count(*) AS n FROM {split} GROUP BY 1"
         ).fetchnumpy()
         histogram.add(counts["length"], counts["n"])
@@ -232,8 +243,8 @@ def _list_lengths(database: Database, schema: Schema, split: str) -> dict[str, L
 
 def _item_counts(database: Database, schema: Schema, split: str) -> ItemCounts:
     """Return the number of rows of each item, without sampled negatives and rows of weight 0."""
-    is_logged = "true" if schema.sampled is None else f"{quoted(schema.sampled)} = 0"
-    has_weight = "true" if schema.weight is None else f"{quoted(schema.weight)} > 0"
+    is_logged = "true" if schema.sampled is None else f"{_column(schema.sampled)} = 0"
+    has_weight = "true" if schema.weight is None else f"{_column(schema.weight)} > 0"
     counts = database.sql(
         f'SELECT "/item" AS item, count(*) AS n FROM {split} WHERE {is_logged} AND {has_weight} '
         "GROUP BY 1 ORDER BY 1"

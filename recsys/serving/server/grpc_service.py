@@ -156,5 +156,8 @@ def _tensors(message: Any) -> list[NamedTensor]:
             tensors.append(tensor_of_bytes(*header, raw[number]))
         else:
             fields = tensor.contents.ListFields()
+            if len(fields) > 1:
+                names = [field.name for field, _ in fields]
+                raise RequestError(f"input '{tensor.name}': its contents have {names}; give one")
             tensors.append(tensor_of_values(*header, fields[0][1] if fields else []))
     return tensors

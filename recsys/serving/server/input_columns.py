@@ -79,6 +79,12 @@ class InputColumns:
                 raise RequestError(f"input '{tensor.name}': is given twice")
         if self.item not in by_name:
             raise RequestError(f"inputs: lack '{self.item}', the candidates")
+        for name in (self.item, *self.history):
+            shape = by_name[name].shape if name in by_name else (1,)
+            if min(shape) > 1 < len(shape):
+                raise RequestError(
+                    f"input '{name}': shape {list(shape)}; a request is of one user: give one size"
+                )
         items = by_name.pop(self.item).values
         history = {name: by_name.pop(name).values for name in self.history if name in by_name}
         user, candidates = dict[str, Any](), {self.item: items}

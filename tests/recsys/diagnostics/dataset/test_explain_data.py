@@ -96,6 +96,20 @@ def test_shares_of_rows_that_training_knows_nothing_of(data: Path) -> None:
     assert shares["without_item_row"] == 0.0
 
 
+def test_columns_whose_names_differ_in_case_alone_have_their_own_figures(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data")
+    schema = data / "schema.yaml"
+    text = schema.read_text().replace("columns:\n", "columns:\n  Price: {kind: dense}\n", 1)
+    schema.write_text(text)
+    for split in SPLITS:
+        rows = len(frame(data, split))
+        change(data, split, Price=np.arange(rows, dtype=np.float32))
+
+    numbers = summarize_dataset(str(data)).splits["test"].numbers
+    assert numbers["Price"]["max"] == numbers["Price"]["count"] - 1
+    assert numbers["price"]["max"] < 1
+
+
 def test_rows_of_weight_0_count_for_no_item(tmp_path: Path) -> None:
     data, _ = write_weighted(tmp_path)
     splits = summarize_dataset(str(data)).splits

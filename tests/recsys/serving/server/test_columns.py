@@ -1,6 +1,7 @@
 """What is refused before a server starts, and columns of its requests."""
 
 import socket
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -10,8 +11,10 @@ from recsys.cli import main
 from recsys.data.schema import Schema
 from recsys.data.schema_columns import Column, IdType, VocabularySettings
 from recsys.serving.scorer import Scorer
+from recsys.serving.server.grpc_service import _tensors
 from recsys.serving.server.input_columns import InputColumns
 from recsys.serving.server.protocol import (
+    NamedTensor,
     RequestError,
     tensor_of_values,
 )
@@ -61,6 +64,31 @@ def test_a_tensor_in_json_may_have_null() -> None:
     assert tensor_of_values("shop", "BYTES", [2], ["a", None]).values == ["a", None]
     rows = tensor_of_values("n", "INT64", [2, 2], [[1, None], [None, 2]])
     assert rows.values == [1, None, None, 2]
+
+
+def test_a_request_of_several_users_is_refused() -> None:
+    items, history = (
+        NamedTensor("item", (2, 1), ["a", "b"]),
+        NamedTensor("past", (1, 2), ["a", "b"]),
+    )
+    arguments = columns({}).arguments([items, history])
+    assert (arguments.candidates, arguments.history) == ({"item": ["a", "b"]}, {"past": ["a", "b"]})
+    for name in ("item", "past"):
+        two = replace({"item": items, "past": history}[name], shape=(2, 2), values=["a"] * 4)
+        tensors = {"item": items, "past": history} | {name: two}
+        with pytest.raises(
+            RequestError, match=rf"'{name}': shape \[2, 2\]; a request is of one user"
+        ):
+            columns({}).arguments(tensors.values())
+
+
+def test_contents_of_two_types_are_refused() -> None:
+    fields = [(SimpleNamespace(name=name), [1]) for name in ("int64_contents", "fp32_contents")]
+    contents = SimpleNamespace(ListFields=lambda: fields)
+    tensor = SimpleNamespace(name="past", datatype="INT64", shape=[1], contents=contents)
+    message = SimpleNamespace(raw_input_contents=[], inputs=[tensor])
+    with pytest.raises(RequestError, match=r"'past': its contents have \['int64_contents', 'fp32_"):
+        _tensors(message)
 
 
 @pytest.mark.parametrize("data", [[[1], [2, 3, 4]], [[1, 2, 3, 4]], [1, [2, 3], 4]])
