@@ -217,8 +217,10 @@ def check(
         for split, rows in splits.items():
             assert differences(read_rows(out / split), rows) == []
             figures = report["splits"][str(Path(dataset, split))]
-            unseen = [row["item"] not in {one["item"] for one in splits["train"]} for row in rows]
-            assert (figures["rows"], figures["unseen"]) == (len(rows), np.mean(unseen))
+            in_train = {row["item"] for row in splits["train"] if row.get("weight", 1) > 0}
+            # Rows of weight 0 count for no item, and no figure of items counts them.
+            unseen = [row["item"] not in in_train for row in rows if row.get("weight", 1) > 0]
+            assert (figures["rows"], figures["unseen"]) == (len(rows), np.mean(unseen or [0]))
         ids = oracle.vocabulary(config, log, items, splits["train"], NOW)
         for name, values in ids.items():
             table = pq.read_table(out / "vocabulary" / f"{name}.parquet")
