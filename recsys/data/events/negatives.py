@@ -105,7 +105,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class PastItems:
-    """What draws of negatives need to know of earlier events."""
+    """Items, events and users' own items of the past, from which negatives are drawn."""
 
     items: KnownItems
     events: KnownItems | None  # None unless draws are by popularity

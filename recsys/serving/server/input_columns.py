@@ -81,7 +81,7 @@ class InputColumns:
             raise RequestError(f"inputs: lack '{self.item}', the candidates")
         for name in (self.item, *self.history):
             shape = by_name[name].shape if name in by_name else (1,)
-            if min(shape) > 1 < len(shape):
+            if len(shape) > 1 and min(shape) > 1:
                 raise RequestError(
                     f"input '{name}': shape {list(shape)}; a request is of one user: give one size"
                 )
