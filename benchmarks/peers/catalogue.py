@@ -50,6 +50,9 @@ FUXICTR_SPACE: Space = {
 }
 FUXICTR_FIXED = {"batch_size": 256, "batch_norm": False}
 
+# Which statistics training rows read: of other users, or of earlier rows.
+BY_TIME = CategoricalDistribution([False, True])
+
 LIGHTGBM = ("lightgbm==4.7.0", "numpy", "scipy")
 LIGHTGBM_SPACE: Space = {
     "learning_rate": _rate(0.01, 0.1),
@@ -58,6 +61,7 @@ LIGHTGBM_SPACE: Space = {
     "feature_fraction": FloatDistribution(0.3, 1.0),
     "bagging_fraction": FloatDistribution(0.5, 1.0),
     "lambda_l2": _rate(1e-3, 30.0),
+    "by_time": BY_TIME,
 }
 
 ITEM_CF_SPACE: Space = {
@@ -75,7 +79,7 @@ PEERS = (
         "logistic regression, item-CF and content",
         "item_cf_rows",
         ("numpy", "scipy"),
-        {**ITEM_CF_SPACE, "penalty": _rate(1e-6, 1e-2)},
+        {**ITEM_CF_SPACE, "penalty": _rate(1e-6, 1e-2), "by_time": BY_TIME},
     ),
     Peer("LightGBM, content similarities", "lightgbm_rows", LIGHTGBM, LIGHTGBM_SPACE),
     Peer(

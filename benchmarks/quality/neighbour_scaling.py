@@ -73,7 +73,7 @@ class Log:
     def first_events(self) -> Events:
         users = np.repeat(np.arange(len(self.items)), FIRST_EVENTS)
         items, values = (part[:, :FIRST_EVENTS].ravel() for part in (self.items, self.values))
-        return Events(users, items, values).distinct()
+        return Events(users, items, values, np.zeros_like(users)).distinct()
 
     def ranked_rows(self, last_users: int) -> pa.Table:
         """Return the later events of the last users as rows; liked are values over the mean."""

@@ -25,6 +25,9 @@ from recsys.config import content_settings
 from recsys.content.encoders.base import Encoder
 from recsys.optimizer.dense import make_room, numbers_loaded, state_tensors
 
+# Tensors that checkpoints of older releases lack: neighbours then have folds of users.
+ADDED_TENSORS = {"model.neighbours.block_starts"}
+
 
 def model_state(job: Job, metadata: Mapping[str, Any] | None = None) -> State:
     """Return weights and memory bank: the state that evaluation and prediction need."""
@@ -39,6 +42,8 @@ def model_state(job: Job, metadata: Mapping[str, Any] | None = None) -> State:
         pool = bank.state_dict()["pool"]
         assert isinstance(pool, ShardedTensor)
         state[name] = in_blocks(pool, job.ranks.group)
+    if metadata is not None:
+        state = {n: v for n, v in state.items() if n in metadata or n not in ADDED_TENSORS}
     maps = job.vocabularies.state_dict()
     return state | {f"vocabulary.{name}": value for name, value in maps.items()}
 

@@ -24,12 +24,14 @@ from torch.nn.functional import embedding, normalize
 from embeddings.host import is_on_host
 from recsys.config import ContentSettings, NeighbourSettings
 from recsys.content.vectors import ContentVectors
-from recsys.data.batch import Batch
+from recsys.data.batch import Batch, Rows
 from recsys.data.jagged_history import JaggedHistory
 from recsys.ranking.layers.evidence import LATEST, EvidenceNetwork, RidgePredictions
 from recsys.ranking.vectors import InputDimensions, Logits
 
-FOLDS = 5  # of users, by id: a row in training reads statistics of the users of other folds
+# Subsets of events. In training, rows of block b read statistics of the rows of earlier blocks, and
+# rows that are in no order of time those of users outside their fold.
+FOLDS = 5
 PRIOR_VALUES = 5.0  # pseudo-count: values of 0 added to every mean of deviations
 # Added to sums of similarities to the powers 1, 2 and 4, to shrink votes of few or weak neighbours.
 LEAST_SUMS = (0.15, 0.0125, 1e-4)
@@ -107,6 +109,7 @@ class Neighbours(nn.Module):
     value_counts: Tensor
     value_mean: Tensor
     value_deviation: Tensor
+    block_starts: Tensor
     least_sums: Tensor
 
     def __init__(
@@ -128,6 +131,8 @@ class Neighbours(nn.Module):
         self.register_buffer("least_sums", least, persistent=False)
         self.register_buffer("value_mean", torch.zeros(()))
         self.register_buffer("value_deviation", torch.ones(()))
+        # Positions of the first training row of each block, -1 if users are in folds.
+        self.register_buffer("block_starts", torch.full((FOLDS,), -1))
         self.content_map: nn.Linear | None = None
         num_similarities = 1 + (valued > 0)
         if content is not None:
@@ -148,7 +153,7 @@ class Neighbours(nn.Module):
         """Return evidence and votes of each row. A collective in training, and with content."""
         targets, fold = batch.target.items, torch.full_like(batch.target.items, FOLDS)
         if self.training:
-            fold = batch.rows.groups.remainder(FOLDS)
+            fold = self._training_folds(batch.rows)
         if newness is not None:
             targets = targets.masked_fill(newness < self.dropout, len(self.cooccurrence))
         vectors = None
@@ -178,6 +183,11 @@ class Neighbours(nn.Module):
         evidence = torch.stack([mean, variance, item_mean, torch.log1p(count), *shared], dim=1)
         votes = self._votes(content, history, vectors)
         return evidence, votes, history.list_means().expand(targets.shape[0], -1)
+
+    def _training_folds(self, rows: Rows) -> Tensor:  # int64 [B]
+        block = torch.searchsorted(self.block_starts, rows.positions, right=True) - 1
+        has_blocks = self.block_starts[0] >= 0
+        return torch.where(has_blocks, block.clamp(min=0), rows.groups.remainder(FOLDS))
 
     def _rows_of(self, items: Tensor, fold: Tensor) -> _Rows:
         last = len(self.cooccurrence) - 1

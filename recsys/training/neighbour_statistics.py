@@ -21,8 +21,10 @@ import torch.distributed as dist
 from recsys.build import Job
 from recsys.config import NeighbourSettings
 from recsys.data.parquet.columns import RowColumns
-from recsys.data.parquet.values import RAW_GROUP
-from recsys.data.row_source import open_rows
+from recsys.data.parquet.moments import row_moments
+from recsys.data.parquet.rows import ParquetRows
+from recsys.data.parquet.values import RAW_GROUP, ROW_POSITION
+from recsys.data.row_source import RowSource, open_rows
 from recsys.data.schema import Schema
 from recsys.distributed.gather import gather_rows_to_first
 from recsys.ranking.neighbours import FOLDS, PRIOR_VALUES, Neighbours
@@ -44,10 +46,11 @@ class Events(NamedTuple):
     users: np.ndarray
     items: np.ndarray
     values: np.ndarray
+    blocks: np.ndarray  # of the first training row that has the event, -1 before all blocks
 
     def distinct(self) -> Events:
-        """Return the first of the events that have the same user and item."""
-        ordered = self.take(np.lexsort((self.items, self.users)))
+        """Return the earliest, then first, of the events that have the same user and item."""
+        ordered = self.take(np.lexsort((self.blocks, self.items, self.users)))
         is_first = np.ones(len(ordered.users), bool)
         is_first[1:] = (np.diff(ordered.users) != 0) | (np.diff(ordered.items) != 0)
         return ordered.take(is_first)
@@ -74,7 +77,9 @@ def fit_neighbours(job: Job, earlier_folders: Sequence[str] = ()) -> None:
     if neighbours is None or settings is None:
         return
     folders = ranks.on_first(_existing, job, earlier_folders)
-    events = gather_events(job, settings, [job.train_folder, *folders[-settings.partitions :]])
+    starts = ranks.on_first(block_starts, job, settings)
+    folders = [job.train_folder, *folders[-settings.partitions :]]
+    events = gather_events(job, settings, folders, starts)
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
             num_before = float(neighbours.value_counts[:, FOLDS].sum())  # of the run begun from
@@ -84,6 +89,7 @@ def fit_neighbours(job: Job, earlier_folders: Sequence[str] = ()) -> None:
                     f"{num_before:,.0f}, and items without an event lose theirs; keep earlier "
                     "partitions in the data, raise neighbours.partitions, or train anew on all rows"
                 )
+            neighbours.block_starts[:] = -1 if starts is None else torch.from_numpy(starts)
             fill_statistics(neighbours, events, settings)
             logger.info(
                 f"neighbours: {len(events.users):,} events of {len(np.unique(events.users)):,} "
@@ -98,34 +104,73 @@ def _existing(job: Job, folders: Sequence[str]) -> list[str]:
     return [folder for folder in folders if (job.root / folder).exists()]
 
 
-def gather_events(job: Job, settings: NeighbourSettings, folders: Sequence[str]) -> Events:
+def block_starts(job: Job, settings: NeighbourSettings) -> np.ndarray | None:  # int64 [F]
+    """Return the positions of the first training row of each block; None if users are in folds."""
+    rows = open_rows(
+        job.config.source, job.root, job.train_folder, job.schema, job.config.on_bad_row
+    )
+    reason = time_order_problem(rows, settings.time)
+    if reason is not None:
+        logger.warning(f"neighbours: {reason}; training rows read statistics of other users")
+        return None
+    logger.info(f"neighbours: training rows read statistics of earlier rows, by '{settings.time}'")
+    return np.arange(FOLDS) * rows.num_rows // FOLDS
+
+
+def time_order_problem(rows: RowSource, name: str) -> str | None:
+    """Return why rows are not split by the moments in a column; None if they are in its order."""
+    if not isinstance(rows, ParquetRows):
+        return "the rows are no Parquet files, so that their order of time is unknown"
+    try:
+        moments, _ = row_moments(rows, name)
+    except ValueError as error:
+        return f"neighbours.time is '{name}', but {error}"
+    is_ordered = moments[1:] >= moments[:-1]  # False beside a null
+    if is_ordered.all():
+        return None
+    pair = rows.describe_range(np.flatnonzero(~is_ordered)[:1] + np.arange(2))
+    return f"{pair}: column '{name}' (neighbours.time) is null, or descends"
+
+
+def gather_events(
+    job: Job, settings: NeighbourSettings, folders: Sequence[str], starts: np.ndarray | None = None
+) -> Events:
     """Return the distinct events of the rows in folders on rank 0. A collective.
 
-    If an event has several values, the first by folder and row counts, for any number of ranks.
+    `starts` [F] are the first rows of the blocks of the first folder; None: without blocks. If an
+    event has several values, the first by block, folder and row counts, for any number of ranks.
     """
-    return _joined_in_blocks(_gathered(job, settings, folder) for folder in folders)
+    earlier = starts if starts is None else starts[:0]
+    blocks = [starts, *[earlier] * (len(folders) - 1)]
+    return _joined_in_blocks(
+        _gathered(job, settings, folder, first_rows) for folder, first_rows in zip(folders, blocks)
+    )
 
 
-def _gathered(job: Job, settings: NeighbourSettings, folder: str) -> Events:
+def _gathered(
+    job: Job, settings: NeighbourSettings, folder: str, starts: np.ndarray | None
+) -> Events:
     """Return the events of the rows in a folder on rank 0, none on the others. A collective."""
     ranks = job.ranks
     with ranks.raise_on_all_ranks():
-        local = read_events(job, settings, folder)
+        local = read_events(job, settings, folder, starts)
     columns = [torch.from_numpy(column).to(ranks.device) for column in local]
     return Events(*(gather_rows_to_first(column, ranks.group).cpu().numpy() for column in columns))
 
 
-def read_events(job: Job, settings: NeighbourSettings, folder: str) -> Events:
+def read_events(
+    job: Job, settings: NeighbourSettings, folder: str, starts: np.ndarray | None
+) -> Events:
     """Return the distinct events of this rank's share of the rows in a folder."""
     schema = job.schema
     rows = open_rows(job.config.source, job.root, folder, schema, job.config.on_bad_row)
     tables = rows.read(*rows.share(job.ranks.rank, job.ranks.world_size))
-    return _joined_in_blocks(events_of_rows(table, schema, settings) for table in tables)
+    return _joined_in_blocks(events_of_rows(table, schema, settings, starts) for table in tables)
 
 
 def _joined_in_blocks(parts: Iterable[Events]) -> Events:
     """Return the distinct events of parts; drop duplicates before they fill the memory."""
-    block = [Events(*(np.zeros(0, kind) for kind in (np.int64, np.int64, np.float64)))]
+    block = [Events(*(np.zeros(0, kind) for kind in (np.int64, np.int64, np.float64, np.int64)))]
     for part in parts:
         block.append(part)
         if sum(len(events.users) for events in block) > EVENTS_PER_BLOCK:
@@ -133,10 +178,13 @@ def _joined_in_blocks(parts: Iterable[Events]) -> Events:
     return Events.joined(block)
 
 
-def events_of_rows(table: pa.Table, schema: Schema, settings: NeighbourSettings) -> Events:
+def events_of_rows(
+    table: pa.Table, schema: Schema, settings: NeighbourSettings, starts: np.ndarray | None = None
+) -> Events:
     """Return the distinct events of the histories of some rows; padding rows have none.
 
-    Unknown ids share a table row, which is no item.
+    Unknown ids share a table row, which is no item. An event's block is that of its row by
+    `starts`, -1 before the first, or 0 without `starts`.
     """
     rows = RowColumns.of(table)
     assert schema.history is not None
@@ -145,7 +193,11 @@ def events_of_rows(table: pa.Table, schema: Schema, settings: NeighbourSettings)
     users = np.repeat(users.astype(np.int64), lengths)
     items = rows.values(schema.history).astype(np.int64)
     values = np.ones(len(items)) if settings.values is None else rows.values(settings.values)
-    events = Events(users, items, values.astype(np.float64))
+    blocks = np.zeros(len(items), np.int64)
+    if starts is not None:
+        of_rows = np.searchsorted(starts, rows.numbers[ROW_POSITION], side="right") - 1
+        blocks = np.repeat(of_rows, lengths)
+    events = Events(users, items, values.astype(np.float64), blocks)
     vocabulary = schema.vocabulary_of(schema.history)
     if vocabulary is not None and vocabulary.kind == "exact":
         events = events.take(items != schema.limit(schema.history) - 1)
@@ -153,33 +205,37 @@ def events_of_rows(table: pa.Table, schema: Schema, settings: NeighbourSettings)
 
 
 def fill_statistics(neighbours: Neighbours, events: Events, settings: NeighbourSettings) -> None:
-    """Compute all statistics of the events, for all users and without each fold."""
+    """Compute all statistics of all events, of those before each block or outside each fold."""
     num_items, _, dim = neighbours.cooccurrence.shape
     if settings.values is not None:
         values = events.values if len(events.values) else np.zeros(1)
         neighbours.value_mean.fill_(values.mean())
         neighbours.value_deviation.fill_(values.std() or 1.0)
-    deviations = events._replace(values=value_deviations(events, settings))
-    for fold in range(FOLDS + 1):
-        without_fold = deviations.take(events.users % FOLDS != fold)  # all users for the last one
-        sums = np.bincount(without_fold.items, without_fold.values, num_items)
-        counts = np.bincount(without_fold.items, minlength=num_items)
+        scaled = (events.values - values.mean()) / (values.std() or 1.0)
+        events = events._replace(values=scaled)
+    has_blocks = neighbours.block_starts[0] >= 0
+    for fold in range(FOLDS + 1):  # the last one has all events
+        is_read = events.blocks < fold if has_blocks else events.users % FOLDS != fold
+        subset = events.take(is_read)
+        subset = subset._replace(values=user_deviations(subset, settings))
+        sums = np.bincount(subset.items, subset.values, num_items)
+        counts = np.bincount(subset.items, minlength=num_items)
         neighbours.value_sums[:, fold] = torch.from_numpy(sums)
         neighbours.value_counts[:, fold] = torch.from_numpy(counts)
         # Without values there is no second similarity.
         buffers = (neighbours.cooccurrence, dim), (neighbours.taste, settings.taste_dim)
-        similarities = item_similarities(without_fold, num_items, settings)
+        similarities = item_similarities(subset, num_items, settings)
         for (buffer, width), similarity in zip(buffers, similarities):
             buffer[:, fold] = torch.from_numpy(leading_factors(similarity, width))
 
 
-def value_deviations(events: Events, settings: NeighbourSettings) -> np.ndarray:  # [N]
+def user_deviations(events: Events, settings: NeighbourSettings) -> np.ndarray:  # [N]
     """Return standardised values minus their user's mean, which includes `PRIOR_VALUES` zeros."""
     if settings.values is None or not len(events.values):
         return np.zeros(len(events.values))
-    deviations = (events.values - events.values.mean()) / (events.values.std() or 1.0)
     _, user = np.unique(events.users, return_inverse=True)
-    return deviations - (np.bincount(user, deviations) / (np.bincount(user) + PRIOR_VALUES))[user]
+    means = np.bincount(user, events.values) / (np.bincount(user) + PRIOR_VALUES)
+    return events.values - means[user]
 
 
 def item_similarities(

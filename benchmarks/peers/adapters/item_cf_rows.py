@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 
 import numpy as np
-from item_similarities import FOLDS, Events, PaddedHistory
+from item_similarities import FOLDS, Events, PaddedHistory, folds_of
 from peer_rows import PeerJob, Rows, item_vectors
 from scipy.optimize import minimize
 from scipy.special import expit
@@ -34,13 +34,13 @@ def item_cf(
 def features(
     rows: Rows, is_train: bool, events: Events, vectors: list[np.ndarray], length: int, sig: float
 ) -> np.ndarray:  # [N, K]
-    """Return what the logistic regression reads; a training row, CF of other folds of users."""
+    """Return what the logistic regression reads; a training row, CF of other folds."""
     history = PaddedHistory.of_rows(rows, length)
     columns = [np.empty(len(rows))]
-    fold = rows.user % FOLDS if is_train else np.full(len(rows), FOLDS)
+    fold = folds_of(rows, events.by_time) if is_train else np.full(len(rows), FOLDS)
     for number in np.unique(fold):
         is_of_fold = fold == number
-        training = events.without_fold(number)
+        training = events.read_in(number)
         columns[0][is_of_fold] = item_cf(rows, training, len(vectors[0]), length, sig)[is_of_fold]
     for matrix in vectors:
         similarity = (matrix @ matrix.T)[rows.item[:, None], history.items] * history.inside
@@ -73,7 +73,7 @@ def main() -> None:
     """Train and score."""
     job, start = PeerJob.of_command_line(), time.perf_counter()
     rows, vectors, settings = job.read(), item_vectors(job.rows), job.settings
-    events = Events.of_histories(rows["train"])
+    events = Events.of_histories(rows["train"], settings.get("by_time", False))
     length, significance = int(settings["length"]), float(settings["significance"])
     if "penalty" not in settings:
         scores = {

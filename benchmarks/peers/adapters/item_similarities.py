@@ -1,7 +1,7 @@
 """Features of a peer by the similarity of the target to its history.
 
 Co-rating statistics count the distinct events in the histories of training rows. A training row
-reads the statistics of users in other folds.
+reads those of users in other folds or, `by_time`, of the rows in earlier blocks: rows are in order.
 Shapes: N rows, L history length, I items, E events, K features.
 """
 
@@ -67,29 +67,43 @@ def similarity_features(
     return np.stack(columns, axis=1)
 
 
+def folds_of(train: Rows, by_time: bool) -> np.ndarray:  # int64 [N]
+    """Return the block of each training row, or the fold of its user."""
+    return np.arange(len(train)) * FOLDS // len(train) if by_time else train.user % FOLDS
+
+
 @dataclass(frozen=True)
 class Events:
-    """Distinct pairs of user and item, with stars less the user's mean: [E] each."""
+    """Distinct pairs of user and item, with stars less their mean: [E] each."""
 
     user: np.ndarray
     item: np.ndarray
-    deviation: np.ndarray
+    stars: np.ndarray
+    fold: np.ndarray  # of the user, or the block of the first row
+    by_time: bool = False
 
     @staticmethod
-    def of_histories(rows: Rows) -> Events:
+    def of_histories(rows: Rows, by_time: bool = False) -> Events:
         """Return each user's items once, whatever the number of his rows."""
-        user = np.repeat(rows.user, np.diff(rows.offsets))
-        pairs = np.stack([user, rows.history], axis=1)
+        lengths = np.diff(rows.offsets)
+        pairs = np.stack([np.repeat(rows.user, lengths), rows.history], axis=1)
         pairs, first = np.unique(pairs, axis=0, return_index=True)
         stars = rows.beside["history_stars"][first].astype(np.float64)
-        stars = stars - stars.mean()
-        _, place = np.unique(pairs[:, 0], return_inverse=True)
-        mean = np.bincount(place, stars) / (np.bincount(place) + PRIOR)
-        return Events(pairs[:, 0], pairs[:, 1], stars - mean[place])
+        fold = np.repeat(folds_of(rows, by_time), lengths)[first]
+        return Events(pairs[:, 0], pairs[:, 1], stars - stars.mean(), fold, by_time)
 
-    def without_fold(self, fold: int) -> Events:
-        is_outside = self.user % FOLDS != fold
-        return Events(self.user[is_outside], self.item[is_outside], self.deviation[is_outside])
+    def read_in(self, fold: int) -> Events:
+        """Return the events that training rows of a fold read; all for `FOLDS`."""
+        is_read = self.fold < fold if self.by_time else self.fold != fold
+        columns = (self.user, self.item, self.stars, self.fold)
+        return Events(*(column[is_read] for column in columns), self.by_time)
+
+    @property
+    def deviation(self) -> np.ndarray:  # [E]
+        """The stars less the user's mean of these events."""
+        _, place = np.unique(self.user, return_inverse=True)
+        mean = np.bincount(place, self.stars) / (np.bincount(place) + PRIOR)
+        return self.stars - mean[place]
 
     def similarities(
         self, num_items: int, significance: float = SIGNIFICANCE
@@ -114,39 +128,40 @@ class Events:
         return np.stack([np.log1p(count), total / (count + PRIOR)], axis=1)
 
 
-def item_statistics(rows: Rows, train: Rows, prior: float) -> np.ndarray:  # [N, 2]
+def item_statistics(
+    rows: Rows, train: Rows, prior: float, by_time: bool = False
+) -> np.ndarray:  # [N, 2]
     """Return the training rows of each row's item, and their mean label with `prior` mean rows.
 
-    Those of a training row are of users of other folds. If only the row itself was left out, an
-    item's rows would have a lower mean for a label of 1 than of 0, and trees would learn that.
+    Those of a training row are of other folds. If only the row itself was left out, an item's rows
+    would have a lower mean for a label of 1 than of 0, and trees would learn that.
     """
-    size = int(max(rows.item.max(), train.item.max())) + 1
-    cell = train.user % FOLDS * size + train.item
-    counts = np.bincount(cell, minlength=FOLDS * size).astype(np.float64)
-    positive = np.bincount(cell, train.label, FOLDS * size)
-    row_counts, label_sums = (
-        sums.reshape(FOLDS, size).sum(0)[rows.item] for sums in (counts, positive)
-    )
-    if rows is train:
-        row_counts, label_sums = row_counts - counts[cell], label_sums - positive[cell]
+    size, fold = int(max(rows.item.max(), train.item.max())) + 1, folds_of(train, by_time)
+    sums = []
+    for weights in (None, train.label):
+        by_fold = np.bincount(fold * size + train.item, weights, FOLDS * size).reshape(FOLDS, size)
+        total = by_fold.sum(0).astype(np.float64)
+        read = by_fold.cumsum(0) - by_fold if by_time else total - by_fold
+        sums.append(read[fold, train.item] if rows is train else total[rows.item])
+    row_counts, label_sums = sums
     mean = (label_sums + prior * train.label.mean()) / (row_counts + prior)
     return np.stack([np.log1p(row_counts), mean], axis=1)
 
 
 def co_rating_features(
-    rows: Rows, history: PaddedHistory, train: Rows, num_items: int
+    rows: Rows, history: PaddedHistory, train: Rows, num_items: int, by_time: bool = False
 ) -> np.ndarray:  # [N, K]
     """Return features by the users who rated both items, and the target's ratings."""
-    events = Events.of_histories(train)
-    fold = rows.user % FOLDS if rows is train else np.full(len(rows), FOLDS)
+    events = Events.of_histories(train, by_time)
+    fold = folds_of(rows, by_time) if rows is train else np.full(len(rows), FOLDS)
     blocks, places = [], []
     for number in np.unique(fold):
-        other_folds, place = events.without_fold(number), np.flatnonzero(fold == number)
+        subset, place = events.read_in(number), np.flatnonzero(fold == number)
         part, target = history.take(place), rows.item[place]
         similarities = [
             similarity_features(cosines[target[:, None], part.items], part)
-            for cosines in other_folds.similarities(num_items)
+            for cosines in subset.similarities(num_items)
         ]
-        blocks.append(np.hstack([other_folds.target_features(target, num_items), *similarities]))
+        blocks.append(np.hstack([subset.target_features(target, num_items), *similarities]))
         places.append(place)
     return np.concatenate(blocks)[np.argsort(np.concatenate(places))]

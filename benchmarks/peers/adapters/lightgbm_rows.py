@@ -1,8 +1,8 @@
 """LightGBM on statistics of users and items, and on content similarities.
 
-Statistics of an item come from training rows; for training rows, from users of other folds.
-Similarities are cosines of the target to its history by modality and, if the settings say
-`co_rating`, by common users.
+Statistics of an item come from training rows; for training rows, from users of other folds or, if
+the settings say `by_time`, from rows of earlier blocks. Similarities are cosines of the target to
+its history by modality and, if the settings say `co_rating`, by common users.
 Shapes: N rows, L history length, K features.
 """
 
@@ -26,17 +26,17 @@ MOST_ROUNDS, PATIENCE = 2000, 50
 
 
 def features(
-    rows: Rows, train: Rows, vectors: list[np.ndarray], co_rating: bool
+    rows: Rows, train: Rows, vectors: list[np.ndarray], co_rating: bool, by_time: bool
 ) -> np.ndarray:  # [N, K]
     """Return the features of rows."""
     history = PaddedHistory.of_rows(rows, LENGTH)
-    blocks = [_of_user(rows), item_statistics(rows, train, PRIOR)]
+    blocks = [_of_user(rows), item_statistics(rows, train, PRIOR, by_time)]
     blocks += [] if rows.numbers is None else [rows.numbers]
     for matrix in vectors:
         cosines = (matrix @ matrix.T)[rows.item[:, None], history.items]
         blocks.append(similarity_features(cosines, history))
     if co_rating:
-        blocks.append(co_rating_features(rows, history, train, len(vectors[0])))
+        blocks.append(co_rating_features(rows, history, train, len(vectors[0]), by_time))
     return np.concatenate(blocks, axis=1)
 
 
@@ -54,16 +54,16 @@ def _of_user(rows: Rows) -> np.ndarray:
 
 
 def _inputs(
-    job: PeerJob, rows: dict[str, Rows], co_rating: bool
+    job: PeerJob, rows: dict[str, Rows], co_rating: bool, by_time: bool
 ) -> tuple[dict[str, np.ndarray], float]:
     """Return the features of each split, and the seconds that an earlier trial computed them."""
-    file = job.rows / f"features{'_co_rating' * co_rating}.npz"
+    file = job.rows / f"features{'_co_rating' * co_rating}{'_by_time' * by_time}.npz"
     if file.exists():
         with np.load(file) as arrays:
             return {split: arrays[split] for split in rows}, float(arrays["seconds"])
     start, vectors = time.perf_counter(), item_vectors(job.rows)
     inputs = {
-        split: features(split_rows, rows["train"], vectors, co_rating)
+        split: features(split_rows, rows["train"], vectors, co_rating, by_time)
         for split, split_rows in rows.items()
     }
     partial = job.out.with_suffix(".features.npz")
@@ -79,7 +79,8 @@ def main() -> None:
     start = time.perf_counter()
     settings = {"objective": "binary", "verbosity": -1, "num_threads": 1, "seed": job.seed}
     settings |= {"bagging_freq": 1, "deterministic": True, **job.settings}
-    inputs, earlier_seconds = _inputs(job, rows, bool(settings.pop("co_rating", False)))
+    co_rating, by_time = (bool(settings.pop(name, False)) for name in ("co_rating", "by_time"))
+    inputs, earlier_seconds = _inputs(job, rows, co_rating, by_time)
     data = lightgbm.Dataset(inputs["train"], rows["train"].label)
     valid = lightgbm.Dataset(inputs["valid"], rows["valid"].label, reference=data)
     stop = lightgbm.early_stopping(PATIENCE, verbose=False)

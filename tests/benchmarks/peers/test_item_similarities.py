@@ -1,4 +1,4 @@
-"""Features by co-rating: a training row reads nothing of its own fold of users."""
+"""Features by co-rating: a training row reads nothing of its own fold, or of later blocks."""
 
 from dataclasses import replace
 
@@ -55,6 +55,35 @@ def test_labels_of_the_same_fold_change_no_statistic_of_an_item_in_training_rows
     np.testing.assert_allclose(item_similarities.item_statistics(later, train, 1.0)[0], expected)
 
 
+def test_by_time_a_training_row_reads_statistics_of_earlier_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(ADAPTERS))
+    import item_similarities
+    import peer_rows
+
+    generator, num_rows, length = np.random.default_rng(0), 20, 3
+    lists = {n: generator.random(num_rows * length) for n in ("history_liked", "history_stars")}
+    history = generator.integers(0, 6, num_rows * length)
+    offsets, users = np.arange(num_rows + 1) * length, generator.integers(0, 4, num_rows)
+    items, labels = generator.integers(0, 6, num_rows), np.arange(num_rows) % 2.0
+    train = peer_rows.Rows(users, items, labels, offsets, history, lists)
+    is_late = np.arange(num_rows) >= 12  # the last two of five blocks
+    other = np.where(np.repeat(is_late, length), (history + 1) % 6, history)
+    moved = replace(train, history=other, label=np.where(is_late, 1 - labels, labels))
+
+    def features(rows: object) -> np.ndarray:
+        padded = item_similarities.PaddedHistory.of_rows(rows, length)
+        by_users = item_similarities.co_rating_features(rows, padded, rows, 6, by_time=True)
+        mean = item_similarities.item_statistics(rows, rows, prior=1.0, by_time=True)
+        return np.hstack([by_users[:, :1], mean])  # counts of ratings and rows, mean label
+
+    before, after = features(train), features(moved)
+    np.testing.assert_allclose(before[:12], after[:12])
+    assert all((before[16:] != after[16:]).any(0)[[0, 2]])
+    np.testing.assert_allclose(before[:4], [[0, 0, 0.5]] * 4)  # nothing is before the first block
+
+
 def test_in_a_log_without_values_the_nearest_items_count_by_their_similarity(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -94,7 +123,7 @@ def test_item_cf_sums_similarities_to_the_last_items_of_the_history(
             unused = np.full((4, 4), np.nan)
             return [unused, similarity] if has_values else [similarity, unused]
 
-    score = item_cf_rows.item_cf(rows, Fixed(*([np.zeros(0)] * 3)), 4, 2, 1.0)
+    score = item_cf_rows.item_cf(rows, Fixed(*([np.zeros(0)] * 4)), 4, 2, 1.0)
 
     deviations = [-0.25, 0.25] if has_values else [1, 1]  # of the last two, from their mean
     total = 0.3 if has_values else 1.0

@@ -109,6 +109,17 @@ def test_a_row_in_training_reads_statistics_without_its_own_fold_of_users() -> N
         torch.testing.assert_close(evidence[row], expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_row_in_training_reads_statistics_of_the_blocks_before_its_own() -> None:
+    neighbours = neighbours_of(content=CONTENT).train()
+    neighbours.block_starts[:] = torch.tensor([0, 10, 10, 30, 40])
+    batch = rows_of(*BATCH, groups=[3, 4, 1])
+    batch.rows.positions = torch.tensor([9, 10, 99])
+    evidence = neighbours(inputs()[1], batch).evidence
+    for row, block in enumerate([0, 2, 4]):
+        expected = plain_evidence(neighbours, row, block)
+        torch.testing.assert_close(evidence[row], expected, atol=1e-5, rtol=1e-5)
+
+
 def test_votes_have_their_hand_values() -> None:
     neighbours = neighbours_of()
     neighbours.taste.zero_()

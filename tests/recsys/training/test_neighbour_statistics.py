@@ -1,5 +1,6 @@
 """Statistics of neighbours beside brute force, by fold of users, and those that a run keeps."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,10 +8,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from recsys.config import Config, NeighbourSettings, load_config
+from recsys.data.parquet.rows import ParquetRows
+from recsys.data.parquet.values import ROW_POSITION
 from recsys.data.schema import Schema, load_schema
 from recsys.data.schema_columns import Column, VocabularySettings
 from recsys.distributed.ranks import joined_ranks
@@ -24,7 +28,8 @@ from recsys.training.neighbour_statistics import (
     gather_events,
     item_similarities,
     leading_factors,
-    value_deviations,
+    time_order_problem,
+    user_deviations,
 )
 from recsys.training.train import train
 from tests.datasets import impressions, write_dataset, write_parquet
@@ -56,7 +61,11 @@ def random_events(seed: int = 0) -> Events:
 
 
 def of_one_time(users: np.ndarray, items: np.ndarray, values: np.ndarray) -> Events:
-    return Events(users, items, values)
+    return Events(users, items, values, np.zeros_like(users))
+
+
+def scaled(events: Events) -> Events:
+    return events._replace(values=(events.values - events.values.mean()) / events.values.std())
 
 
 def by_brute_force(events: Events, by_value: bool) -> np.ndarray:
@@ -133,7 +142,7 @@ def test_many_items_have_nearly_the_factors_of_the_dense_solver() -> None:
 def test_each_fold_has_the_statistics_of_the_other_users() -> None:
     events, neighbours = random_events(), Neighbours(SETTINGS, WITH_ITEMS, None)
     fill_statistics(neighbours, events, SETTINGS)
-    deviations = value_deviations(events, SETTINGS)
+    deviations = user_deviations(scaled(events), SETTINGS)
     for fold in range(FOLDS + 1):
         other_folds = events.users % FOLDS != fold
         items = events.items[other_folds]
@@ -141,12 +150,30 @@ def test_each_fold_has_the_statistics_of_the_other_users() -> None:
         torch.testing.assert_close(neighbours.value_sums[:, fold], torch.tensor(sums).float())
         counts = torch.tensor(np.bincount(items, minlength=NUM_ITEMS)).float()
         torch.testing.assert_close(neighbours.value_counts[:, fold], counts)
-        scaled = events._replace(values=deviations).take(other_folds)
-        similarities = item_similarities(scaled, NUM_ITEMS, SETTINGS)
+        subset = events._replace(values=deviations).take(other_folds)
+        similarities = item_similarities(subset, NUM_ITEMS, SETTINGS)
         for name, similarity in zip(("cooccurrence", "taste"), similarities):
             expected = leading_factors(similarity, 3)
             actual = getattr(neighbours, name)[:, fold].float().numpy()  # taste is in float16
             np.testing.assert_allclose(actual @ actual.T, expected @ expected.T, atol=1e-3)
+
+
+def test_each_block_has_the_statistics_of_the_rows_before_it() -> None:
+    """Also of a user's other events: the means of users are those of that time."""
+    events = random_events()
+    events = events._replace(blocks=np.random.default_rng(1).integers(-1, FOLDS, len(events.users)))
+    neighbours = Neighbours(SETTINGS, WITH_ITEMS, None)
+    neighbours.block_starts[:] = torch.arange(FOLDS)
+    fill_statistics(neighbours, events, SETTINGS)
+    for block in range(FOLDS + 1):
+        subset = scaled(events).take(events.blocks < block)
+        deviations = user_deviations(subset, SETTINGS)
+        sums = np.bincount(subset.items, deviations, NUM_ITEMS)
+        torch.testing.assert_close(neighbours.value_sums[:, block], torch.tensor(sums).float())
+        similarity = item_similarities(subset._replace(values=deviations), NUM_ITEMS, SETTINGS)[0]
+        expected = leading_factors(similarity, 3)
+        actual = neighbours.cooccurrence[:, block].numpy()
+        np.testing.assert_allclose(actual @ actual.T, expected @ expected.T, atol=1e-5)
 
 
 def test_a_deviation_is_from_the_mean_of_the_user() -> None:
@@ -154,7 +181,7 @@ def test_a_deviation_is_from_the_mean_of_the_user() -> None:
     deviations = (np.array([1.0, 0.7, 0.1]) - 0.6) / events.values.std()
     means = deviations[:2].sum() / (2 + PRIOR_VALUES), deviations[2] / (1 + PRIOR_VALUES)
     expected = deviations - [means[0], means[0], means[1]]
-    np.testing.assert_allclose(value_deviations(events, SETTINGS), expected)
+    np.testing.assert_allclose(user_deviations(scaled(events), SETTINGS), expected)
 
 
 def test_an_event_counts_once_in_however_many_histories() -> None:
@@ -170,6 +197,23 @@ def test_an_event_counts_once_in_however_many_histories() -> None:
     assert events.items.tolist() == [0, 1, 0, 2]
     np.testing.assert_allclose(events.values, [1.0, 0.5, 0.0, 0.7], rtol=1e-6)
     assert events_of_rows(rows, SCHEMA, NeighbourSettings()).values.tolist() == [1.0] * 4
+
+
+def test_an_event_is_of_the_first_block_that_has_it() -> None:
+    rows = pa.table(
+        {
+            "user": [1, 1, 1, 2],
+            "history": pa.array([[], [0], [0, 1], [0]], pa.list_(pa.int64())),
+            "stars": pa.array([[], [0.25], [0.75, 0.5], [1.0]], pa.list_(pa.float32())),
+            ROW_POSITION: [0, 1, 2, 3],
+        }
+    )
+    settings, starts = NeighbourSettings("stars"), np.array([0, 1, 2, 2, 3])
+    events = events_of_rows(rows, SCHEMA, settings, starts)
+    assert events.blocks.tolist() == [1, 3, 4] and events.values.tolist() == [0.25, 0.5, 1.0]
+    earlier = events_of_rows(rows, SCHEMA, settings, starts[:0])
+    assert earlier.blocks.tolist() == [-1] * 3
+    assert Events.joined([events, earlier]).blocks.tolist() == [-1] * 3
 
 
 def test_unknown_ids_of_a_history_are_no_item() -> None:
@@ -203,8 +247,21 @@ def statistics_of_ranks(rank: int, world_size: int, data: Path, out: Path) -> No
     train(load_config(TINY, words), str(data), out, ranks_of(rank, world_size))
 
 
-def test_two_ranks_have_the_statistics_of_one(tmp_path: Path) -> None:
+def write_times(data: Path, times: np.ndarray) -> None:
+    """Adds a column `time` to the training rows, in the order of their files."""
+    start = 0
+    for file in sorted((data / "train").glob("*.parquet")):
+        rows = pq.read_table(file)
+        times_of_file = pa.array(times[start : start + rows.num_rows])
+        write_parquet(file, rows.append_column("time", times_of_file), row_group_size=11)
+        start += rows.num_rows
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_two_ranks_have_the_statistics_of_one(tmp_path: Path, in_order: bool) -> None:
     data = write_dataset(tmp_path / "data", num_users=23)
+    if in_order:
+        write_times(data, np.arange(60) // 2)
     states = []
     for world_size in (1, 2):
         out = tmp_path / f"run_{world_size}"
@@ -215,10 +272,31 @@ def test_two_ranks_have_the_statistics_of_one(tmp_path: Path) -> None:
             states.append(
                 {name: value.clone() for name, value in job.em3.neighbours.named_buffers()}
             )
+    starts = [0, 12, 24, 36, 48] if in_order else [-1] * FOLDS
+    assert states[0]["block_starts"].tolist() == states[1]["block_starts"].tolist() == starts
     for name in ("cooccurrence", "taste", "value_sums", "value_counts", "value_mean"):
         assert states[0][name].any()
         torch.testing.assert_close(states[0][name], states[1][name])
     assert any(states[0]["blend.weight"][0, 1:] != 0)  # fitted to validation rows
+
+
+@pytest.mark.parametrize(
+    ("times", "problem"),
+    [
+        (np.r_[0:40, 39:58, 60], None),
+        (np.r_[0:40, 38:58], "part-1.parquet row 9 and .*part-1.parquet row 10: .* descends"),
+        (None, "column 'time' is missing"),
+    ],
+)
+def test_rows_that_are_in_no_order_of_time_read_statistics_of_other_users(
+    tmp_path: Path, times: np.ndarray | None, problem: str | None
+) -> None:
+    root = Location.of(write_dataset(tmp_path / "data"))
+    if times is not None:
+        write_times(tmp_path / "data", times)
+    reason = time_order_problem(ParquetRows.of_split(root, "train", load_schema(root)), "time")
+    assert (reason is None) == (problem is None)
+    assert problem is None or re.search(problem, reason or "")
 
 
 def events_of_ranks(rank: int, world_size: int, data: Path) -> Events:
@@ -243,7 +321,7 @@ def test_of_differing_values_the_first_by_folder_counts_on_any_number_of_ranks(
         write_parquet(data / folder / "part-0.parquet", rows)
     for world_size in (1, 2):
         events = run_on_ranks(events_of_ranks, world_size, data)[0]
-        assert [part.tolist() for part in events] == [[1, 2], [3, 3], [1.0, 1.0]]
+        assert [part.tolist() for part in events] == [[1, 2], [3, 3], [1.0, 1.0], [0, 0]]
 
 
 def test_rows_without_a_user_are_other_users_in_each_folder(tmp_path: Path) -> None:

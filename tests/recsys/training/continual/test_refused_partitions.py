@@ -193,9 +193,11 @@ def test_statistics_of_neighbours_are_of_the_latest_partitions_in_time(
     folders = list[list[str]]()
     gather = neighbour_statistics.gather_events
 
-    def gather_events(job: Job, settings: NeighbourSettings, names: list[str]) -> Events:
+    def gather_events(
+        job: Job, settings: NeighbourSettings, names: list[str], starts: None
+    ) -> Events:
         folders.append(names)
-        return gather(job, settings, names)
+        return gather(job, settings, names, starts)
 
     monkeypatch.setattr(neighbour_statistics, "gather_events", gather_events)
     words = [*WITHOUT_CONTENT, "--neighbours", "{dim: 4, partitions: 1}"]
