@@ -63,6 +63,7 @@ STORED: Settings = {
     "content.history.mode": "bank_frozen",
 }
 SIMTIER: Settings = {**STORED, "content.history.simtier_bins": 20}
+STATISTICS_OF_USERS: Settings = {"neighbours.time": None}
 NO_NEIGHBOURS: Settings = {"neighbours": None}
 NO_AVERAGES: Settings = {"optimizer.ema_decay": None, "optimizer.ema_tables": False}
 RANDOM_ROWS: Settings = {"embedding.tables.item.new_rows": "random"}
@@ -243,6 +244,12 @@ FURTHER = [
         NO_NEIGHBOURS,
         "recipe",
     ),
+    Cell(
+        "statistics of other users",
+        "the recipe, training rows read later histories of other users, too",
+        STATISTICS_OF_USERS,
+        "recipe",
+    ),
     Cell("no averages", "the recipe without weight averaging (EMA)", NO_AVERAGES, "recipe"),
     Cell("random new rows", "the recipe, new items' ID rows at random", RANDOM_ROWS, "recipe"),
     Cell(
@@ -316,6 +323,12 @@ IMPLICIT = [
     Cell("Fusion-Q-Former + CIC", "both", {**qformer("modern"), **IN_BATCH}, "frozen"),
     Cell(
         "no neighbours", "the recipe without similar items of the history", NO_NEIGHBOURS, "frozen"
+    ),
+    Cell(
+        "statistics of other users",
+        "training rows read later histories of other users, too",
+        STATISTICS_OF_USERS,
+        "frozen",
     ),
     Cell("no knots", "counts as they are alone", {"ranking.number_knots": 0}, "frozen"),
     Cell(

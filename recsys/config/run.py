@@ -38,9 +38,9 @@ class NeighbourSettings:
     dropout: Dropout = 0.3
     """Share of a training batch's rows whose item counts as new, so that the model learns to rank
     new items by content."""
-    time: str = "time"
+    time: str | None = "time"
     """Column of the rows with the moment of each. If the training files are in its order, their
-    rows read statistics of earlier rows alone; else those of other users."""
+    rows read statistics of earlier rows alone; else, and with null, those of other users."""
     partitions: PositiveInt = 30
     """In a continual run, number of previous partitions whose rows count in the statistics, too."""
     significance: NonNegativeFloat = 20.0

@@ -106,9 +106,10 @@ def _existing(job: Job, folders: Sequence[str]) -> list[str]:
 
 def block_starts(job: Job, settings: NeighbourSettings) -> np.ndarray | None:  # int64 [F]
     """Return the positions of the first training row of each block; None if users are in folds."""
-    rows = open_rows(
-        job.config.source, job.root, job.train_folder, job.schema, job.config.on_bad_row
-    )
+    if settings.time is None:
+        return None
+    source, on_bad_row = job.config.source, job.config.on_bad_row
+    rows = open_rows(source, job.root, job.train_folder, job.schema, on_bad_row)
     reason = time_order_problem(rows, settings.time)
     if reason is not None:
         logger.warning(f"neighbours: {reason}; training rows read statistics of other users")

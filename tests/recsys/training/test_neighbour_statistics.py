@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from recsys.checkpoint.state import ADDED_TENSORS, model_state
 from recsys.config import Config, NeighbourSettings, load_config
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.parquet.values import ROW_POSITION
@@ -269,6 +270,8 @@ def test_two_ranks_have_the_statistics_of_one(tmp_path: Path, in_order: bool) ->
         with joined_ranks("cpu") as ranks:
             job = load_run(out, str(data), ranks, "cpu")
             assert job.em3.neighbours is not None
+            older_release = model_state(job, dict.fromkeys(model_state(job).keys() - ADDED_TENSORS))
+            assert model_state(job).keys() - older_release.keys() == ADDED_TENSORS
             states.append(
                 {name: value.clone() for name, value in job.em3.neighbours.named_buffers()}
             )
