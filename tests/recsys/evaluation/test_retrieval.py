@@ -3,7 +3,6 @@
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,9 @@ from recsys.config.ranking import RetrievalSettings
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.vocabularies import UnknownIds
 from recsys.distributed.ranks import joined_ranks
-from recsys.evaluation.availability import _numbers, _row_chunks, _unit, later_items
+from recsys.evaluation.availability import later_items
 from recsys.evaluation.predict import evaluate, load_run
 from recsys.evaluation.retrieval import retrieval_metrics, search_places
-from recsys.storage.location import Location
 from recsys.training.train import train
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
@@ -177,46 +175,8 @@ def test_two_ranks_find_what_brute_force_finds(folder: Path, reports: Any, case:
         assert 0 < report["recall@50"] < 1
 
 
-def test_moments_in_nanoseconds_may_be_integers() -> None:
-    moments = pa.array([1_764_000_000_000_000_000, None])
-    numbers, are_times = _numbers([(Location.of("part.parquet"), moments)], "since")
-    assert numbers[0] == 1.764e18 and np.isnan(numbers[1]) and not are_times
-
-
-def test_files_whose_moments_are_times_and_numbers_are_refused_but_nulls_are_neither() -> None:
-    first, second, third = map(Location.of, ("first.parquet", "second.parquet", "third.parquet"))
-    times = pa.array([1_704_110_400_000_000], pa.timestamp("us"))
-    chunks = [(first, pa.nulls(1)), (second, times)]
-    numbers, are_times = _numbers(chunks, "since")
-    assert np.isnan(numbers[0]) and numbers[1] == 1_704_110_400_000_000 and are_times
-    assert _numbers(chunks[:1], "since")[1] is None
-    with pytest.raises(ValueError, match=r"third.*has type int64, but in .*second.* has times;"):
-        _numbers([*chunks, (third, pa.array([1_704_110_400]))], "since")
-
-
-def test_files_whose_moments_are_numbers_in_two_units_are_refused() -> None:
-    first, second = map(Location.of, ("first.parquet", "second.parquet"))
-    seconds, millis = pa.array([1_704_110_400, None]), pa.array([1_704_110_400_000])
-    assert len(_numbers([(first, seconds), (second, seconds)], "since")[0]) == 4
-    with pytest.raises(ValueError, match=r"second.*in ms since 1970, but in .*first.* in s;"):
-        _numbers([(first, seconds), (second, millis)], "since")
-
-
-def test_a_damaged_file_of_moments_is_named(tmp_path: Path) -> None:
-    file = tmp_path / "part.parquet"
-    pq.write_table(pa.table({"time": [1, 2]}), file, use_dictionary=False)
-    content = bytearray(file.read_bytes())
-    content[4:16] = b"\xff" * 12  # the header of the first page
-    file.write_bytes(content)
-    rows: Any = SimpleNamespace(row_groups=[SimpleNamespace(file=Location.of(str(file)))])
-    with pytest.raises(ValueError, match=f"{file}: row group 0 cannot be read"):
-        list(_row_chunks(rows, "time"))
-
-
 def test_moments_that_cannot_be_compared_are_refused(folder: Path, reports: Any) -> None:
     del reports
-    units = [_unit(np.array([0, np.nan, time, time])) for time in (1.8e9, 1.8e12, 1.8e15, 7.0)]
-    assert units == ["s", "ms", "us", None]
     run = folder / f"run {CASES[-1]}"
     for settings, message in (
         ({"available_from": "text"}, "items.*column 'text': has no times or numbers"),
