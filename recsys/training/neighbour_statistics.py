@@ -112,7 +112,10 @@ def block_starts(job: Job, settings: NeighbourSettings) -> np.ndarray | None:  #
     rows = open_rows(source, job.root, job.train_folder, job.schema, on_bad_row)
     reason = time_order_problem(rows, settings.time)
     if reason is not None:
-        logger.warning(f"neighbours: {reason}; training rows read statistics of other users")
+        logger.warning(
+            f"neighbours: {reason}; training rows read statistics of other users, later events too; "
+            "sort the files by time and name that column in neighbours.time, or set it to null"
+        )
         return None
     logger.info(f"neighbours: training rows read statistics of earlier rows, by '{settings.time}'")
     return np.arange(FOLDS) * rows.num_rows // FOLDS
@@ -125,12 +128,12 @@ def time_order_problem(rows: RowSource, name: str) -> str | None:
     try:
         moments, _ = row_moments(rows, name)
     except ValueError as error:
-        return f"neighbours.time is '{name}', but {error}"
+        return str(error)
     is_ordered = moments[1:] >= moments[:-1]  # False beside a null
     if is_ordered.all():
         return None
     pair = rows.describe_range(np.flatnonzero(~is_ordered)[:1] + np.arange(2))
-    return f"{pair}: column '{name}' (neighbours.time) is null, or descends"
+    return f"{pair}: column '{name}' is null, or descends"
 
 
 def gather_events(

@@ -36,6 +36,8 @@ def row_moments(rows: ParquetRows, name: str) -> tuple[np.ndarray, bool | None]:
 def _row_chunks(rows: ParquetRows, name: str) -> Iterator[Chunk]:
     for file in dict.fromkeys(group.file for group in rows.row_groups):
         with open_parquet(file) as parquet:
+            if name not in (names := parquet.schema_arrow.names):
+                raise ValueError(f"{file}: column '{name}' is missing; the file has {names}")
             column_type(parquet, file, name)
             for group in range(parquet.num_row_groups):
                 yield file, read_row_group(parquet, file, group, [name])[name]
