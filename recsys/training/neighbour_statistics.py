@@ -113,8 +113,8 @@ def block_starts(job: Job, settings: NeighbourSettings) -> np.ndarray | None:  #
     reason = time_order_problem(rows, settings.time)
     if reason is not None:
         logger.warning(
-            f"neighbours: {reason}; training rows read statistics of other users, also of later "
-            "events. Sort the files by time and name that column in neighbours.time, or set it to null"
+            f"neighbours: {reason}; training rows read statistics of other users instead. "
+            "Sort the files by time and name their column in neighbours.time, or set it to null"
         )
         return None
     logger.info(f"neighbours: training rows read statistics of earlier rows, by '{settings.time}'")
