@@ -18,7 +18,7 @@ from torch import Tensor
 from embeddings.host import is_on_host
 from recsys.build import SPLITS, Job
 from recsys.config import BestModelBy, RankingSettings
-from recsys.config.ranking import softmax_settings
+from recsys.config.ranking import RetrievalSettings, softmax_settings
 from recsys.content.item_vectors import encode_into_bank
 from recsys.data.batch import Batch
 from recsys.data.interactions import Interactions, loader
@@ -38,6 +38,7 @@ from recsys.data.vocabularies import UnknownIds, format_unknown
 from recsys.distributed.gather import gather_rows, gather_rows_to_first
 from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.ranks import Ranks
+from recsys.evaluation.availability import later_items
 from recsys.evaluation.blend_fit import fit_blend
 from recsys.evaluation.forward_pass import forward_pass, require_finite, rows_per_batch
 from recsys.evaluation.further_metrics import Metric, make_metrics
@@ -81,6 +82,9 @@ def check_data(
     for split in splits:
         with ranks.raise_on_all_ranks():
             rows = (opened or {}).get(split) or job.rows(split)
+            if split != "train" and isinstance(job.config.ranking, RetrievalSettings):
+                # Unusable moments would end a search only after training.
+                later_items(job, job.config.ranking, rows, torch.zeros(0, dtype=torch.long))
             counts[split] = count_items(rows, ranks.rank, ranks.world_size, readers.get(split))
         if job.schema.weight and not sum(ranks.gather(int(counts[split].counts.sum()))):
             folder = job.train_folder if split == "train" else split

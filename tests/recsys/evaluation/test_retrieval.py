@@ -190,3 +190,13 @@ def test_moments_that_cannot_be_compared_are_refused(folder: Path, reports: Any)
             assert isinstance(ranking, RetrievalSettings)
             with pytest.raises(ValueError, match=message):
                 later_items(job, ranking, job.rows("test"), torch.zeros(1, dtype=torch.long))
+
+
+def test_moments_that_no_search_can_read_end_a_job_before_it_begins(folder: Path) -> None:
+    config = backbone_config(folder, "two_tower", "none", epochs=1)
+    later: Any = {"available_from": "released", "row_time": "none"}
+    config = replace(config, ranking=replace(config.ranking, **later))
+    run = folder / "refused"
+    with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match=r"valid.*column 'none'"):
+        train(config, str(folder / "data"), run, ranks)
+    assert not (run / "config.yaml").exists()
