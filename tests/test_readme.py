@@ -336,7 +336,7 @@ def test_figures_of_the_front_page_are_those_of_the_results() -> None:
     names = (
         "quality_recipe_parts",
         "peers_neighbours",
-        "quality_ifdb_counts",
+        "neighbours_in_time",
         "peers_ifdb_lightgbm",
         "peers_ifdb_legommenders",
         "peers_ifdb_din",
