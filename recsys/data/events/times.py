@@ -17,6 +17,8 @@ EARLIEST, LATEST = -(2**51), 2**53
 # Texts that mean null: empty ones, and MySQL's dates with 00 for an unknown month or day.
 UNKNOWN = r"^$|^\d{4}-(00-\d{2}|\d{2}-00)"
 HAS_ZONE = r"(Z|z|:[0-9.]+[+-]\d\d(:?\d\d)?)$"
+OFFSET = r"(Z|[+-]\d\d(:?\d\d)?)"
+WITH_OFFSET = re.compile(r"((?:[^%]|%[^z])*)%z(.*)")  # strptime formats: before %z, after it
 HOUR, DAY = DURATIONS["h"] * MICROS["s"], DURATIONS["d"] * MICROS["s"]
 EPOCH = date(1970, 1, 1)
 EXAMPLE = datetime(2026, 11, 21, 12, tzinfo=UTC)  # a time to try a format with
@@ -199,16 +201,19 @@ def form_problem(form: str) -> str | None:
 def _parsed_by(values: pa.Array, zone: str, form: str) -> pa.Array:
     """Return strings of a strptime format as microseconds."""
     times = pc.strptime(values, form, "s", error_is_null=True)
-    is_wrong = pc.is_null(times)
-    if times.type.tz is None:  # with a zone, strftime would write UTC and differ
-        # strptime reads 31 February as a day of March: compare the digits.
-        is_other = pc.not_equal(_digits(values), _digits(pc.strftime(times, form)))
-        is_wrong = pc.or_kleene(is_wrong, is_other)
+    texts, plain_form = values, form  # without an offset, as strftime would write UTC
+    if (parts := WITH_OFFSET.fullmatch(form)) is not None:
+        plain_form, literal = parts[1] + parts[2], parts[2].partition("%")[0]
+        pattern = OFFSET + (re.escape(literal) or "$")
+        texts = pc.replace_substring_regex(values, pattern, literal)
+    # strptime reads 31 February as a day of March: compare the digits.
+    read_again = pc.strftime(pc.strptime(texts, plain_form, "s", error_is_null=True), plain_form)
+    is_wrong = pc.or_kleene(pc.is_null(times), pc.not_equal(_digits(texts), _digits(read_again)))
     row = first_row(pc.and_(is_wrong, pc.is_valid(values)))
     if row is not None:
         raise RowError(row, f"'{values[row].as_py()}' is no time of the form '{form}'")
-    applied_zone = "UTC" if "%z" in form.replace("%%", "") else zone  # strptime applies an offset
-    return _instants(times.cast(pa.timestamp("us")), applied_zone)
+    # strptime applies an offset.
+    return _instants(times.cast(pa.timestamp("us")), zone if parts is None else "UTC")
 
 
 def _digits(texts: pa.Array) -> pa.Array:

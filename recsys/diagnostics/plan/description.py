@@ -80,7 +80,7 @@ class ModelPart:
         return self.weight_bytes + self.gradient_bytes + self.state_bytes
 
 
-def _table_part(memory: TableMemory) -> ModelPart:
+def _table_part(memory: TableMemory, averages: int) -> ModelPart:
     table, ranks = memory.table, sorted({shard.rank for shard in memory.shards})
     fullest = max(ranks, key=lambda rank: sum(memory.on_rank(rank)))
     weights, state = memory.on_rank(fullest)
@@ -91,6 +91,7 @@ def _table_part(memory: TableMemory) -> ModelPart:
     size = table.num_embeddings * table.embedding_dim
     trainer = "nothing" if table.frozen else table.optimizer
     # Table gradients take no memory: the backward pass applies them row by row.
+    state += averages * weights
     return ModelPart(f"table {table.name}", size, trainer, place, weights, 0, state)
 
 
@@ -179,10 +180,15 @@ def describe(
     em3, frozen_layers = _meta_em3(config, root, schema, tables)
     plan, problems, times = _plan(config, em3, tables, cluster)
     memories = [table_memory(table, plan) for table in tables]
-    parts = [*map(_table_part, memories), *_dense_parts(em3, world_size, config.optimizer)]
+    averages = int(config.optimizer.ema_tables)  # copies of the tables on their devices
+    parts = [_table_part(memory, averages) for memory in memories]
+    parts += _dense_parts(em3, world_size, config.optimizer)
     is_native = device.kind == "cpu" and config.kernels != "torch"
     copy_ranks = range(world_size // config.embedding.parallel.copies)
-    table_bytes = [sum(memory.on_device_of(rank) for memory in memories) for rank in copy_ranks]
+    table_bytes = [
+        sum(memory.on_device_of(rank) + averages * memory.on_rank(rank)[0] for memory in memories)
+        for rank in copy_ranks
+    ]
     host_bytes = [sum(memory.on_host_of(rank) for memory in memories) for rank in copy_ranks]
     memory = RankMemory(
         tables=max(table_bytes),

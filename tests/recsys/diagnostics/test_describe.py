@@ -23,6 +23,7 @@ from recsys.config import (
 )
 from recsys.data.vocabularies import UnknownIds
 from recsys.diagnostics.plan.description import Description, describe
+from recsys.optimizer.dense import dense_parameters
 from recsys.ranking.attention_models import DinDcnSettings
 from recsys.ranking.neighbours import FOLDS
 from recsys.training.train import training_interactions
@@ -50,6 +51,7 @@ def config_of(folder: Path, sharding: Any) -> Config:
     if sharding == "table_wise":
         assert isinstance(config.ranking, DinDcnSettings)
         config.ranking.ensemble_members, config.ranking.standardize_numbers = 3, True
+        config.optimizer.ema_decay, config.optimizer.ema_tables = 0.9, True
     assert isinstance(config.content, ContentSettings)
     config.content.history.bank = SHARDINGS[sharding]  # type: ignore[assignment]
     return config
@@ -76,6 +78,8 @@ def _measured(rank: int, world_size: int, folder: Path, sharding: str) -> dict[s
     loss, _ = job.model(next(job.preparation(batches, UnknownIds(job.schema), 0, training=True)))
     loss.backward()
     job.dense_optimizer.step()  # moments begin with the first update
+    averages = {} if job.averages is None else job.averages.state_dict()
+    dense_averages = [averages[name] for name in dense_parameters(job.em3) if name in averages]
     return {
         "dense": sum(
             p.numel() for n, p in job.em3.named_parameters() if not n.startswith("embedding")
@@ -86,8 +90,9 @@ def _measured(rank: int, world_size: int, folder: Path, sharding: str) -> dict[s
             for state in job.dense_optimizer.state.values()
             for name, value in state.items()
             if name != "step"
-        ),
-        "tables": _bytes_of_pieces(job.model.state_dict()),
+        )
+        + sum(average.nbytes for average in dense_averages),
+        "tables": _bytes_of_pieces(job.model.state_dict()) + _bytes_of_pieces(averages),
         "table_states": _bytes_of_pieces(job.model.fused_optimizer.state_dict()["state"]),
         "bank": _bank_bytes(job),
     }

@@ -106,6 +106,8 @@ def test_times_of_another_form_are_read_in_their_zone_and_others_named() -> None
     assert to_micros(times, "s", "Europe/Berlin", form).to_pylist() == expected
     zoned, offset = pa.array(["11/9/2019 21:05 +0300"]), "%m/%d/%Y %H:%M %z"
     assert to_micros(zoned, "s", "Europe/Berlin", offset).to_pylist() == [1_573_322_700_000_000]
+    with pytest.raises(ValueError, match=r"row 1: '2/30/2019 21:05 Z'"):  # not March 2
+        to_micros(pa.array(["1/30/2019 21:05 -05:30", "2/30/2019 21:05 Z"]), "s", "UTC", offset)
     with pytest.raises(ValueError, match=r"row 1: '2019-11-09' .*%I"):
         to_micros(pa.array(["11/9/2019 9:05:58 PM", "2019-11-09"]), "s", "UTC", form)
     with pytest.raises(ValueError, match=r"row 1: '2/30/2019 9:05:58 PM'"):  # not March 2
