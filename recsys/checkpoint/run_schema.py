@@ -123,7 +123,7 @@ def agree_on_id_types(schema: Schema, ranks: Ranks) -> None:
             first = schema.id_types.setdefault(table, id_type)
             if first.name != id_type.name:
                 raise ValueError(
-                    f"{id_type.place}: has {id_type.name} ids of '{table}', but {first.place} has "
+                    f"{id_type.file}: has {id_type.name} ids of '{table}', but {first.file} has "
                     f"{first.name} ids; write them with one type"
                 )
 

@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 
-from recsys.data.item_frequency import PARTS, frequency_masks
+from recsys.data.item_frequency import SUBSETS, frequency_masks
 from recsys.evaluation.metrics import ERRORS, LEAST_USERS, grouped_auc, predicted
 from recsys.evaluation.scores import SplitScores, check_same_rows
 
@@ -205,8 +205,8 @@ class _Rows:
 
 
 def _counted_rows(window: SplitScores, users: np.ndarray, part: str, label: int) -> _Rows:
-    if part not in PARTS:
-        raise ValueError(f"part '{part}' is none of {PARTS}")
+    if part not in SUBSETS:
+        raise ValueError(f"part '{part}' is none of {SUBSETS}")
     scores = window.counted(label)
     rows = frequency_masks(scores.counts)[part]
     return _Rows(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from embeddings.plan_text import align_columns
-from recsys.data.item_frequency import PARTS, frequency_masks
+from recsys.data.item_frequency import SUBSETS, frequency_masks
 from recsys.evaluation.bootstrap import metric_users, metrics_of, paired_difference, pooled_metric
 from recsys.evaluation.metrics import LEAST_USERS, MARK_NOTE, marked
 from recsys.evaluation.scores import (
@@ -48,7 +48,7 @@ def compare_runs(runs: Sequence[Path], split: str) -> dict[str, Any]:
         "rows": {part: int(rows.sum()) for part, rows in frequency_masks(counted.counts).items()},
         "metric_users": {
             part: {metric: metric_users([first], metric, part) for metric in metrics}
-            for part in PARTS
+            for part in SUBSETS
         },
         "runs": [
             {"run": str(run), **_compared(first, other)}
@@ -71,7 +71,7 @@ def _scores_of(run: Path, split: str) -> SplitScores:
 def _compared(first: SplitScores, other: SplitScores) -> dict[str, Any]:
     parts: dict[str, Any] = {}
     metrics = metrics_of(first.loss_of(0))
-    for part in PARTS:
+    for part in SUBSETS:
         parts[part] = {metric: pooled_metric([other], metric, part) for metric in metrics}
         if other is not first:
             intervals = {
@@ -92,7 +92,7 @@ def format_comparison(report: dict[str, Any]) -> str:
     names = report["metrics"]
     columns = [column for name in names for column in (name, "difference", "95 % interval")]
     rows = [("items", *columns, "rows", "run")]
-    for part in PARTS:
+    for part in SUBSETS:
         users = report["metric_users"][part]
         for run in report["runs"]:
             cells = [cell for name in names for cell in _cells(run[part], name, users[name])]

@@ -92,8 +92,8 @@ def check_data(
     numbers = ranges.gather(ranks)
     for column in job.schema.of_kind("dense"):
         extent = numbers[column]
-        is_scaled = job.em3.scaling is not None and extent.least < extent.greatest
-        if not is_scaled and (finding := dense_finding(column, extent.least, extent.greatest)):
+        is_scaled = job.em3.scaling is not None and extent.lowest < extent.highest
+        if not is_scaled and (finding := dense_finding(column, extent.lowest, extent.highest)):
             logger.warning("%s; fix: %s", *finding)
     counted = counts["train"].sum_of_ranks(job.schema.item_id_limit, ranks)
     return CheckedRows(counted, skipped, numbers)

@@ -8,11 +8,11 @@ import numpy as np
 
 from recsys.config import MetricSettings
 from recsys.config.named_parts import make_part
-from recsys.data.item_frequency import PARTS
+from recsys.data.item_frequency import SUBSETS
 
 METRICS = {"precision_at_k": "recsys.evaluation.further_metrics:PrecisionAtK"}
 # Keys of reports, which metrics must not use as names.
-RESERVED = {"auc", "gauc", "logloss", "ne", "calibration", "num_samples", *PARTS}
+RESERVED = {"auc", "gauc", "logloss", "ne", "calibration", "num_samples", *SUBSETS}
 RESERVED |= {"rmse", "mae", "nrmse", "deviance", "num_users", "gauc_users", "sum_of_weights"}
 RESERVED |= {"labels", "retrieval", "ids"}
 RESERVED |= {"partition", "model_of", "rows"}  # keys of a continual run's results

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from recsys.data.item_frequency import PARTS, frequency_masks
+from recsys.data.item_frequency import SUBSETS, frequency_masks
 from recsys.evaluation.further_metrics import Metric, call_metric, fits_loss
 from recsys.evaluation.scores import SplitScores
 
@@ -210,7 +210,7 @@ def format_report(
 ) -> str:
     """Format the metrics `names` of a report as a text table; undefined values are `-`."""
     rows = [(title, *names, "rows")]
-    for part in PARTS:
+    for part in SUBSETS:
         metrics = report if part == "all" else report[part]
         cells = (marked_cell(metrics, name) for name in names)
         rows.append((part, *cells, f"{metrics['num_samples']:,}"))

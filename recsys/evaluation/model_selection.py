@@ -98,7 +98,7 @@ def _advice(rows: RowSource) -> str:
     wide = [(name, column) for name, column in ranges.by_column.items() if column.is_wide]
     if not wide:
         return "look at columns and modalities (`recsys explain-data`), or lower the learning rates"
-    wide.sort(key=lambda item: -max(-item[1].least, item[1].greatest))
+    wide.sort(key=lambda item: -max(-item[1].lowest, item[1].highest))
     names = ", ".join(f"'{name}' ({column})" for name, column in wide[:MOST_NAMED])
     return (
         f"its columns of wide range are {names}: take their logarithm or scale them to about 1 "

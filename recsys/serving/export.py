@@ -336,7 +336,7 @@ def _example_request(job: Job, manifest: Manifest) -> str:
         row = next(parquet.iter_batches(1, columns=columns)).to_pylist()[0]
     request = {
         "user": {name: row[name] for name in user if not job.schema.lookup_of(name)},
-        "history": {name: row[name] for name in history if not job.schema.lookup_beside(name)},
+        "history": {name: row[name] for name in history if not job.schema.lookup_of_list(name)},
         "candidates": [row[manifest.target_item]],
     }
     return json.dumps(

@@ -78,12 +78,12 @@ def format_report(report: dict[str, Any]) -> str:
     lines += [f"left out: {count:,} {reason}" for reason, count in report["left_out"].items()]
     if "days" not in report:
         return "\n".join([*lines, format_splits(report["splits"], "positive")])
-    days = {f"date={day}": figures for day, figures in report["days"].items()}
+    days = {f"date={day}": stats for day, stats in report["days"].items()}
     width = max(map(len, ["partition", *days])) + 1
     head = f"{'partition':<{width}}{'rows':>12}{'positive':>10}"
     rows = [
-        f"{name:<{width}}{figures['rows']:>12,}{figures['positive']:>10.2%}"
-        for name, figures in days.items()
+        f"{name:<{width}}{stats['rows']:>12,}{stats['positive']:>10.2%}"
+        for name, stats in days.items()
     ]
     return "\n".join([*lines, head, *rows])
 

@@ -180,9 +180,9 @@ def _check_pictures(engine: SqlEngine, items: ItemTable) -> None:
         path = quoted(f"t_{name}")
         rows = f"SELECT DISTINCT id, {path} AS path FROM item_snapshots WHERE {path} <> ''"
         ids, paths = engine.table(f"{rows} ORDER BY 1, 2").columns
-        for place, (item, path) in enumerate(zip(ids.to_pylist(), paths.to_pylist())):
+        for number, (item, path) in enumerate(zip(ids.to_pylist(), paths.to_pylist())):
             file = _location(content, path)
-            if place == 0:
+            if number == 0:
                 where = f"{file}: the picture of item {item}"
                 check_first_image([(pa.array([_read(content, item, path)]), where)])
             elif file.is_local and not file.exists():

@@ -64,10 +64,10 @@ class ContentStore:
                 if not kind.write(column, partial) and not self.may_be_empty:
                     raise column.empty()
                 bad_rows = self.items.bad_rows.counts.items()
-                skipped = [[*place, *rows] for place, rows in bad_rows if place[1] == column.name]
+                skipped = [[*cause, *rows] for cause, rows in bad_rows if cause[1] == column.name]
                 (partial / SKIPPED).write_text(json.dumps(skipped))
-        for *place, rows, first in json.loads((folder / SKIPPED).read_text()):
-            self.items.bad_rows.counts[tuple(place)] = (rows, first)
+        for *cause, rows, first in json.loads((folder / SKIPPED).read_text()):
+            self.items.bad_rows.counts[tuple(cause)] = (rows, first)
         self.hashes[name] = stored_hashes(folder)
         self.use(name, folder)
         assert len(self.arrays[name]) == self.items.num_rows
@@ -83,8 +83,8 @@ class ContentStore:
 
     def rows_of(self, item_ids: np.ndarray) -> np.ndarray:  # [U] -> int64 [U]
         """Return the rows of items in the arrays, -1 for an unknown item."""
-        place = np.searchsorted(self._ids, item_ids).clip(max=len(self._ids) - 1)
-        return np.where(self._ids[place] == item_ids, self._rows[place], -1)
+        index = np.searchsorted(self._ids, item_ids).clip(max=len(self._ids) - 1)
+        return np.where(self._ids[index] == item_ids, self._rows[index], -1)
 
     def item_hashes(self) -> tuple[np.ndarray, np.ndarray]:  # int64 [N], uint64 [N]
         """Return the ids of all items, ascending, and a hash of the content of each."""

@@ -125,13 +125,13 @@ class RowWriter(RaggedWriter):
         self._file.truncate(self._first_byte + self.num_entries * self._entry_bytes)
 
     def write(self, rows: np.ndarray, values: np.ndarray) -> None:  # [n], [their entries, ...]
-        place = 0
+        start = 0
         for row in rows.tolist():
-            entries = values[place : place + self.lengths[0][row]]
+            entries = values[start : start + self.lengths[0][row]]
             self._file.seek(self._first_byte + int(self._starts[row]) * self._entry_bytes)
             self._file.write(np.ascontiguousarray(entries, self.dtype).data)
-            place += len(entries)
-        assert place == len(values)
+            start += len(entries)
+        assert start == len(values)
 
 
 def share_rows(folder: Path, distinct: np.ndarray) -> None:  # distinct [N], in [-1, S)

@@ -221,5 +221,5 @@ def _refuse(path: Path, table: pa.Table, column: str, wrong: np.ndarray, reason:
         row = int(wrong.argmax())
         value, first = table[column][row].as_py(), {".csv": 2, ".dat": 1}.get(path.suffix, 0)
         header = " (the header is row 1)" if path.suffix == ".csv" else ""
-        place = f"column '{column}', row {row + first}{header}"
-        raise ValueError(f"{path}: {place}: {reason.format(value)}")
+        location = f"column '{column}', row {row + first}{header}"
+        raise ValueError(f"{path}: {location}: {reason.format(value)}")

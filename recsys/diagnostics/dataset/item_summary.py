@@ -160,7 +160,7 @@ def _summarize_file(file: Location, num_items: int) -> ColumnSummary:
     features, summary = FeatureFile(file), ColumnSummary("feature")
     summary.widths[features.width] = features.num_rows
     sample: list[bytes] = []
-    for first, values in features.pieces():
+    for first, values in features.blocks():
         is_token = ~np.isnan(values).all(axis=2)
         lengths = is_token.sum(axis=1)
         bad = (is_token & ~np.isfinite(values).all(axis=2)).any(axis=1)

@@ -10,7 +10,7 @@ from recsys.checkpoint.partitions import ContinualFolder
 from recsys.checkpoint.run_folder import check_metrics, read_item_counts
 from recsys.checkpoint.run_schema import PARTITION
 from recsys.config.ranking import softmax_settings
-from recsys.data.item_frequency import PARTS
+from recsys.data.item_frequency import SUBSETS
 from recsys.diagnostics.run_report.page import Section, html_page, metrics_table
 from recsys.diagnostics.run_report.projector import (
     category_column,
@@ -163,7 +163,7 @@ def _compared_with_mean(name: str, ratio: float | None) -> list[str]:
 
 
 def _parts(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {part: report if part == "all" else report[part] for part in PARTS}
+    return {part: report if part == "all" else report[part] for part in SUBSETS}
 
 
 def findings(metrics_by_part: dict[str, dict[str, Any]]) -> list[str]:

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from recsys.checkpoint.partitions import ContinualFolder
 from recsys.config import BestModelBy
-from recsys.data.item_frequency import PARTS
+from recsys.data.item_frequency import SUBSETS
 from recsys.diagnostics.run_report.page import (
     BLUE,
     GREY,
@@ -143,7 +143,7 @@ def _style(num_points: int) -> dict[str, Any]:
 
 
 SHOWN = {"auc": "AUC", "gauc": "GAUC", "ne": "normalised entropy", "rmse": "RMSE", "mae": "MAE"}
-COLOURS = dict(zip(PARTS, (BLUE, GREY, ORANGE, "#7a4f9a")))
+COLOURS = dict(zip(SUBSETS, (BLUE, GREY, ORANGE, "#7a4f9a")))
 
 
 def prequential(run: Path, has_probabilities: bool) -> Section:
@@ -177,7 +177,7 @@ def _by_partition(lines: list[dict[str, Any]], names: dict[str, str]) -> list[Dr
         return []
     figure, all_axes = new_figure(len(shown))
     for axes, name in zip(all_axes, shown):
-        for part in PARTS:
+        for part in SUBSETS:
             values = [_of(line, part).get(name) for line in lines]
             points = [(place, value) for place, value in enumerate(values) if value is not None]
             if points:

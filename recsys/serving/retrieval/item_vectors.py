@@ -103,7 +103,7 @@ class UserTower(Scorer):
         user, history = request_columns(schema, manifest.pooled, manifest.dense)
         return (
             [name for name in user if name in names or not schema.lookup_of(name)],
-            [name for name in history if name in names or not schema.lookup_beside(name)],
+            [name for name in history if name in names or not schema.lookup_of_list(name)],
         )
 
     def query(

@@ -24,7 +24,7 @@ from recsys.checkpoint.warm_start.plan import plan_warm_start
 from recsys.checkpoint.warm_start.source import Source, WarmStart
 from recsys.config import Config, ContinualSettings, RankingSettings, softmax_settings
 from recsys.data.interactions import Interactions
-from recsys.data.item_frequency import PARTS, ItemCounts
+from recsys.data.item_frequency import SUBSETS, ItemCounts
 from recsys.data.row_source import RowSource, open_rows
 from recsys.data.schema import Schema
 from recsys.data.vocabularies import UnknownIds, format_unknown
@@ -180,7 +180,7 @@ class PartitionRun:
         reporter = Reporter(job, self.folder.path, progress, counts_all_steps=True)
         if line is not None:
             reporter.evaluation("prequential", 0, {**line, "rows": None})
-            for part in PARTS[1:]:
+            for part in SUBSETS[1:]:
                 reporter.evaluation(f"prequential/{part}", 0, line[part])
         lockstep = self.continual.lockstep
         return PartitionTrainer(
