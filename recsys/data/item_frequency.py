@@ -18,7 +18,7 @@ from recsys.data.parquet.columns import RowColumns
 from recsys.data.parquet.values import ROW_POSITION
 from recsys.data.row_source import RowSource
 from recsys.data.schema import Schema
-from recsys.storage.files import whole_file
+from recsys.storage.files import atomic_file
 
 if TYPE_CHECKING:
     from recsys.distributed.ranks import Ranks
@@ -64,7 +64,7 @@ class ItemCounts:
         return cls(*np.load(path, mmap_mode="r"))
 
     def save(self, path: Path) -> None:
-        with whole_file(path) as partial, partial.open("wb") as file:
+        with atomic_file(path) as partial, partial.open("wb") as file:
             np.save(file, np.stack([self.items, self.counts]))
 
     def of(self, items: np.ndarray) -> np.ndarray:  # int64 [N] -> int64 [N]

@@ -101,8 +101,8 @@ class PrecisionAtK:
         user_of_tie = np.cumsum(new_user)[tie_begin] - 1
 
         rows = np.diff(np.append(tie_begin, len(label)))
-        places_before = tie_begin - user_begin[user_of_tie]
-        expected_share = np.clip(self.k - places_before, 0, rows) / rows  # of a tie's rows
+        rows_above = tie_begin - user_begin[user_of_tie]
+        expected_share = np.clip(self.k - rows_above, 0, rows) / rows  # of a tie's rows
         hits = np.add.reduceat(label, tie_begin) * expected_share
         user_rows = np.diff(np.append(user_begin, len(label)))
         precision = np.bincount(user_of_tie, hits) / np.minimum(user_rows, self.k)

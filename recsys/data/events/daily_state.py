@@ -26,11 +26,11 @@ from recsys.data.events.settings import EventsConfig
 from recsys.data.events.sql import FOREVER, SqlEngine, listed
 from recsys.data.events.times import duration
 from recsys.storage.files import (
+    atomic_folder,
+    atomic_write,
     read_json,
     recover_folder,
     replace_folder,
-    whole_folder,
-    write_whole,
 )
 from recsys.storage.lock import JobLock
 
@@ -150,13 +150,13 @@ class DailyFolder:
     @contextmanager
     def commit(self) -> Iterator[Path]:
         """Yield a folder whose files are all moved to OUT at the end, or none of them."""
-        with whole_folder(self.path / READY) as partial:
+        with atomic_folder(self.path / READY) as partial:
             yield partial
         self._publish()
 
     def write_progress(self, folder: Path, progress: Progress) -> None:
         content = {"format": FORMAT, **asdict(progress)}
-        write_whole(folder / STATE / PROGRESS, json.dumps(content, indent=1) + "\n")
+        atomic_write(folder / STATE / PROGRESS, json.dumps(content, indent=1) + "\n")
 
     def _publish(self) -> None:
         """Move the files of a committed call: partitions after what they need, the state last."""

@@ -13,7 +13,7 @@ from recsys.data.events.samples import make_rows, split_conditions
 from recsys.data.events.settings import EventsConfig
 from recsys.data.events.snapshots import read_snapshots
 from recsys.data.events.sql import SqlEngine, open_engine
-from recsys.storage.files import whole_folder
+from recsys.storage.files import atomic_folder
 
 
 def prepare_events(
@@ -38,7 +38,7 @@ def prepare_events(
         return report
     settings = load_events_config(config, source)
     with (
-        whole_folder(unused_folder(out)) as partial,
+        atomic_folder(unused_folder(out)) as partial,
         open_engine(partial, temp, memory, threads, spark_master) as engine,
     ):
         return write_datasets(engine, settings, partial)

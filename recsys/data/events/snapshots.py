@@ -18,7 +18,7 @@ from recsys.data.events.sql import FOREVER, SqlEngine, aligned, filled, listed, 
 from recsys.data.events.times import is_text
 from recsys.data.items.images import check_first_image
 from recsys.data.parquet.values import is_list
-from recsys.storage.files import whole_file
+from recsys.storage.files import atomic_file
 from recsys.storage.location import Location
 
 
@@ -195,7 +195,7 @@ def add_pictures(folder: Path, items: ItemTable, id_column: str) -> None:
     if not contents:
         return
     for file in sorted(folder.glob("*.parquet")):
-        with pq.ParquetFile(file) as source, whole_file(file) as new_file:
+        with pq.ParquetFile(file) as source, atomic_file(file) as new_file:
             schema = source.schema_arrow
             for name in contents:
                 schema = schema.set(schema.get_field_index(name), pa.field(name, pa.binary()))

@@ -17,7 +17,7 @@ from recsys.data.items.item_table import ItemColumnReader, ItemTable, digest_of
 from recsys.data.items.kind import ContentInput, ModalityKind, make_kinds
 from recsys.data.items.ragged_array import RaggedArray, stored_hashes
 from recsys.data.schema_columns import Items
-from recsys.storage.files import home_expanded, whole_folder
+from recsys.storage.files import atomic_folder, home_expanded
 
 SKIPPED = "skipped.json"  # file in an array's folder with the unusable rows that it lacks
 
@@ -60,7 +60,7 @@ class ContentStore:
         key = digest_of(column.fingerprint(), kind.modality.kind, settings)
         folder = self.cache / f"{type(kind).__name__.lower()}-{key}"
         if not folder.exists():
-            with whole_folder(folder, may_exist=True) as partial:
+            with atomic_folder(folder, may_exist=True) as partial:
                 if not kind.write(column, partial) and not self.may_be_empty:
                     raise column.empty()
                 bad_rows = self.items.bad_rows.counts.items()

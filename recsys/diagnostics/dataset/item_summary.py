@@ -64,7 +64,7 @@ def footer_statistics(metadata: pq.FileMetaData, name: str) -> Iterator[pq.Stati
 def _time(value: Any) -> datetime | None:
     """Return an integer, date or time as UTC time; None for an integer outside of `UNITS`."""
     if isinstance(value, int):
-        units = (unit for low, high, unit in UNITS if low <= value < high)
+        units = (unit for lower, upper, unit in UNITS if lower <= value < upper)
         return next((datetime.fromtimestamp(value / unit, UTC) for unit in units), None)
     if not isinstance(value, datetime):
         value = datetime(value.year, value.month, value.day)

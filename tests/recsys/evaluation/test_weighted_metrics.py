@@ -145,7 +145,7 @@ def test_rows_to_predict_need_no_weights_and_a_run_goes_on_with_its_own_alone(
         assert pq.read_table(out).num_rows == rows.num_rows
         root = Location.of(str(folder / "repeated"))
         with pytest.raises(ValueError, match="'times'"):
-            schema_of_data(folder / "run", root, ranks, goes_on=True)
+            schema_of_data(folder / "run", root, ranks, is_resumed=True)
         assert schema_of_data(folder / "run", root, ranks).weight is None
 
 
