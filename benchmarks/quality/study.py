@@ -259,7 +259,7 @@ def _headline(results: Sequence[CellResult]) -> str:
         [
             result.cell.name,
             f"{len(result.runs)}",
-            *(in_parentheses(_number(result.median(column)), result.users(column)) for column in COLUMNS),
+            *(in_parentheses(_number(result.median(c)), result.users(c)) for c in COLUMNS),
             f"{result.training('seconds') or 0:,.0f}",
             f"{(result.training('peak_bytes') or 0) / 2**30:.1f}",
         ]
