@@ -143,9 +143,9 @@ def benchmark(*args: str, **options: Any) -> AppDef:
 
 def _check_counts(nproc: int, nnodes: int, gpu: int, max_retries: int) -> None:
     counts = {"nproc": (nproc, 1), "nnodes": (nnodes, 1), "max_retries": (max_retries, 0)}
-    for name, (value, least) in counts.items():
-        if value < least:
-            raise ValueError(f"--{name} {value}; set at least {least}")
+    for name, (value, minimum) in counts.items():
+        if value < minimum:
+            raise ValueError(f"--{name} {value}; set at least {minimum}")
     if 0 < gpu < nproc:
         raise ValueError(
             f"--nproc {nproc} is more than --gpu {gpu}: each rank needs a GPU of its own; "

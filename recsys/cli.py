@@ -20,16 +20,16 @@ atexit.register(gc.freeze)  # else the last garbage collection scans all modules
 GARBAGE_THRESHOLDS = (50_000, 10, 10)
 
 
-def main(words: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run one command; a user's error is one line and exit code 1."""
-    words = sys.argv[1:] if words is None else words
+    argv = sys.argv[1:] if argv is None else argv
     gc.set_threshold(*GARBAGE_THRESHOLDS)
-    if words == ["doctor"]:  # must work where nothing else can be imported
+    if argv == ["doctor"]:  # must work where nothing else can be imported
         return doctor.main()
     _silence_advice_to_library_developers()
     try:
         doctor.require_matching_packages()
-        return _run(words)
+        return _run(argv)
     except (ValueError, OSError, doctor.InstallationError) as error:
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
         # One write, so that the lines of several ranks do not mix.
@@ -41,45 +41,45 @@ def main(words: list[str] | None = None) -> int:
         return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
 
 
-def _run(words: Sequence[str]) -> int:
+def _run(argv: Sequence[str]) -> int:
     from recsys.config.parser import meant
 
-    if broken := next((word for word in words if "\0" in word), None):
+    if broken := next((argument for argument in argv if "\0" in argument), None):
         raise ValueError(f"{broken!r} has a NUL character, which no name or value may have")
-    words = _action_first(words)
+    argv = _action_first(argv)
     for length in (2, 1):  # such as `prepare events`, then `train`
-        name = " ".join(words[:length])
+        name = " ".join(argv[:length])
         if name in COMMANDS:
-            return _run_command(name, words[length:])
-    names = [name for name in COMMANDS if name.split()[0] == "".join(words[:1])]
-    if words and words[0] in ("-V", "--version"):
+            return _run_command(name, argv[length:])
+    names = [name for name in COMMANDS if name.split()[0] == "".join(argv[:1])]
+    if argv and argv[0] in ("-V", "--version"):
         from importlib.metadata import version
 
         print(f"recsys {version('recsys-em3')}")
         return 0
-    if words and not words[0].startswith("-") and not (names and set(words[1:]) <= HELP):
-        command, candidates = (" ".join(words[:2]), names) if names else (words[0], list(COMMANDS))
+    if argv and not argv[0].startswith("-") and not (names and set(argv[1:]) <= HELP):
+        command, candidates = (" ".join(argv[:2]), names) if names else (argv[0], list(COMMANDS))
         sys.stderr.write(f"error: recsys has no command '{command}'{meant(command, candidates)}\n")
         return 2
     _print_commands(names or list(COMMANDS))
-    return 0 if HELP & {*words} else 2
+    return 0 if HELP & {*argv} else 2
 
 
-def _action_first(words: Sequence[str]) -> Sequence[str]:
+def _action_first(argv: Sequence[str]) -> Sequence[str]:
     """Put the action of `prepare --log-level debug events` before the options."""
-    for place, (previous, word) in enumerate(pairwise(words), 1):
+    for index, (previous, argument) in enumerate(pairwise(argv), 1):
         is_value = previous.startswith("--") and "=" not in previous
-        if f"{words[0]} {word}" in COMMANDS and not is_value:
-            return [words[0], word, *words[1:place], *words[place + 1 :]]
-    return words
+        if f"{argv[0]} {argument}" in COMMANDS and not is_value:
+            return [argv[0], argument, *argv[1:index], *argv[index + 1 :]]
+    return argv
 
 
-def _run_command(name: str, words: Sequence[str]) -> int:
+def _run_command(name: str, argv: Sequence[str]) -> int:
     from recsys.commands.options import command_parser, options_of
     from recsys.distributed.log import configure_logging
 
-    command, parser = command_parser(name, words)
-    arguments = parser.instantiate(parser.parse_args(words))
+    command, parser = command_parser(name, argv)
+    arguments = parser.instantiate(parser.parse_args(argv))
     rank = int(os.environ.get("RANK", "0"))
     configure_logging(rank, arguments["log_level"], arguments["log_format"])
     positional, keywords = options_of(command, arguments)

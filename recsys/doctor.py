@@ -33,7 +33,7 @@ KERNEL_CAPABILITIES = "8.x, 9.0 and 10.0"
 # NVML's answer where the driver's library and kernel module differ.
 NVML_VERSION_MISMATCH = 18
 
-MANY_MODULES = 100  # an import of more freezes its objects, so that later collections skip them
+LARGE_IMPORT = 100  # an import of more freezes its objects, so that later collections skip them
 
 FBGEMM_CUDA = "fbgemm-gpu"
 FBGEMM_CPU = "fbgemm-gpu-cpu"
@@ -48,7 +48,7 @@ ENCODER_PACKAGES = (
 class Problem:
     """Defect that keeps a job from running."""
 
-    what: str
+    text: str
     fix: str  # a shell command, or what to do where none is enough
 
 
@@ -74,7 +74,7 @@ def require_matching_packages() -> None:
 
 def _refuse(problems: list[Problem]) -> None:
     if problems:
-        lines = [f"{problem.what}\n  fix: {problem.fix}" for problem in problems]
+        lines = [f"{problem.text}\n  fix: {problem.fix}" for problem in problems]
         raise InstallationError("this installation cannot run a job:\n" + "\n".join(lines))
 
 
@@ -108,7 +108,7 @@ def main(compile: bool = False) -> int:
         print(f"\nKernels for CPU: {_kernels(compile)}.\nEverything a job needs works.")
         return 0
     for problem in problems:
-        print(f"\nproblem: {problem.what}\nfix:     {problem.fix}")
+        print(f"\nproblem: {problem.text}\nfix:     {problem.fix}")
     return 1
 
 
@@ -148,15 +148,15 @@ def _fbgemm_problems() -> list[Problem]:
     # PyTorch's own index serves a CPU build under the CUDA name, marked +cpu.
     needs_driver = not installed.get(FBGEMM_CUDA, "+cpu").endswith("+cpu")
     if len(installed) == 2:
-        flaw = f"{FBGEMM_CUDA} and {FBGEMM_CPU} are both installed and overwrite each other's files"
+        text = f"{FBGEMM_CUDA} and {FBGEMM_CPU} are both installed and overwrite each other's files"
     elif needs_driver and not nvidia_driver_found():
-        flaw = (
+        text = (
             f"{FBGEMM_CUDA} {installed[FBGEMM_CUDA]} is the CUDA wheel, which cannot be imported "
             "without an NVIDIA driver, and this machine has none"
         )
     else:
         return []
-    return [Problem(flaw, _reinstall_command(FBGEMM_CUDA, FBGEMM_CPU))]
+    return [Problem(text, _reinstall_command(FBGEMM_CUDA, FBGEMM_CPU))]
 
 
 def _triple_problems() -> list[Problem]:
@@ -171,8 +171,8 @@ def _triple_problems() -> list[Problem]:
         return []
     versions = ", ".join(f"{name} {version}" for name, version in installed.items())
     matching = "; ".join(" / ".join(triple) for triple in MATCHING_TRIPLES)
-    flaw = f"{versions} do not match; the matching versions are {matching}"
-    return [Problem(flaw, install_command())]
+    text = f"{versions} do not match; the matching versions are {matching}"
+    return [Problem(text, install_command())]
 
 
 def _import_problems(imports_torchrec: bool = True) -> list[Problem]:
@@ -181,8 +181,8 @@ def _import_problems(imports_torchrec: bool = True) -> list[Problem]:
         try:
             _import(name)
         except Exception as error:  # a broken shared library may raise any error
-            flaw = f"import {name} fails: {type(error).__name__}: {error}"
-            return [Problem(flaw, install_command(force=True))]
+            text = f"import {name} fails: {type(error).__name__}: {error}"
+            return [Problem(text, install_command(force=True))]
     import torch
 
     try:
@@ -191,11 +191,11 @@ def _import_problems(imports_torchrec: bool = True) -> list[Problem]:
     except Exception as error:
         offsets, cause = None, f"{type(error).__name__}: {error}"
     if offsets != [0, 1, 3]:
-        flaw = f"FBGEMM is installed but does not compute: {cause}"
-        return [Problem(flaw, install_command(force=True))]
+        text = f"FBGEMM is installed but does not compute: {cause}"
+        return [Problem(text, install_command(force=True))]
     if torch.cuda.is_available() and FBGEMM_CPU in _installed_fbgemm():
-        flaw = f"torch sees a GPU, but {FBGEMM_CPU} has no CUDA operators"
-        return [Problem(flaw, _reinstall_command(FBGEMM_CPU))]
+        text = f"torch sees a GPU, but {FBGEMM_CPU} has no CUDA operators"
+        return [Problem(text, _reinstall_command(FBGEMM_CPU))]
     return []
 
 
@@ -246,7 +246,7 @@ def _gpu_problems() -> list[Problem]:
             )
         elif (reason := untrained_table(f"cuda:{index}")) is not None:
             problems.append(f"{name} does not train a table of FBGEMM: {reason}")
-    return [Problem(flaw, "use another GPU, or set device to cpu") for flaw in problems]
+    return [Problem(text, "use another GPU, or set device to cpu") for text in problems]
 
 
 def untrained_table(device: str) -> str | None:
@@ -291,7 +291,7 @@ def without_garbage_collection() -> Iterator[None]:
     try:
         yield
     finally:
-        if len(sys.modules) > loaded + MANY_MODULES:
+        if len(sys.modules) > loaded + LARGE_IMPORT:
             gc.freeze()
         if collects:
             gc.enable()
@@ -307,14 +307,14 @@ def _without_compiler() -> Iterator[None]:
         yield
         return
     names = ("allow_in_graph", "assume_constant_result")
-    marks = {name: getattr(torch.compiler, name) for name in names}
+    decorators = {name: getattr(torch.compiler, name) for name in names}
     try:
         for name in names:
             setattr(torch.compiler, name, lambda function: function)
         yield
     finally:
-        for name, mark in marks.items():
-            setattr(torch.compiler, name, mark)
+        for name, decorator in decorators.items():
+            setattr(torch.compiler, name, decorator)
 
 
 def install_command(force: bool = False) -> str:

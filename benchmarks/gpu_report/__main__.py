@@ -84,7 +84,7 @@ def _has_gpu() -> bool:
 def gpu_missing() -> str | None:
     """Return why wheels for CUDA find no GPU, or do not work; None if the wheels are for CPU."""
     if problems := doctor.check_installation():
-        return f"{problems[0].what}\nfix: {problems[0].fix}"
+        return f"{problems[0].text}\nfix: {problems[0].fix}"
     import torch
 
     if torch.version.cuda is None:

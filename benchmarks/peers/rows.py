@@ -22,7 +22,7 @@ from recsys.data.schema import Schema, load_schema
 from recsys.distributed.ranks import joined_ranks
 from recsys.search.search import dataset_digest
 from recsys.serving.retrieval.nearest_items import encoder_means, item_texts
-from recsys.storage.files import whole_folder
+from recsys.storage.files import atomic_folder
 from recsys.storage.location import Location
 
 VECTORS, WIDTHS, TEXTS = "item_vectors.npy", "widths.npy", "texts.json"
@@ -54,7 +54,7 @@ def write_rows(data: str, recipe: Path, out: Path, most_rows: int | None = None)
                 "it, or choose another --out"
             )
         return
-    with whole_folder(out) as partial:
+    with atomic_folder(out) as partial:
         for split in SPLITS:
             rows = open_rows(config.source, Location.of(data), split, schema)
             table = pa.concat_tables(rows.read(*rows.share(0, 1))).slice(0, most_rows)

@@ -16,7 +16,7 @@ from recsys.data.parquet.columns import RowColumns
 from recsys.data.row_source import open_rows
 from recsys.data.schema import load_schema
 from recsys.evaluation.bootstrap import metric_users, pooled_metric
-from recsys.evaluation.metrics import marked
+from recsys.evaluation.metrics import in_parentheses
 from recsys.evaluation.scores import SplitScores
 from recsys.storage.location import Location
 
@@ -72,4 +72,4 @@ def _gauc(parts: list[list[SplitScores]]) -> str:
     defined = [value for value in values if value is not None]
     if not defined:
         return "–"
-    return marked(f"{median(defined):.4f}", metric_users(windows[0], "gauc", "all"))
+    return in_parentheses(f"{median(defined):.4f}", metric_users(windows[0], "gauc", "all"))

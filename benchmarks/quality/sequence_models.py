@@ -27,7 +27,7 @@ from recsys.evaluation.retrieval import catalogue_of, row_gains
 from recsys.search.search import dataset_digest
 from recsys.serving.retrieval.baselines import metrics_by_frequency, settings_with_vectors
 from recsys.serving.retrieval.query_rows import place_of, places, read_query_rows
-from recsys.storage.files import whole_folder
+from recsys.storage.files import atomic_folder
 
 MODELS = ("SASRec", "GRU4Rec", "BERT4Rec")
 FIXED = {"length": 50, "width": 64, "batch_size": 256, "epochs": 100, "patience": 3}
@@ -76,7 +76,7 @@ def _write_rows(job: Job, items: np.ndarray, out: Path) -> Path:
     digest = dataset_digest(job.root)
     folder = out / "rows" / digest
     if not folder.exists():
-        with whole_folder(folder) as partial:
+        with atomic_folder(folder) as partial:
             for split in SPLITS:
                 sequences = _sequences(job, split, items)
                 np.savez(partial / f"{split}.npz", **sequences)  # type: ignore[arg-type]

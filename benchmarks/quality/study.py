@@ -18,10 +18,10 @@ from benchmarks.quality.runs import Plan, Training
 from benchmarks.results import markdown_table, without_places
 from recsys.config import BestModelBy, load_config
 from recsys.evaluation.bootstrap import Interval, metric_users, paired_difference, pooled_metric
-from recsys.evaluation.metrics import LEAST_USERS, MARK_NOTE, marked
-from recsys.evaluation.model_selection import selection_words
+from recsys.evaluation.metrics import FEW_USERS_NOTE, MIN_USERS, in_parentheses
+from recsys.evaluation.model_selection import selection_text
 from recsys.evaluation.scores import SplitScores, read_scores, scores_file
-from recsys.storage.files import write_whole
+from recsys.storage.files import atomic_write
 
 COLUMNS = {
     "AUC": ("auc", "all"),
@@ -34,7 +34,7 @@ INTERVALS = (
     "An effect is the mean over seeds of a cell minus that of its baseline. Intervals are 95 % of "
     "a paired bootstrap: all rows of a user, in all windows and in both cells, are drawn together, "
     "2,000 times; they are stretched for few users, as Student's t is, and below "
-    f"{LEAST_USERS} users there is none. They tell what other users would say, not other seeds. An "
+    f"{MIN_USERS} users there is none. They tell what other users would say, not other seeds. An "
     "effect counts where its interval excludes 0; of many effects that are nothing, about one in "
     "twenty does so by chance."
 )
@@ -185,7 +185,7 @@ class Study:
     @property
     def protocol(self) -> str:
         rows = sum(len(scores.positions) for scores in self.results[0].scores[0])
-        selection = selection_words(self.results[0].best_model_by)
+        selection = selection_text(self.results[0].best_model_by)
         return (
             f"Test split of {', '.join(self.datasets)}: {rows:,} impressions. Every cell has the "
             "same data and the recipe's batch size, epochs and rule of early stopping; the "
@@ -201,7 +201,7 @@ def write_study(study: Study, files: Path) -> None:
         for record in _records(study, cell_effects, peer_effects)
     ]
     lines = ["# Quality of each part", provenance_words(study.about), study.protocol]
-    lines += [_headline(study.results), COSTS, MARK_NOTE]
+    lines += [_headline(study.results), COSTS, FEW_USERS_NOTE]
     if cell_effects:
         lines += [INTERVALS, _effect_table(cell_effects)]
     if peer_effects:
@@ -209,7 +209,7 @@ def write_study(study: Study, files: Path) -> None:
     lines += study.tables
     texts = {"jsonl": "\n".join(records) + "\n", "md": "\n\n".join(lines) + "\n"}
     for ending, text in texts.items():
-        write_whole(files.with_name(f"{files.name}.{ending}"), without_places(text))
+        atomic_write(files.with_name(f"{files.name}.{ending}"), without_places(text))
 
 
 def provenance_words(about: Mapping[str, Any]) -> str:
@@ -259,7 +259,7 @@ def _headline(results: Sequence[CellResult]) -> str:
         [
             result.cell.name,
             f"{len(result.runs)}",
-            *(marked(_number(result.median(column)), result.users(column)) for column in COLUMNS),
+            *(in_parentheses(_number(result.median(c)), result.users(c)) for c in COLUMNS),
             f"{result.training('seconds') or 0:,.0f}",
             f"{(result.training('peak_bytes') or 0) / 2**30:.1f}",
         ]

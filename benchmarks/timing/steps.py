@@ -22,7 +22,7 @@ from recsys.config import Config, load_config
 from recsys.data.batch import Batch
 from recsys.data.interactions import Interactions, loader
 from recsys.data.vocabularies import UnknownIds
-from recsys.diagnostics.profile import mark_parts
+from recsys.diagnostics.profile import label_modules
 from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.ranks import Ranks
 from recsys.distributed.torchrec_internals import require_pipelined
@@ -127,7 +127,7 @@ class ProductSteps:
     def profile(self, steps: int) -> dict[str, Any]:
         """Profile some steps, then count the FLOPs of another one. A collective."""
         with (
-            mark_parts(self.job.em3),
+            label_modules(self.job.em3),
             profile(activities=[ProfilerActivity.CPU]) as profiler,
         ):
             begin = time.perf_counter()

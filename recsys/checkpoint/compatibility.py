@@ -33,8 +33,8 @@ def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
     """Flatten settings to a dict by full name; settings that are unset or off are left out."""
     if isinstance(value, dict):
         settings: dict[str, Any] = {}
-        for name, part in value.items():
-            settings |= flattened(part, f"{prefix}.{name}" if prefix else name)
+        for name, item in value.items():
+            settings |= flattened(item, f"{prefix}.{name}" if prefix else name)
         return settings
     return {} if value is None or value is False or value == [] else {prefix: value}
 

@@ -84,9 +84,9 @@ def best_step(run: Path) -> int:
     return int(read_manifest(run / "checkpoints" / BEST)["step"])
 
 
-def check_files(folder: Path, manifest: dict[str, Any], part: int = 0, parts: int = 1) -> None:
-    """Raise a ValueError that names the first missing or changed file; each rank checks a part."""
-    files = dict(sorted(manifest["files"].items())[part::parts])
+def check_files(folder: Path, manifest: dict[str, Any], rank: int = 0, num_ranks: int = 1) -> None:
+    """Raise a ValueError that names the first missing or changed file; each rank checks a share."""
+    files = dict(sorted(manifest["files"].items())[rank::num_ranks])
     for difference in differences(folder, files):
         raise ValueError(f"{difference}; bring it back")
 

@@ -14,7 +14,7 @@ import numpy as np
 from recsys.build import Job
 from recsys.content.item_vectors import encode_into_bank
 from recsys.data.items.item_table import digest_of
-from recsys.storage.files import whole_file
+from recsys.storage.files import atomic_file
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class ChangedItems:
     ids: np.ndarray
     edited: int
     num_known: int  # items that the checkpoint had, too
-    words: str
+    summary: str
 
 
 def item_content_digest(job: Job) -> str | None:
@@ -46,7 +46,7 @@ def keep_item_content(run: Path, job: Job) -> None:
     if path.exists():
         return
     path.parent.mkdir(exist_ok=True)
-    with whole_file(path) as partial, partial.open("wb") as file:
+    with atomic_file(path) as partial, partial.open("wb") as file:
         np.save(file, content)
 
 
@@ -69,7 +69,7 @@ def encode_changed_items(
     find = job.vocabularies.find_items
     encode_into_bank(job.em3.content, job.store, ranks, ids=changed.ids, find=find)
     if ranks.is_first:
-        logger.info("%s/items: %s; encoded into the memory bank again", job.root, changed.words)
+        logger.info("%s/items: %s; encoded into the memory bank again", job.root, changed.summary)
 
 
 def changed_items(
@@ -90,9 +90,9 @@ def changed_items(
         stored_items["item"] = new_rows(stored_items["item"])
         stored_items = np.sort(stored_items[stored_items["item"] >= 0], order="item")
     is_stored = np.isin(items["item"], stored_items["item"], assume_unique=True)
-    place = np.searchsorted(stored_items["item"], items["item"][is_stored])
+    index = np.searchsorted(stored_items["item"], items["item"][is_stored])
     edited = is_stored.copy()
-    edited[is_stored] = stored_items["content"][place] != items["content"][is_stored]
+    edited[is_stored] = stored_items["content"][index] != items["content"][is_stored]
     removed = np.setdiff1d(stored_items["item"], items["item"], assume_unique=True)
     summary = (
         f"since the checkpoint was written {edited.sum():,} of {len(items):,} items were edited, "

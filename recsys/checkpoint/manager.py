@@ -54,7 +54,7 @@ class Checkpoints:
         self.frozen, self.items = frozen_digest(job), item_content_digest(job)
         self._damaged: list[Path] = []
         # Writing overlaps with steps, so its collectives must not mix with those of the steps.
-        self._ranks, self._has_own_group = writers or job.ranks.apart(), writers is None
+        self._ranks, self._owns_group = writers or job.ranks.apart(), writers is None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[Future[None], Path] | None = None
         self._failures = 0
@@ -117,7 +117,7 @@ class Checkpoints:
         """Wait for the last write, and end the writer with its group."""
         self.wait()
         self._writer.shutdown()
-        if self._has_own_group:
+        if self._owns_group:
             dist.destroy_process_group(self._ranks.own_group)
 
     @property
@@ -125,8 +125,8 @@ class Checkpoints:
         """Checkpoint from which the run would continue now; waits for a write in progress."""
         if self._pending is not None:
             wait([self._pending[0]])
-        whole = (path for path in files.folders_by_age(self.folder) if path not in self._damaged)
-        return next(whole, None)
+        intact = (path for path in files.folders_by_age(self.folder) if path not in self._damaged)
+        return next(intact, None)
 
     def _is_copied(self, state: State) -> bool:
         """Decide once, by setting and memory, whether the state is copied first. A collective."""
@@ -179,12 +179,12 @@ class Checkpoints:
                     dcp.save(state, storage_writer=writer, process_group=ranks.group)
             is_read.set()
             with ranks.raise_on_all_ranks():
-                own_files = sorted(partial.glob(f"__{ranks.rank}_*"))
-                own_files += [partial / ".metadata"] if ranks.is_first else []
-                for file in own_files:
+                local_files = sorted(partial.glob(f"__{ranks.rank}_*"))
+                local_files += [partial / ".metadata"] if ranks.is_first else []
+                for file in local_files:
                     flush(file)
-                local = describe_all(partial, own_files)
-            entries = {name: entry for part in ranks.gather(local) for name, entry in part.items()}
+                local = describe_all(partial, local_files)
+            entries = {name: entry for rank in ranks.gather(local) for name, entry in rank.items()}
             with ranks.raise_on_all_ranks():
                 if ranks.is_first:
                     run_files = files.run_file_hashes(folder.parents[1])
@@ -245,12 +245,12 @@ class Checkpoints:
         progress.validations += is_best  # counts the one that chose this model
         stored_stage = Stage(manifest["world_size"], config["batch_size"], progress.batches)
         current = Stage(ranks.world_size, job.config.batch_size, progress.batches)
-        num_before, num_parts = config["validations_per_epoch"], job.config.validations_per_epoch
-        if progress.batches and (stored_stage != current or num_before != num_parts):
+        num_stored, num_current = config["validations_per_epoch"], job.config.validations_per_epoch
+        if progress.batches and (stored_stage != current or num_stored != num_current):
             progress.stages.append(stored_stage)
             progress.batches = 0
-        if num_before != num_parts:  # parts whose rows are read are empty now
-            progress.validations = num_parts if progress.validations == num_before else 0
+        if num_stored != num_current:  # parts whose rows are read are empty now
+            progress.validations = num_current if progress.validations == num_stored else 0
         if stored_stage.world_size != ranks.world_size:
             torch.manual_seed(job.config.seed + 1 + ranks.rank + 1000003 * progress.steps)
         job.set_step(progress.age, progress.dense_steps)

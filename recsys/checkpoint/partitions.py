@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from recsys.storage.files import read_json, write_whole
+from recsys.storage.files import atomic_write, read_json
 
 STATE = "continual.json"
 METRICS_LINES = "metrics.jsonl"
@@ -76,7 +76,7 @@ class ContinualFolder:
 
     def write(self, state: RunState) -> None:
         content = {"format": FORMAT, **asdict(state)}
-        write_whole(self.path / STATE, json.dumps(content, indent=1) + "\n")
+        atomic_write(self.path / STATE, json.dumps(content, indent=1) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of `metrics.jsonl`, one a scored partition; damage is a ValueError."""
@@ -94,7 +94,7 @@ class ContinualFolder:
         if any(stored["partition"] == line["partition"] for stored in lines):
             return False
         text = "".join(json.dumps(metrics) + "\n" for metrics in [*lines, line])
-        write_whole(self.path / METRICS_LINES, text)
+        atomic_write(self.path / METRICS_LINES, text)
         return True
 
 

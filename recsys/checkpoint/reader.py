@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from recsys.storage.files import whole_file
+from recsys.storage.files import atomic_file
 from recsys.storage.output_file import check_output
 
 BLOCK_BYTES = 2**25  # bytes of rows that are read at a time
@@ -117,36 +117,36 @@ class StoredTensor:
         result = torch.empty(sizes, dtype=entry.properties.dtype)
         range_ = ChunkStorageMetadata(offsets=offsets, sizes=sizes)
         for item in create_read_items_for_chunk_list(self.key, entry, [range_]):
-            piece = self._read(item)
+            chunk = self._read(item)
             ranges = zip(item.dest_offsets, item.lengths, strict=True)
-            result[tuple(slice(first, first + length) for first, length in ranges)] = piece
-            num_read += piece.numel()
+            result[tuple(slice(first, first + length) for first, length in ranges)] = chunk
+            num_read += chunk.numel()
         assert num_read == result.numel(), f"{self.key}: pieces do not cover the tensor"
         return result
 
     def _read(self, item: ReadItem) -> Tensor:
-        """Read rows of one stored piece with all its columns: [rows] or [rows, columns]."""
-        place = self.reader.metadata.storage_data[item.storage_index]
-        assert not place.transform_descriptors, "checkpoints are written without compression"
-        path = Path(self.reader.path, place.relative_path)
+        """Read rows of one stored chunk with all its columns: [rows] or [rows, columns]."""
+        info = self.reader.metadata.storage_data[item.storage_index]
+        assert not info.transform_descriptors, "checkpoints are written without compression"
+        path = Path(self.reader.path, info.relative_path)
         row, row_size = item.storage_offsets[0], math.prod(item.lengths[1:])
         try:
             with path.open("rb") as file:
                 header = torch.load(
-                    self.reader._slice_file(file, place), map_location="meta", weights_only=True
+                    self.reader._slice_file(file, info), map_location="meta", weights_only=True
                 )
-                assert header.is_contiguous() and header.shape[1:] == item.lengths[1:], place
-                begin = place.offset + header.untyped_storage()._checkpoint_offset
-                piece = torch.empty(item.lengths, dtype=header.dtype)
+                assert header.is_contiguous() and header.shape[1:] == item.lengths[1:], info
+                begin = info.offset + header.untyped_storage()._checkpoint_offset
+                chunk = torch.empty(item.lengths, dtype=header.dtype)
                 file.seek(begin + row * row_size * header.itemsize)
-                if file.readinto(piece.view(torch.uint8).numpy().data) != piece.nbytes:
+                if file.readinto(chunk.view(torch.uint8).numpy().data) != chunk.nbytes:
                     raise EOFError("the file ends early")
         except (OSError, EOFError, RuntimeError) as error:
             raise ValueError(
                 f"{path}: {self.title} cannot be read ({error}); copy the checkpoint again or use "
                 "another one"
             ) from error
-        return piece
+        return chunk
 
 
 # Names in the two collections of recsys.model.em3.EM3.
@@ -177,7 +177,7 @@ def export_tables(folder: Path, out: Path, tables: list[str] | None = None) -> d
     out.parent.mkdir(parents=True, exist_ok=True)
     # Weights hardly ever repeat: a dictionary of them would only cost memory and time.
     options = {"use_dictionary": ["table"], "write_statistics": ["table", "row"]}
-    with whole_file(out) as partial, pq.ParquetWriter(partial, schema, **options) as writer:
+    with atomic_file(out) as partial, pq.ParquetWriter(partial, schema, **options) as writer:
         for table in selected:
             for start, block in table.blocks():
                 table_names = pa.repeat(table.name, len(block)).dictionary_encode()

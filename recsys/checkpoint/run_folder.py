@@ -21,11 +21,11 @@ from recsys.data.item_frequency import ItemCounts
 from recsys.data.schema import vocabulary_file
 from recsys.distributed.job import JobName, restarts
 from recsys.distributed.ranks import Ranks
-from recsys.storage.files import read_json, recover_folder, regular_file, whole_file, write_whole
+from recsys.storage.files import atomic_file, atomic_write, read_json, recover_folder, regular_file
 from recsys.storage.location import Location
 
 ITEM_COUNTS = "item_counts.npy"
-ITEM_COUNTS_BEFORE = "item_counts_before.npy"  # of the runs started from, by this run's rows
+EARLIER_ITEM_COUNTS = "item_counts_before.npy"  # of the runs started from, by this run's rows
 SKIPPED_ROWS = "skipped_rows.json"
 LOCK = ".lock"  # held by the job that writes the folder
 METRICS = "metrics.json"
@@ -33,7 +33,7 @@ JOB = ".job.json"  # the job that began the run and, once it has finished, hashe
 REPLACED = ".checkpoints.replaced"
 COMPARISON = "comparison.json"
 BASELINE = "id_only"  # folder of the ID-only baseline's run
-BASELINE_MARK = ".has_id_only"  # marks the folder BASELINE as this run's own
+BASELINE_MARKER = ".has_id_only"  # marks the folder BASELINE as this run's own
 
 
 def find_start(run: Path, resume: Resume, overwrite: bool, ranks: Ranks) -> bool:
@@ -100,7 +100,7 @@ def was_restarted(run: Path) -> bool:
 
 def _write_job(run: Path, finished: bool, **results: str | None) -> None:
     content = {**asdict(JobName.of_environment()), "finished": finished, **results}
-    write_whole(run / JOB, json.dumps(content) + "\n")
+    atomic_write(run / JOB, json.dumps(content) + "\n")
 
 
 def finish_run(run: Path) -> None:
@@ -134,7 +134,7 @@ def begin_run(run: Path, job: Job, item_counts: ItemCounts, skipped_rows: dict[s
         run.mkdir(parents=True, exist_ok=True)
         _write_job(run, finished=False)
         item_counts.save(run / ITEM_COUNTS)  # rank 0 has the counts of all ranks
-        write_whole(run / SKIPPED_ROWS, json.dumps(skipped_rows, indent=1) + "\n")
+        atomic_write(run / SKIPPED_ROWS, json.dumps(skipped_rows, indent=1) + "\n")
         keep_vocabularies(run, job)
         write_run_schema(run, job.schema)
 
@@ -145,10 +145,10 @@ def _empty(run: Path) -> None:
     shutil.rmtree(run / REPLACED, ignore_errors=True)
     if (run / "checkpoints").exists():
         (run / "checkpoints").rename(run / REPLACED)
-    baseline = [BASELINE] if (run / BASELINE_MARK).exists() else []
+    baseline = [BASELINE] if (run / BASELINE_MARKER).exists() else []
     for name in (REPLACED, "tensorboard", "vocabulary", FOLDER, *baseline):
         shutil.rmtree(run / name, ignore_errors=True)
-    files = (COMPARISON, BASELINE_MARK, JOB, WARM_START, ITEM_COUNTS_BEFORE)
+    files = (COMPARISON, BASELINE_MARKER, JOB, WARM_START, EARLIER_ITEM_COUNTS)
     for pattern in (*files, "scores_*.parquet", "evaluation_*.json", "baselines_*.json"):
         for file in run.glob(pattern):
             file.unlink(missing_ok=True)
@@ -174,8 +174,8 @@ def read_item_counts(run: Path, num_items: int | None, name: str = ITEM_COUNTS) 
 
 def trained_counts(run: Path, num_items: int | None) -> ItemCounts:
     """Return the training rows of each item, in a run and in those it was started from."""
-    has_earlier = (run / ITEM_COUNTS_BEFORE).exists()
-    names = [ITEM_COUNTS, ITEM_COUNTS_BEFORE] if has_earlier else [ITEM_COUNTS]
+    has_earlier = (run / EARLIER_ITEM_COUNTS).exists()
+    names = [ITEM_COUNTS, EARLIER_ITEM_COUNTS] if has_earlier else [ITEM_COUNTS]
     return ItemCounts.sum_of([read_item_counts(run, num_items, name) for name in names])
 
 
@@ -216,9 +216,9 @@ def check_encoders(run: Path, job: Job) -> None:
 
 def describe_run(run: Path, job: Job, data: str) -> None:
     """Write `config.yaml`, `plan.txt`, `encoders.json` and the data's location."""
-    with whole_file(run / "config.yaml") as partial:
+    with atomic_file(run / "config.yaml") as partial:
         save_config(job.config, partial)
-    write_whole(run / "plan.txt", f"{job.plan}\n\n{job.parameters}\n")
+    atomic_write(run / "plan.txt", f"{job.plan}\n\n{job.parameters}\n")
     write_identities(encoder_identities(job), run)
     keep_item_content(run, job)
-    write_whole(run / "data.txt", f"{data}\n")
+    atomic_write(run / "data.txt", f"{data}\n")

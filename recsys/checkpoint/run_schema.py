@@ -18,7 +18,7 @@ from recsys.data.schema import Schema, load_schema, load_vocabularies, parse_sch
 from recsys.data.schema_columns import VOCABULARY_SETTINGS, Column, IdType
 from recsys.data.transforms.chain import set_chain
 from recsys.distributed.ranks import Ranks
-from recsys.storage.files import read_json, regular_file, write_whole
+from recsys.storage.files import atomic_write, read_json, regular_file
 from recsys.storage.location import Location
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def write_run_schema(run: Path, schema: Schema) -> None:
     content = {"schema": _plain(schema), "raw_ids": _raw_ids(schema)}
     if schema.grown:
         content["grown"] = schema.grown
-    write_whole(run / FILE, HEAD + yaml.safe_dump(content, sort_keys=False))
+    atomic_write(run / FILE, HEAD + yaml.safe_dump(content, sort_keys=False))
 
 
 def load_run_schema(run: Path, with_vocabularies: bool = True) -> Schema:
@@ -61,7 +61,7 @@ def load_run_schema(run: Path, with_vocabularies: bool = True) -> Schema:
     return schema
 
 
-def schema_of_data(run: Path, root: Location, ranks: Ranks, goes_on: bool = False) -> Schema:
+def schema_of_data(run: Path, root: Location, ranks: Ranks, is_resumed: bool = False) -> Schema:
     """Load a dataset's schema for the model of a run: the run's columns, in the run's order.
 
     Further columns are refused if training goes on, else ignored. A ValueError lists differences.
@@ -81,17 +81,15 @@ def schema_of_data(run: Path, root: Location, ranks: Ranks, goes_on: bool = Fals
         is_larger = data.limit(table) > trained.limit(table)
         if table in trained.grown or (is_partition and is_larger):
             data.columns[table].num_embeddings = trained.limit(table)
-    if not goes_on:
+    if not is_resumed:
         _take_weights(trained, data)
-    if differences := list(_differences(trained, data, goes_on)):
+    if differences := list(_differences(trained, data, is_resumed)):
         raise ValueError(
             f"{root}/{FILE}: differs from {run / FILE}, on which the run was trained: "
             f"{'; '.join(differences)}. Set it back, give the data of the run, or train anew"
         )
-    if (further := sorted(data.columns.keys() - trained.columns.keys())) and ranks.is_first:
-        logger.info(
-            "%s/%s: columns that the run does not know are not read: %s", root, FILE, further
-        )
+    if (extra := sorted(data.columns.keys() - trained.columns.keys())) and ranks.is_first:
+        logger.info("%s/%s: columns that the run does not know are not read: %s", root, FILE, extra)
     trained.items = data.items  # read by the names in the configuration
     trained.features = data.features
     if is_partition:
@@ -123,7 +121,7 @@ def agree_on_id_types(schema: Schema, ranks: Ranks) -> None:
             first = schema.id_types.setdefault(table, id_type)
             if first.name != id_type.name:
                 raise ValueError(
-                    f"{id_type.place}: has {id_type.name} ids of '{table}', but {first.place} has "
+                    f"{id_type.file}: has {id_type.name} ids of '{table}', but {first.file} has "
                     f"{first.name} ids; write them with one type"
                 )
 
@@ -167,9 +165,9 @@ def _plain(schema: Schema) -> dict[str, Any]:
 def _without_empty(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
-    parts = {key: _without_empty(part) for key, part in value.items()}
+    items = {key: _without_empty(item) for key, item in value.items()}
     return {  # a seed of 0 stays, though it is equal to False
-        key: part for key, part in parts.items() if part not in (None, [], {}) and part is not False
+        key: item for key, item in items.items() if item not in (None, [], {}) and item is not False
     }
 
 
@@ -185,7 +183,7 @@ def _raw_ids(schema: Schema) -> dict[str, dict[str, Any]]:
     return raw_ids
 
 
-def _differences(trained: Schema, data: Schema, goes_on: bool) -> Iterator[str]:
+def _differences(trained: Schema, data: Schema, is_resumed: bool) -> Iterator[str]:
     for role in ("target_item", "group"):
         yield from changes(role, {"": getattr(trained, role)}, {"": getattr(data, role)})
     if trained.items is not None and data.items is not None:
@@ -194,7 +192,7 @@ def _differences(trained: Schema, data: Schema, goes_on: bool) -> Iterator[str]:
             kinds = trained.items.columns[name].kind, data.items.columns[name].kind
             yield from changes(f"item column '{name}'", {"kind": kinds[0]}, {"kind": kinds[1]})
     stored, current = described_columns(trained), described_columns(data)
-    for name in [*stored, *(current.keys() - stored.keys() if goes_on else ())]:
+    for name in [*stored, *(current.keys() - stored.keys() if is_resumed else ())]:
         if name not in stored or name not in current:
             owner = "run" if name in stored else "data"
             yield f"{name} is in the {owner}'s schema only"
@@ -220,7 +218,7 @@ def _attributes(column: Column) -> dict[str, Any]:
     return attributes
 
 
-def changes(part: str, stored: dict[str, Any], current: dict[str, Any]) -> Iterator[str]:
+def changes(subject: str, stored: dict[str, Any], current: dict[str, Any]) -> Iterator[str]:
     """Yield a text for each attribute that differs."""
     for name, old_value, new_value in differing(stored, current):
-        yield f"{f'{part} {name}'.rstrip()} (run: {short(old_value)}, data: {short(new_value)})"
+        yield f"{f'{subject} {name}'.rstrip()} (run: {short(old_value)}, data: {short(new_value)})"

@@ -156,7 +156,7 @@ class TrainingState:
 
 def num_bytes(state: State) -> int:
     """Return the bytes of the tensors on this rank."""
-    return sum(piece.tensor.nbytes for value in state.values() for piece in local_pieces(value))
+    return sum(shard.tensor.nbytes for value in state.values() for shard in local_shards(value))
 
 
 def copy_of(state: State, job: Job) -> State:
@@ -175,21 +175,21 @@ def describe_not_finite(state: State, parameters: Collection[str]) -> str | None
     for name, value in state.items():
         if name.startswith("model.") and name.removeprefix("model.") not in parameters:
             continue
-        for tensor, first_row, _ in local_pieces(value):
+        for tensor, first_row, _ in local_shards(value):
             dtype = torch.promote_types(tensor.dtype, torch.float32)
             if not tensor.is_floating_point() or tensor.sum(dtype=dtype).isfinite():
                 continue
             rows = (~tensor.isfinite()).reshape(len(tensor) if tensor.dim() else 1, -1).any(dim=1)
             if rows.any():
-                place = first_row + int(rows.int().argmax())
+                row = first_row + int(rows.int().argmax())
                 title = name.removeprefix("model.")
                 if isinstance(value, ShardedTensor) and name.startswith("model."):
                     title = f"table '{name.split('.')[-2]}'"
-                return f"{title}: not finite in {int(rows.sum())} rows, first {place}"
+                return f"{title}: not finite in {int(rows.sum())} rows, first {row}"
     return None
 
 
-class LocalPiece(NamedTuple):
+class LocalShard(NamedTuple):
     """A part of a tensor on this rank: its memory, and its first row and column in the whole."""
 
     tensor: Tensor  # [rows] or [rows, columns]
@@ -197,8 +197,8 @@ class LocalPiece(NamedTuple):
     column: int = 0
 
 
-def local_pieces(value: Tensor | ShardedTensor) -> list[LocalPiece]:
-    """Return the pieces of a tensor on this rank."""
+def local_shards(value: Tensor | ShardedTensor) -> list[LocalShard]:
+    """Return the shards of a tensor on this rank."""
     if not isinstance(value, ShardedTensor):
-        return [LocalPiece(value)]
-    return [LocalPiece(part.tensor, *part.metadata.shard_offsets) for part in value.local_shards()]
+        return [LocalShard(value)]
+    return [LocalShard(s.tensor, *s.metadata.shard_offsets) for s in value.local_shards()]

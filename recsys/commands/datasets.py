@@ -45,13 +45,13 @@ def prepare_events(
         print_table(format_report(report))
         logger.info("written to %s", out)
 
-    places: dict[str, Any] = {"source": source, "memory": memory, "threads": threads, "temp": temp}
-    places["spark_master"] = spark_master if engine == "spark" else None
+    options: dict[str, Any] = {"source": source, "memory": memory, "threads": threads, "temp": temp}
+    options["spark_master"] = spark_master if engine == "spark" else None
     if follow is None:
-        show(prepare(config, out, until=until, **places))
+        show(prepare(config, out, until=until, **options))
         return
     calendar = load_events_config(config, source).calendar
-    follow_files(calendar, follow, partial(prepare_days, config, out, **places), show, until)
+    follow_files(calendar, follow, partial(prepare_days, config, out, **options), show, until)
 
 
 def prepare_movielens(

@@ -10,7 +10,7 @@ from typing import Any
 
 from recsys.commands.options import require_finished
 from recsys.config.plain_yaml import load_plain_yaml
-from recsys.storage.files import read_json, whole_folder
+from recsys.storage.files import atomic_folder, read_json
 
 logger = logging.getLogger(__name__)
 DISTRIBUTION = "recsys-em3"
@@ -35,7 +35,7 @@ def push(folder: Path, repository: str, /, private: bool = True, revision: str =
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     folder = folder if _is_package(folder) else require_finished(folder)
-    _require_whole(folder)
+    _require_complete(folder)
     names = [
         path.relative_to(folder).as_posix()
         for path in sorted(folder.rglob("*"))
@@ -70,7 +70,7 @@ def pull(repository: str, /, out: Path, revision: str = "main", compiled: bool =
 
     if out.exists():
         raise ValueError(f"{out}: exists; name another folder, or remove it")
-    with whole_folder(out) as partial:
+    with atomic_folder(out) as partial:
         with _explained(repository):
             names = HfApi().list_repo_files(repository, revision=revision)
             if COMPILED in names and not compiled:
@@ -82,7 +82,7 @@ def pull(repository: str, /, out: Path, revision: str = "main", compiled: bool =
         for name in HUB_FILES:
             path = partial / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        _require_whole(partial)
+        _require_complete(partial)
     logger.info("%s, revision %s: %s files fetched into %s", repository, revision, len(names), out)
 
 
@@ -92,11 +92,11 @@ def model_card(folder: Path, repository: str) -> str:
 
     data = ModelCardData(library_name=DISTRIBUTION, tags=["recommender", "ranking", "torchrec"])
     if _is_package(folder):
-        kind, place = "package", f"packages/{folder.name}"
-        use, sections = f"recsys serve {place}", ""
+        kind, path = "package", f"packages/{folder.name}"
+        use, sections = f"recsys serve {path}", ""
     else:
-        kind, place = "run", f"runs/{folder.name}"
-        use = f"recsys predict --run {place} --input DATA/test --out predictions.parquet"
+        kind, path = "run", f"runs/{folder.name}"
+        use = f"recsys predict --run {path} --input DATA/test --out predictions.parquet"
         settings = (folder / "config.yaml").read_text()
         sections = (
             f"## Test metrics\n\n{_metrics_table(read_json(folder / 'metrics.json'))}\n\n"
@@ -107,7 +107,7 @@ def model_card(folder: Path, repository: str) -> str:
         f"---\n{data.to_yaml()}\n---\n# {repository.rpartition('/')[2]}\n\n"
         f"A {kind} of {DISTRIBUTION} {version(DISTRIBUTION)}. "
         "Load it only if you trust its author.\n\n"
-        f"```bash\nrecsys pull {repository} --out {place}\n{use}\n```\n\n{sections}"
+        f"```bash\nrecsys pull {repository} --out {path}\n{use}\n```\n\n{sections}"
     )
     return str(ModelCard(text))
 
@@ -129,11 +129,11 @@ def _number(value: Any) -> str:
 
 def _description(config: dict[str, Any]) -> str:
     modalities = (config.get("content") or {}).get("modalities") or {}
-    parts = [
+    texts = [
         f"{name} ({settings['kind']}, {settings.get('encoder') or 'stored'})"
         for name, settings in modalities.items()
     ]
-    content = f"reads {', '.join(parts)}" if parts else "reads no content"
+    content = f"reads {', '.join(texts)}" if texts else "reads no content"
     return f"The ranking model `{config['ranking']['name']}` {content}."
 
 
@@ -141,7 +141,7 @@ def _is_package(folder: Path) -> bool:
     return (folder / "manifest.json").is_file()
 
 
-def _require_whole(folder: Path) -> None:
+def _require_complete(folder: Path) -> None:
     """Raise for a package with a file that differs from its hash, or a folder of another kind."""
     if _is_package(folder):
         from recsys.serving.package import read_manifest

@@ -29,10 +29,10 @@ LOG_OPTIONS = {
 }
 
 
-def command_parser(name: str, words: Sequence[str]) -> tuple[Command, Parser]:
+def command_parser(name: str, argv: Sequence[str]) -> tuple[Command, Parser]:
     """Return a command of COMMANDS and its parser.
 
-    The command line `words` chooses the ranking model, and thereby the settings under `ranking`.
+    The command line `argv` chooses the ranking model, and thereby the settings under `ranking`.
     """
     module, _, attribute = COMMANDS[name][0].partition(":")
     path = module if "." in module else f"recsys.commands.{module}"
@@ -48,7 +48,7 @@ def command_parser(name: str, words: Sequence[str]) -> tuple[Command, Parser]:
     for key, parameter in parameters.items():
         hint, is_required = hints[key], parameter.default is parameter.empty
         if hint is Config:
-            add_config_arguments(parser, with_underscores(words), skip=frozenset(parameters))
+            add_config_arguments(parser, with_underscores(argv), skip=frozenset(parameters))
         elif is_dataclass(hint):  # its fields are options of the command
             parser.add_class_arguments(hint, None, skip=set(parameters))
             parser.options |= get_type_hints(hint)

@@ -216,12 +216,12 @@ def baselines(run: Path, data: str | None = None) -> None:
     from recsys.distributed.log import print_table
     from recsys.distributed.ranks import joined_ranks
     from recsys.serving.retrieval.baselines import compare_with_baselines, format_baselines
-    from recsys.storage.files import write_whole
+    from recsys.storage.files import atomic_write
 
     with joined_ranks("cpu") as ranks:
         reports, _ = compare_with_baselines(run, data, ranks)
     print_table(format_baselines(reports))
-    write_whole(run / "baselines_test.json", json.dumps(reports, indent=2) + "\n")
+    atomic_write(run / "baselines_test.json", json.dumps(reports, indent=2) + "\n")
 
 
 def semantic_ids(

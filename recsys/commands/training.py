@@ -193,11 +193,11 @@ def search(
 def _print_best_trials(study: Search) -> None:
     from embeddings.plan_text import align_columns
     from recsys.distributed.log import print_table
-    from recsys.evaluation.model_selection import selection_words
+    from recsys.evaluation.model_selection import selection_text
     from recsys.search.search import BEST
 
     names = [parameter.name for parameter in study.space]
-    rows = [["trial", selection_words(study.config.best_model_by), *names]]
+    rows = [["trial", selection_text(study.config.best_model_by), *names]]
     for trial in study.ranking()[:NUM_TRIALS_SHOWN]:
         values = [str(trial.params[name]) for name in names]
         rows.append([str(trial.number), f"{abs(trial.values[0]):.4f}", *values])

@@ -14,8 +14,8 @@ UnitInterval = Annotated[float, typing.OpenUnitInterval]
 
 
 def _limited(name: str, kind: type, *limits: tuple[str, float]) -> Any:
-    words = " and ".join(f"{sign} {limit}" for sign, limit in limits)
-    return typing.restricted_number_type(name, kind, list(limits), docstring=words)
+    text = " and ".join(f"{sign} {limit}" for sign, limit in limits)
+    return typing.restricted_number_type(name, kind, list(limits), docstring=text)
 
 
 # Larger values are typos, which would end in an out-of-memory error or take hours to build.
@@ -48,16 +48,16 @@ def check_settings(value: Any, name: str = "", hint: Any = None) -> None:
         for key, item in value.items():
             check_settings(item, f"{name}.{key}", hint)
     elif isinstance(value, list):
-        for place, item in enumerate(value):
-            check_settings(item, f"{name}[{place}]", hint)
+        for index, item in enumerate(value):
+            check_settings(item, f"{name}[{index}]", hint)
     elif isinstance(value, int | float):
         for limit in _limits(hint):
             try:
                 limit(value)
             except ValueError as error:
-                words = str(limit.__doc__).rpartition(" restricted to be ")[2]
-                words = re.sub(r"([<>]=?)(?=\d)", r"\1 ", words)
-                raise ValueError(f"{name} is {value}; it must be {words}") from error
+                text = str(limit.__doc__).rpartition(" restricted to be ")[2]
+                text = re.sub(r"([<>]=?)(?=\d)", r"\1 ", text)
+                raise ValueError(f"{name} is {value}; it must be {text}") from error
 
 
 def _limits(hint: Any) -> Iterator[type]:
@@ -68,9 +68,9 @@ def _limits(hint: Any) -> Iterator[type]:
             yield from _limits(inner_hint)
 
 
-def refuse_options(name: str, part: str, options: dict[str, Any]) -> None:
-    """Raise a ValueError for options of a built-in part: only user-defined classes have options."""
-    if options and ":" not in part:
+def refuse_options(name: str, value: str, options: dict[str, Any]) -> None:
+    """Raise a ValueError for options of a built-in class: only user-defined ones have options."""
+    if options and ":" not in value:
         raise ValueError(
-            f"{name}.options are for a class of your own, but {name}.name is '{part}'; remove them"
+            f"{name}.options are for a class of your own, but {name}.name is '{value}'; remove them"
         )

@@ -112,18 +112,18 @@ def _check_averages(config: Config) -> None:
 
 
 def add_config_arguments(
-    parser: Parser, words: Sequence[str], skip: frozenset[str] = frozenset()
+    parser: Parser, argv: Sequence[str], skip: frozenset[str] = frozenset()
 ) -> None:
     """Add `--config FILE` and every setting of `Config` except `skip` as `--name.of.setting`.
 
-    The command line `words` chooses the ranking model, and thereby its settings. An unknown model,
+    The command line `argv` chooses the ranking model, and thereby its settings. An unknown model,
     or a key under `ranking` that the model lacks, is a ValueError.
     """
     # Only the help text needs docstrings of settings, which are parsed from source files.
-    shows_help = not {"-h", "--help"}.isdisjoint(words)
+    shows_help = not {"-h", "--help"}.isdisjoint(argv)
     set_parsing_settings(docstring_parse_attribute_docstrings=shows_help)
     hints = get_type_hints(Config, include_extras=True)
-    groups = config_first(option_groups(words))
+    groups = config_first(option_groups(argv))
     options = [_option(group) for group in groups if group[0].startswith("--")]
     recipes = {value: _read_recipe(value) for option, value in options if option == "--config"}
     parser.removed = _remove_modalities(options, recipes)
@@ -156,14 +156,14 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """
     if not recipe_file(path).is_file():
         raise ValueError(f"config {path}: no such file; correct the path of the recipe")
-    words = with_underscores(["--config", str(path), *overrides])
+    argv = with_underscores(["--config", str(path), *overrides])
     try:
         parser = Parser(exit_on_error=False, prog="the configuration")
-        add_config_arguments(parser, words)
-        namespace = parser.instantiate(parser.parse_args(words))
+        add_config_arguments(parser, argv)
+        namespace = parser.instantiate(parser.parse_args(argv))
     except Exception as error:
-        place = f"config {path}: "
-        raise ValueError(f"{place}{str(error).removeprefix(place)}") from error
+        prefix = f"config {path}: "
+        raise ValueError(f"{prefix}{str(error).removeprefix(prefix)}") from error
     return config_from(namespace)
 
 

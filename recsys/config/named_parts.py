@@ -44,13 +44,13 @@ def make_part(
     """
     build = find_part(setting, name, paths)
     try:
-        part = build(*arguments, **keywords)
+        result = build(*arguments, **keywords)
     except ValueError:
         raise
     except Exception as error:  # a user's class may raise any error
         raise ValueError(
             f"{setting} '{name}' cannot be made ({type(error).__name__}: {error})"
         ) from error
-    if not isinstance(part, kind):
-        raise ValueError(f"{setting} '{name}' is a {type(part).__name__}, not a {kind.__name__}")
-    return part
+    if not isinstance(result, kind):
+        raise ValueError(f"{setting} '{name}' is a {type(result).__name__}, not a {kind.__name__}")
+    return result

@@ -15,9 +15,9 @@ from jsonargparse import ArgumentParser
 
 from recsys.config.plain_yaml import MODE, RefusedYaml, load_plain_yaml
 
-WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
-WORDS |= {list: "a list", dict: "a mapping"}
-_WORDS_BY_NAME = {kind.__name__: words for kind, words in WORDS.items()}
+TEXTS = {int: "an integer", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+TEXTS |= {list: "a list", dict: "a mapping"}
+_TEXTS_BY_NAME = {kind.__name__: text for kind, text in TEXTS.items()}
 LONGEST = 300  # largest number of characters of a value in a message
 
 
@@ -41,8 +41,8 @@ class Parser(ArgumentParser):
         message = next(filter(None, problems), message)
         if not self.exit_on_error:
             is_unknown = message.startswith("unrecognized arguments: ")
-            super().error(self._in_words(message) if is_unknown else message, ex)
-        sys.stderr.write(f"error: {self._in_words(message)}\n")
+            super().error(self._explained(message) if is_unknown else message, ex)
+        sys.stderr.write(f"error: {self._explained(message)}\n")
         self.exit(2)
 
     def parse_args(self, args: Sequence[str], *arguments: Any, **options: Any) -> Any:  # type: ignore[override]
@@ -50,16 +50,16 @@ class Parser(ArgumentParser):
         groups = option_groups(with_underscores(args))
         if self.settings:
             groups = config_first(groups)
-        hints, words = self.options | self.settings, list[str]()
+        hints, tokens = self.options | self.settings, list[str]()
         for group in groups:
             name, equals, _ = group[0].removeprefix("--").partition("=")
             if name in self.removed:
-                words += group[1 if equals else 2 :]
+                tokens += group[1 if equals else 2 :]
                 continue
             is_flag = group == [f"--{name}"] and _allows(bool, _hint_at(hints, name.split(".")))
-            words += [*group, "true"] if is_flag else group
+            tokens += [*group, "true"] if is_flag else group
         self._check_keys()
-        return super().parse_args(words, *arguments, **options)
+        return super().parse_args(tokens, *arguments, **options)
 
     def parse_object(self, *arguments: Any, **options: Any) -> Any:
         self._check_keys()
@@ -84,7 +84,7 @@ class Parser(ArgumentParser):
         except TypeError as error:
             self.error(str(error), error)
 
-    def _in_words(self, message: str) -> str:
+    def _explained(self, message: str) -> str:
         command = self.prog.replace(" [options]", "")  # such as `recsys prepare movielens`
         if match := re.match(r"unrecognized arguments: (--[^ =]+)", message):
             names = [name for name in self._option_string_actions if name.startswith("--")]
@@ -97,7 +97,7 @@ class Parser(ArgumentParser):
         if match is None:
             return message
         kinds = re.findall(r"Literal\[(.*?)\]|<class '(.*?)'>", match[2]) or [("", match[2])]
-        allowed = " or ".join(literal or _WORDS_BY_NAME.get(name, name) for literal, name in kinds)
+        allowed = " or ".join(literal or _TEXTS_BY_NAME.get(name, name) for literal, name in kinds)
         prefix = "one of " if len(kinds) == 1 and kinds[0][0] else ""
         return f"{match[1]} is {short(match[3])}; it must be {prefix}{allowed}"
 
@@ -108,13 +108,13 @@ CHOSEN_BY_USERS = (
 )
 
 
-def with_underscores(words: Sequence[str]) -> list[str]:
+def with_underscores(tokens: Sequence[str]) -> list[str]:
     """Replace hyphens in option names by underscores: `--batch-size 8` becomes `--batch_size 8`."""
-    return [_with_underscores(word) if word.startswith("--") else word for word in words]
+    return [_with_underscores(token) if token.startswith("--") else token for token in tokens]
 
 
-def _with_underscores(word: str) -> str:
-    option, equals, value = word[2:].partition("=")
+def _with_underscores(token: str) -> str:
+    option, equals, value = token[2:].partition("=")
     spelled = option.replace("-", "_")
     if name := re.match(CHOSEN_BY_USERS + r"\.([^.]+)", spelled):
         start, end = name.span(2)  # span of the key that keeps its hyphens
@@ -145,13 +145,13 @@ def _allows(kind: Any, hint: Any) -> bool:
     return hint is kind or (kind is NoneType and hint in (Any, None))
 
 
-def option_groups(words: Sequence[str]) -> list[list[str]]:
+def option_groups(tokens: Sequence[str]) -> list[list[str]]:
     """Split a command line into groups that each start with an option."""
     groups: list[list[str]] = []
-    for word in words:
-        if word.startswith("--") or not groups:
+    for token in tokens:
+        if token.startswith("--") or not groups:
             groups.append([])
-        groups[-1].append(word)
+        groups[-1].append(token)
     return groups
 
 
@@ -208,32 +208,32 @@ def problem_of_value(
         is_inside = inside is None or (kind is not None and isinstance(inside, dict))
         value = inside if is_inside else value
     if value is None and not _allows(NoneType, hint):
-        return f"{name} is empty; it must be {in_words(hint)}, or be left out"
+        return f"{name} is empty; it must be {described_type(hint)}, or be left out"
     if kind is not None and isinstance(value, dict):
-        hints, parts = get_type_hints(kind, include_extras=True), fields(kind)
+        hints, settings = get_type_hints(kind, include_extras=True), fields(kind)
         if get_origin(hint) is dict:  # one type for settings of any name
-            hints, parts = dict.fromkeys(map(str, value), kind), ()
+            hints, settings = dict.fromkeys(map(str, value), kind), ()
         if problem := problem_of_keys(hints, value, name, with_values, with_required):
             return problem
-        for part in parts if with_required else ():
-            if part.name not in value and part.default is part.default_factory is MISSING:
-                return f"{name or 'it'} has no {part.name}; add it"
+        for setting in settings if with_required else ():
+            if setting.name not in value and setting.default is setting.default_factory is MISSING:
+                return f"{name or 'it'} has no {setting.name}; add it"
         return None
     if not with_values:
         return None
     is_right = hint is not kind and (is_plainly_of(hint, value) or is_parsed_as(hint, value))
-    return None if is_right else f"{name} is {short(value)}; it must be {in_words(hint)}"
+    return None if is_right else f"{name} is {short(value)}; it must be {described_type(hint)}"
 
 
 def is_plainly_of(hint: Any, value: Any) -> bool:
     """Return whether a value is of a simple type, a fast check before the slow `is_parsed_as`."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        return any(is_plainly_of(part, value) for part in arguments)
+        return any(is_plainly_of(item, value) for item in arguments)
     if origin is Literal:
         return type(value) is str and value in arguments
     if origin is list:
-        return type(value) is list and all(is_plainly_of(arguments[0], part) for part in value)
+        return type(value) is list and all(is_plainly_of(arguments[0], item) for item in value)
     return hint in (bool, int, float, str, NoneType) and type(value) is hint
 
 
@@ -253,18 +253,18 @@ def meant(name: str, names: Iterable[str]) -> str:
     return "".join(f"; did you mean {near}?" for near in get_close_matches(name, list(names), n=1))
 
 
-def in_words(hint: Any) -> str:
+def described_type(hint: Any) -> str:
     """Describe the allowed values of a type."""
-    origin, parts = get_origin(hint), get_args(hint)
+    origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
-        return f"one of {', '.join(map(str, parts))}" if len(parts) > 1 else str(parts[0])
+        return f"one of {', '.join(map(str, args))}" if len(args) > 1 else str(args[0])
     if origin is Annotated:
-        return in_words(parts[0])
+        return described_type(args[0])
     if origin in (Union, UnionType):
-        return " or ".join(map(in_words, parts))
+        return " or ".join(map(described_type, args))
     if is_dataclass(hint):
         return "a mapping of settings"
-    return WORDS.get(origin or hint, str(hint))
+    return TEXTS.get(origin or hint, str(hint))
 
 
 def short(value: Any) -> str:
@@ -277,4 +277,4 @@ def dataclass_in(hint: Any) -> type | None:
     """Return the dataclass that a type is, or that a union, list or dict type contains, or None."""
     if isinstance(hint, type) and is_dataclass(hint):
         return hint
-    return next((kind for part in get_args(hint) if (kind := dataclass_in(part))), None)
+    return next((kind for argument in get_args(hint) if (kind := dataclass_in(argument))), None)

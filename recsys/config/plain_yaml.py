@@ -57,8 +57,8 @@ class _PlainLoader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             alias = self.peek_event()
-            place = f"line {alias.start_mark.line + 1}: alias *{alias.anchor}"
-            raise RefusedYaml(f"{place} is refused; write its content instead")
+            where = f"line {alias.start_mark.line + 1}: alias *{alias.anchor}"
+            raise RefusedYaml(f"{where} is refused; write its content instead")
         return super().compose_node(parent, index)
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
@@ -72,17 +72,17 @@ class _PlainLoader(yaml.SafeLoader):
             name = (key.tag, key.value)
             if key.tag != TEXT and not key.value:  # such as the text `?`, which may be a value
                 raise yaml.MarkedYAMLError(problem="a key is missing", problem_mark=key.start_mark)
-            place, value = f"line {line}: key", key.value
+            where, value = f"line {line}: key", key.value
             if key.tag != TEXT:
                 kind = key.tag.rsplit(":", 1)[-1]
                 raise RefusedYaml(
-                    f"{place} {value} is read as {kind}; write it in quotes: '{value}'"
+                    f"{where} {value} is read as {kind}; write it in quotes: '{value}'"
                 )
             if value == "class_path":
-                raise RefusedYaml(f"{place} '{value}' names code, which is never loaded; remove it")
+                raise RefusedYaml(f"{where} '{value}' names code, which is never loaded; remove it")
             if name in lines:
-                twice = f"key '{value}' is twice, in lines {lines[name]} and {line}"
-                raise RefusedYaml(f"{twice}; remove one")
+                problem = f"key '{value}' is twice, in lines {lines[name]} and {line}"
+                raise RefusedYaml(f"{problem}; remove one")
             lines[name] = line
         return node
 

@@ -79,12 +79,12 @@ class ServerSettings:
         seconds = {"read_timeout": 1, "idle_timeout": 1, "drain": 0, "grace": 0}
         lowest = {"port": 0, "grpc_port": 0, "workers": 1, "threads": 0} | seconds
         lowest |= dict.fromkeys((name for name in vars(self) if name.startswith("max_")), 1)
-        for name, least in lowest.items():
+        for name, minimum in lowest.items():
             value, option = getattr(self, name), f"--{name.replace('_', '-')}"
             if name in seconds and value > LONGEST_SECONDS:
                 raise ValueError(f"{option}: is {value}; give at most {LONGEST_SECONDS}")
-            if value < least:
-                raise ValueError(f"{option}: is {value}; give at least {least}")
+            if value < minimum:
+                raise ValueError(f"{option}: is {value}; give at least {minimum}")
         if self.token is not None and (not self.token.isascii() or not self.token.isprintable()):
             raise ValueError("--token: has characters that no header may have; use ASCII")
         if self.token == "":

@@ -70,8 +70,8 @@ def _choices(hint: Any) -> list[str]:
     if get_origin(hint) is Literal:
         return [f"`{choice}`" for choice in get_args(hint)]
     flags = ["`true`", "`false`"]
-    parts = get_args(hint)
-    return [entry for part in parts for entry in (flags if part is bool else _choices(part))]
+    kinds = get_args(hint)
+    return [entry for kind in kinds for entry in (flags if kind is bool else _choices(kind))]
 
 
 def _default(row: Field[Any]) -> str:

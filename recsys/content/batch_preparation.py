@@ -20,7 +20,7 @@ from embeddings.memory_bank import Routes
 from embeddings.vocabulary.bounded import BoundedVocabulary
 from recsys.config import ContentSettings
 from recsys.content.encoder_outputs import EncoderOutputs
-from recsys.data.batch import Batch, BatchContent, EncodedPlaces, ItemExchange, Rows
+from recsys.data.batch import Batch, BatchContent, EncodedItems, ItemExchange, Rows
 from recsys.data.items.content_store import ContentStore
 from recsys.data.negatives import NegativeSampler, with_ids
 from recsys.data.vocabularies import BoundedVocabularies, UnknownIds
@@ -230,7 +230,7 @@ class BatchPreparation:
         self, prepared: Batch, step: int, training: bool, is_new: bool, is_pinned: bool
     ) -> Callable[[], Batch]:
         routes: Callable[[], Routes] | None = None
-        encoded: Callable[[], EncodedPlaces] | None = None
+        encoded: Callable[[], EncodedItems] | None = None
         if self.bank is not None:
             writes = prepared.content.bank_write_rows if training else None
             routes = self.bank.routes(prepared.history.items, writes)

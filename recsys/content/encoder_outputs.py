@@ -19,7 +19,7 @@ from embeddings import MemoryBank, build_memory_bank
 from embeddings.memory_bank import BankRoute
 from recsys.config import ContentSettings
 from recsys.content.encoders.base import Encoder
-from recsys.data.batch import BatchContent, EncodedPlaces
+from recsys.data.batch import BatchContent, EncodedItems
 from recsys.data.items.kind import ContentInput
 
 
@@ -74,11 +74,11 @@ class EncoderOutputs:
             rows = torch.cat([tokens[name].values[:, 0].float() for name in self.encoders], dim=1)
         self.bank.update(items, rows, step, route)
 
-    def choose(self, items: Tensor, step: int) -> Callable[[], EncodedPlaces]:
+    def choose(self, items: Tensor, step: int) -> Callable[[], EncodedItems]:
         """Choose and route items [E] on the host; call the result to end. Both are collectives."""
         places = self._places(items, step)
         routes = self.bank.routes(items, items[places])
-        return lambda: EncodedPlaces(places, *routes())
+        return lambda: EncodedItems(places, *routes())
 
     def _places(self, items: Tensor, step: int) -> Tensor:  # [E] -> [C]
         return sampled_places(items, math.ceil(self.share * len(items)), step)
@@ -86,8 +86,8 @@ class EncoderOutputs:
     def tokens(self, content: BatchContent, step: int) -> dict[str, ContentInput]:
         """Return the tokens [E, 1, D] of items: of chosen ones with gradient. A collective."""
         items, tokens = content.items, {}
-        encoded = content.encoded or EncodedPlaces(self._places(items, step))
-        places = encoded.places
+        encoded = content.encoded or EncodedItems(self._places(items, step))
+        places = encoded.positions
         stored, _ = self.bank.lookup(items, encoded.reads)
         parts = {name: content.inputs[name] for name in self.encoders}
         new = self.encode({name: part[places] for name, part in parts.items()})

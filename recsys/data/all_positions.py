@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 
 from embeddings.vocabulary.fixed import mix64
-from recsys.data.batch import WholeHistories
+from recsys.data.batch import FullHistories
 from recsys.data.parquet.columns import ListColumns, RowColumns
 from recsys.data.parquet.values import RAW_GROUP, ROW_POSITION, TARGETS_BEFORE
 from recsys.data.row_source import RowSource
@@ -34,7 +34,7 @@ BASE = 0x9E3779B97F4A7C15  # base of a polynomial hash modulo 2^64; odd, so that
 Summary = tuple[np.ndarray, ...]
 
 
-def summary_of(table: pa.Table, rows: RowSource, most_items: int) -> Summary:
+def summary_of(table: pa.Table, rows: RowSource, max_items: int) -> Summary:
     """Return the `Summary` of some rows; a label other than 1 or a long history is a ValueError."""
     schema, columns = rows.schema, RowColumns.of(table)
     assert schema.history is not None
@@ -48,9 +48,9 @@ def summary_of(table: pa.Table, rows: RowSource, most_items: int) -> Summary:
             "ranking.target_positions is all, for which items of a history are positive; set "
             "it to last"
         )
-    if (longest := int(lengths.max(initial=0))) > most_items:
+    if (longest := int(lengths.max(initial=0))) > max_items:
         raise ValueError(
-            f"ranking.recent_items is {most_items}, and a history has {longest} items, which "
+            f"ranking.recent_items is {max_items}, and a history has {longest} items, which "
             "ranking.target_positions all reads in one pass; raise ranking.recent_items"
         )
     powers = _powers(BASE, longest)
@@ -72,23 +72,23 @@ def targets_before(summaries: Iterable[Summary], num_rows: int) -> np.ndarray:
     positions, groups, items, lengths, hashes = map(np.concatenate, zip(*summaries, strict=True))
     order = np.lexsort((positions, groups))
     groups, lengths = groups[order], lengths[order]
-    places = np.arange(len(order))
+    indices = np.arange(len(order))
     is_first = np.append(True, groups[1:] != groups[:-1])[: len(order)]
-    first = np.maximum.accumulate(np.where(is_first, places, 0))
-    begin = places - lengths
-    is_whole = begin >= first
-    # The hash of rows [begin, place), comparable to a history's hash, from prefix sums.
+    first = np.maximum.accumulate(np.where(is_first, indices, 0))
+    begin = indices - lengths
+    is_complete = begin >= first
+    # The hash of rows [begin, index), comparable to a history's hash, from prefix sums.
     powers, inverses = _powers(BASE, len(order)), _powers(pow(BASE, -1, 1 << 64), len(order))
     sums = np.cumsum(items[order] * inverses)
     sums = np.concatenate([np.zeros(1, np.uint64), sums])
-    expected = (sums[places] - sums[begin.clip(min=0)]) * powers[places - 1]
-    is_whole &= hashes[order] == expected
-    num_replaced = np.where(is_whole, lengths, 0).tolist()
+    expected = (sums[indices] - sums[begin.clip(min=0)]) * powers[indices - 1]
+    is_complete &= hashes[order] == expected
+    num_replaced = np.where(is_complete, lengths, 0).tolist()
     targets = np.full(num_rows, -1)
-    place = len(order) - 1
-    while place >= 0:
-        targets[positions[order[place]]] = num_replaced[place]
-        place -= num_replaced[place] + 1
+    index = len(order) - 1
+    while index >= 0:
+        targets[positions[order[index]]] = num_replaced[index]
+        index -= num_replaced[index] + 1
     return targets
 
 
@@ -99,7 +99,7 @@ def _powers(base: int, count: int) -> np.ndarray:
 
 def check_schema(schema: Schema) -> None:
     """Raise a ValueError for a dataset whose history items cannot serve as targets."""
-    beside = schema.histories[0].ids if schema.history else []
+    parallel_ids = schema.histories[0].ids if schema.history else []
     problems = {
         "no column of kind sequence": not schema.history,
         "more than one label": len(schema.of_kind("label")) != 1,
@@ -107,7 +107,7 @@ def check_schema(schema: Schema) -> None:
         "a column of kind sampled": schema.sampled is not None,
         "columns of kind extra": bool(schema.of_kind("extra")),
         "labels that may be null": any(column.nullable for column in schema.columns.values()),
-        f"lists of ids beside '{schema.history}'": bool(beside),
+        f"lists of ids beside '{schema.history}'": bool(parallel_ids),
     }
     if wrong := [problem for problem, is_present in problems.items() if is_present]:
         raise ValueError(
@@ -116,13 +116,13 @@ def check_schema(schema: Schema) -> None:
         )
 
 
-def all_positions(rows: RowSource, most_items: int, ranks: Ranks) -> AllPositionRows:
-    """Return a source of the rows to read, of histories up to `most_items`. A collective."""
+def all_positions(rows: RowSource, max_items: int, ranks: Ranks) -> AllPositionRows:
+    """Return a source of the rows to read, of histories up to `max_items`. A collective."""
     with ranks.raise_on_all_ranks():
         check_schema(rows.schema)
         share = rows.read_once(*rows.share(ranks.rank, ranks.world_size))
         tables = itertools.chain(share, [rows.padding(1)])  # lazy: holds one table at a time
-        summaries = [summary_of(table, rows, most_items) for table in tables]
+        summaries = [summary_of(table, rows, max_items) for table in tables]
     summaries = list(itertools.chain(*ranks.gather(summaries)))
     read = AllPositionRows(rows, targets_before(summaries, rows.num_rows))
     logger.info(f"{rows.num_rows:,} training rows are read as {read.num_rows:,} histories")
@@ -159,7 +159,7 @@ class AllPositionRows(RowSource):
         return super().padding(num_rows).append_column(TARGETS_BEFORE, none)
 
 
-def expanded(rows: RowColumns, schema: Schema) -> tuple[RowColumns, WholeHistories | None]:
+def expanded(rows: RowColumns, schema: Schema) -> tuple[RowColumns, FullHistories | None]:
     """Return a row for each target [B], and the histories read, with ids as `index`.
 
     Each target has the history before it. Lists of numbers beside a history become zeros, as they
@@ -168,31 +168,31 @@ def expanded(rows: RowColumns, schema: Schema) -> tuple[RowColumns, WholeHistori
     if TARGETS_BEFORE not in rows.numbers:
         return rows, None
     assert schema.history is not None
-    before, items = rows.numbers[TARGETS_BEFORE], rows.values(schema.history)
-    whole_lengths = rows.lengths(schema.history)
-    row = np.repeat(np.arange(rows.num_rows), before + 1)  # [B]
-    first = np.cumsum(before + 1) - before - 1
-    later = (before + first)[row] - np.arange(len(row))  # number of later targets of the row
-    lengths = whole_lengths[row] - later
-    starts, ends = (np.cumsum(whole_lengths) - whole_lengths)[row], np.cumsum(lengths)
-    places = np.repeat(starts - ends + lengths, lengths)
-    places += np.arange(len(places))
+    num_before, items = rows.numbers[TARGETS_BEFORE], rows.values(schema.history)
+    full_lengths = rows.lengths(schema.history)
+    row = np.repeat(np.arange(rows.num_rows), num_before + 1)  # [B]
+    first = np.cumsum(num_before + 1) - num_before - 1
+    later = (num_before + first)[row] - np.arange(len(row))  # number of later targets of the row
+    lengths = full_lengths[row] - later
+    starts, ends = (np.cumsum(full_lengths) - full_lengths)[row], np.cumsum(lengths)
+    positions = np.repeat(starts - ends + lengths, lengths)
+    positions += np.arange(len(positions))
     numbers = {name: values.take(row) for name, values in rows.numbers.items()}
     in_history = (later > 0).nonzero()[0]
     numbers[schema.target_item][in_history] = items[(starts + lengths)[in_history]]
-    beside = {name: np.zeros(len(places), np.float32) for name in schema.parallel}
-    history = ListColumns(np.append(0, ends), {schema.history: items[places], **beside})
+    parallel = {name: np.zeros(len(positions), np.float32) for name in schema.parallel}
+    history = ListColumns(np.append(0, ends), {schema.history: items[positions], **parallel})
     other_lists = []
     for lists in rows.lists:
         values = {name: array for name, array in lists.values.items() if name not in history.values}
         if values:
             other_lists.append(ListColumns(lists.offsets, values).take(row))
-    whole = WholeHistories(
+    full = FullHistories(
         torch.from_numpy(items),
-        torch.from_numpy(whole_lengths),
-        torch.from_numpy(places),
+        torch.from_numpy(full_lengths),
+        torch.from_numpy(positions),
         rows=torch.from_numpy(row),
-        longest=int(whole_lengths.max(initial=0)),
-        host_lengths=whole_lengths,
+        longest=int(full_lengths.max(initial=0)),
+        host_lengths=full_lengths,
     )
-    return RowColumns(numbers, (history, *other_lists)), whole
+    return RowColumns(numbers, (history, *other_lists)), full

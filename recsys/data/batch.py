@@ -1,7 +1,7 @@
 """Batch: everything one training step needs, moved and pinned as one object.
 
 Shapes: B batch, N history items of the whole batch, U unique history items, E items to encode, C
-labels, or items that run through trained encoders, F dense features, P parallel lists, W whole
+labels, or items that run through trained encoders, F dense features, P parallel lists, W full
 histories, T their items, X columns of kind extra, K sampled negatives, V width of a content vector.
 """
 
@@ -22,7 +22,7 @@ from recsys.data.items.kind import ContentInput as ContentInput
 from recsys.data.jagged_history import JaggedHistory
 
 Content = TypeVar("Content")
-Part = TypeVar("Part")
+Node = TypeVar("Node")
 
 
 @dataclass
@@ -62,8 +62,8 @@ class TargetItems:
 
 
 @dataclass
-class FurtherHistory:
-    """The events of a further sequence (not the first), without their ids."""
+class ExtraHistory:
+    """The events of an extra sequence (not the first), without their ids."""
 
     lengths: Tensor  # int64 [B], summing to N
     values: Tensor  # float32 [N, P], the parallel lists of floats
@@ -80,17 +80,17 @@ class FurtherHistory:
 
 
 @dataclass
-class WholeHistories:
-    """W whole histories with T items, of which the batch's histories are prefixes."""
+class FullHistories:
+    """W full histories with T items, of which the batch's histories are prefixes."""
 
     index: Tensor  # int64 [T], positions in `History.items`
     lengths: Tensor  # int64 [W]
-    places: Tensor  # int64 [N], position among T of each item of the batch's histories
-    rows: Tensor  # int64 [B], index of each target's whole history
+    positions: Tensor  # int64 [N], position among T of each item of the batch's histories
+    rows: Tensor  # int64 [B], index of each target's full history
     longest: int  # maximum of `lengths`
     host_lengths: np.ndarray  # copy of `lengths` that stays on the host
 
-    def among(self, items: np.ndarray) -> WholeHistories:  # int64 [U], ascending
+    def among(self, items: np.ndarray) -> FullHistories:  # int64 [U], ascending
         """Return a copy in which `index` holds positions in `items` instead of ids."""
         return replace(self, index=torch.searchsorted(torch.from_numpy(items), self.index))
 
@@ -102,7 +102,7 @@ class WholeHistories:
 
 @dataclass
 class History:
-    """The events of the first sequence, and the further sequences in schema order."""
+    """The events of the first sequence, and the extra sequences in schema order."""
 
     lengths: Tensor  # int64 [B], summing to N
     values: Tensor  # float32 [N, P], the parallel lists, standardised for some models
@@ -111,8 +111,8 @@ class History:
     items: Tensor  # int64 [U], unique items of the histories whose content is read
     unscaled_values: Tensor | None = None  # [N, P], as recorded, if a model standardised them
     host_lengths: np.ndarray | None = None  # copy of `lengths` that stays on the host
-    further: list[FurtherHistory] = field(default_factory=list)
-    whole: WholeHistories | None = None  # set if rows yield several targets (`all_positions`)
+    extras: list[ExtraHistory] = field(default_factory=list)
+    full: FullHistories | None = None  # set if rows yield several targets (`all_positions`)
 
     @property
     def recorded_values(self) -> Tensor:
@@ -126,10 +126,10 @@ class History:
 
 
 @dataclass
-class EncodedPlaces:
+class EncodedItems:
     """The items for which trained encoders run if `encoder_share` is below 1."""
 
-    places: Tensor  # int64 [C], ascending positions among the E items
+    positions: Tensor  # int64 [C], ascending positions among the E items
     reads: BankRoute | None = None  # route of the E items' last outputs
     writes: BankRoute | None = None  # route of the C new outputs
 
@@ -149,7 +149,7 @@ class BatchContent:
     write_index: Tensor | None = None  # int64, positions of these items among all E
     bank_reads: BankRoute | None = None  # route of `history.items`; None: computed in the step
     bank_writes: BankRoute | None = None  # route of `bank_write_rows`; None: computed in the step
-    encoded: EncodedPlaces | None = None  # None: chosen in the step, if `encoder_share` is below 1
+    encoded: EncodedItems | None = None  # None: chosen in the step, if `encoder_share` is below 1
     exchange: ItemExchange | None = None  # None: each rank encodes its own items
 
     @property
@@ -201,7 +201,7 @@ class Batch(Pipelineable):
     dense_features: Tensor  # [B, F]
     sparse_features: KeyedJaggedTensor | None  # ids of the pooled tables, if there are any
     labels: Tensor  # [B, C], NaN for null
-    # Ids of the target item (length 1 each), of the history (all, or the unique ids), of further
+    # Ids of the target item (length 1 each), of the history (all, or the unique ids), of extra
     # histories, and of lists of ids beside histories.
     sequence_features: KeyedJaggedTensor
     rows: Rows
@@ -230,16 +230,16 @@ class Batch(Pipelineable):
         return self.labels.shape[0]
 
 
-def _mapped(part: Part, function: Callable[[Any], Any]) -> Part:
-    """Return a copy of a part of a batch in which `function` has replaced every tensor."""
-    if isinstance(part, Tensor | KeyedJaggedTensor):
-        mapped: Part = function(part)
+def _mapped(node: Node, function: Callable[[Any], Any]) -> Node:
+    """Return a copy of a node of a batch in which `function` has replaced every tensor."""
+    if isinstance(node, Tensor | KeyedJaggedTensor):
+        mapped: Node = function(node)
         return mapped
-    if isinstance(part, dict):
-        return {name: _mapped(value, function) for name, value in part.items()}  # type: ignore[return-value]
-    if isinstance(part, list):
-        return [_mapped(value, function) for value in part]  # type: ignore[return-value]
-    if is_dataclass(part) and not isinstance(part, type):
-        values = {item.name: _mapped(getattr(part, item.name), function) for item in fields(part)}
-        return replace(part, **values)
-    return part
+    if isinstance(node, dict):
+        return {name: _mapped(value, function) for name, value in node.items()}  # type: ignore[return-value]
+    if isinstance(node, list):
+        return [_mapped(value, function) for value in node]  # type: ignore[return-value]
+    if is_dataclass(node) and not isinstance(node, type):
+        values = {item.name: _mapped(getattr(node, item.name), function) for item in fields(node)}
+        return replace(node, **values)
+    return node

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recsys.data.all_positions import expanded
-from recsys.data.batch import Batch, BatchContent, FurtherHistory, History, Rows, TargetItems
+from recsys.data.batch import Batch, BatchContent, ExtraHistory, History, Rows, TargetItems
 from recsys.data.items.content_store import ContentStore
 from recsys.data.parquet.columns import RowColumns
 from recsys.data.parquet.values import RAW_GROUP, ROW_POSITION, TARGETS_BEFORE
@@ -20,7 +20,7 @@ from recsys.data.schema import Schema
 from recsys.data.schema_columns import HistoryColumns
 
 # Up to this many items, in total and per id of a call, scanning all items is faster than hashing.
-MOST_MARKS, MARKS_PER_ID = 1 << 22, 256
+MAX_FLAGS, FLAGS_PER_ID = 1 << 22, 256
 
 
 class UniqueItems:
@@ -33,19 +33,19 @@ class UniqueItems:
 
     def __call__(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [n]
         """Return the distinct items [U], ascending, and each id's position among them [n]."""
-        if self.num_items > min(MOST_MARKS, MARKS_PER_ID * len(items)):
+        if self.num_items > min(MAX_FLAGS, FLAGS_PER_ID * len(items)):
             return unique_by_hashing(items)
         try:
-            occurs, place = self._spare.pop()
+            occurs, slots = self._spare.pop()
         except IndexError:
-            occurs, place = np.zeros(self.num_items, bool), np.empty(self.num_items, np.int64)
+            occurs, slots = np.zeros(self.num_items, bool), np.empty(self.num_items, np.int64)
         occurs[items] = True
         distinct = np.flatnonzero(occurs)
         occurs[distinct] = False
-        place[distinct] = np.arange(len(distinct))
-        places = place[items]
-        self._spare.append((occurs, place))
-        return distinct, places
+        slots[distinct] = np.arange(len(distinct))
+        positions = slots[items]
+        self._spare.append((occurs, slots))
+        return distinct, positions
 
 
 def unique_by_hashing(items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [n] -> [U], [n]
@@ -53,9 +53,9 @@ def unique_by_hashing(items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [n
     encoded = pa.array(items, pa.int64()).dictionary_encode()
     distinct = encoded.dictionary.to_numpy()
     order = distinct.argsort()
-    place = np.empty(len(order), np.int64)
-    place[order] = np.arange(len(order))
-    return distinct[order], place[encoded.indices.to_numpy()]
+    slots = np.empty(len(order), np.int64)
+    slots[order] = np.arange(len(order))
+    return distinct[order], slots[encoded.indices.to_numpy()]
 
 
 def keyed_jagged(
@@ -79,7 +79,7 @@ class BatchBuilder:
     """Turns rows of impressions into a `Batch`; several threads may call it at once.
 
     `pooled_features` have the order of the model. With `encode_history`, history items are encoded
-    instead of read from the bank. `content_histories` are further histories whose content is read.
+    instead of read from the bank. `content_histories` are extra histories whose content is read.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class BatchBuilder:
         if isinstance(rows, pa.Table):
             rows = RowColumns.of(rows).take(np.arange(rows.num_rows))
         schema, read = self.schema, rows
-        rows, whole = expanded(rows, schema)
+        rows, full = expanded(rows, schema)
         num_rows = rows.num_rows
         target = rows.numbers[schema.target_item]
         history, history_lengths = np.zeros(0, np.int64), np.zeros(num_rows, np.int64)
@@ -110,11 +110,11 @@ class BatchBuilder:
         with_content = [history, *(rows.values(name) for name in self.content_histories)]
         history_items, index = self.unique_items(np.concatenate(with_content))
         ends = np.cumsum([len(items) for items in with_content[:-1]])
-        history_index, *further_index = np.split(index, ends)
-        content_index = dict(zip(self.content_histories, further_index, strict=True))
+        history_index, *extra_index = np.split(index, ends)
+        content_index = dict(zip(self.content_histories, extra_index, strict=True))
         encoded = np.concatenate([target, history_items]) if self.encode_history else target
         content_items, encoded_index = self.unique_items(encoded)
-        further = [self._further(rows, columns, content_index) for columns in schema.histories[1:]]
+        extra = [self._extra(rows, columns, content_index) for columns in schema.histories[1:]]
         names = schema.of_kind("label")
         labels = _columns(rows, names) if self.with_labels else torch.zeros(num_rows, len(names))
         return Batch(
@@ -131,8 +131,8 @@ class BatchBuilder:
                 index=torch.from_numpy(history_index),
                 items=torch.from_numpy(history_items),
                 host_lengths=history_lengths,
-                further=further,
-                whole=whole and whole.among(history_items),
+                extras=extra,
+                full=full and full.among(history_items),
             ),
             content=BatchContent(
                 items=torch.from_numpy(content_items),
@@ -159,14 +159,14 @@ class BatchBuilder:
             rows.extra = _columns(columns, extra)
         return rows
 
-    def _further(
+    def _extra(
         self, rows: RowColumns, history: HistoryColumns, content_index: dict[str, np.ndarray]
-    ) -> FurtherHistory:
+    ) -> ExtraHistory:
         lengths = rows.lengths(history.name) // self.schema.rows_per_id(history.name)
         values = _stacked([rows.values(name) for name in history.numbers], int(lengths.sum()))
         index = content_index.get(history.name, np.zeros(0, np.int64))
         longest = int(lengths.max(initial=0))
-        return FurtherHistory(torch.from_numpy(lengths), values, longest, torch.from_numpy(index))
+        return ExtraHistory(torch.from_numpy(lengths), values, longest, torch.from_numpy(index))
 
     def _pooled(self, rows: RowColumns) -> KeyedJaggedTensor | None:
         if not (names := self.pooled_features):

@@ -24,7 +24,7 @@ T = TypeVar("T")
 Submit = Callable[[Callable[[], Any]], Callable[[], Any]]
 WindowRows = tuple[RowColumns, np.ndarray]  # rows of a window, and the order in which to use them
 AHEAD = 2  # batches in progress per building thread
-MOST_THREADS = 4  # largest number of threads that `auto` uses with a GPU
+MAX_THREADS = 4  # largest number of threads that `auto` uses with a GPU
 
 
 @contextmanager
@@ -84,13 +84,13 @@ class Interactions:
         self.share_rows = -(-self.remaining // self.world_size)  # rows of the largest share
         self.num_batches = -(-self.share_rows // self.batch_size)  # their sizes differ by at most 1
 
-    def batches_until(self, part: int, parts: int) -> int:
-        """Return the number of batches of this share in the first `part` of `parts` of an epoch."""
-        if part == parts or not self.remaining:
+    def batches_until(self, segment: int, num_segments: int) -> int:
+        """Return the number of batches of this share in the first `segment` parts of an epoch."""
+        if segment == num_segments or not self.remaining:
             return self.num_batches
         rows_done = self.rows.num_rows - self.remaining
-        rows = self.rows.num_rows * part - rows_done * parts
-        return max(0, rows * self.num_batches // (self.remaining * parts))
+        rows = self.rows.num_rows * segment - rows_done * num_segments
+        return max(0, rows * self.num_batches // (self.remaining * num_segments))
 
     def __len__(self) -> int:
         return self.num_batches - self.first_batch
@@ -104,17 +104,17 @@ class Interactions:
         slices, starts = self.slices, [0, *accumulate(map(len, self.slices))]
         windows: dict[Window, Callable[[], WindowRows]] = {}
         for batch in range(self.first_batch, self.num_batches):
-            low = self.share_rows * batch // self.num_batches
-            high = self.share_rows * (batch + 1) // self.num_batches
-            first, last = bisect_right(starts, low) - 1, bisect_left(starts, high)
-            pieces = between(slices[first:last], low - starts[first], high - starts[first])
-            if pieces:
+            begin = self.share_rows * batch // self.num_batches
+            end = self.share_rows * (batch + 1) // self.num_batches
+            first, last = bisect_right(starts, begin) - 1, bisect_left(starts, end)
+            spans = between(slices[first:last], begin - starts[first], end - starts[first])
+            if spans:
                 windows = {
                     window: windows.get(window) or submit(partial(self._read, window))
-                    for window in dict.fromkeys(piece.window for piece in slices[first : last + 1])
+                    for window in dict.fromkeys(span.window for span in slices[first : last + 1])
                 }
-            sources = [(windows[piece.window], piece) for piece in pieces]
-            yield partial(self._build, sources, high - low - sum(map(len, pieces)))
+            sources = [(windows[span.window], span) for span in spans]
+            yield partial(self._build, sources, end - begin - sum(map(len, spans)))
 
     def _read(self, window: Window) -> WindowRows:
         table = self.rows.read_window(window, self.shuffle_seed)
@@ -124,9 +124,9 @@ class Interactions:
         self, sources: Sequence[tuple[Callable[[], WindowRows], Slice]], padding: int
     ) -> Batch:
         rows = []
-        for window, piece in sources:
+        for window, span in sources:
             columns, order = window()
-            rows.append(columns.take(order[piece.low : piece.high]))
+            rows.append(columns.take(order[span.begin : span.end]))
         if padding:
             rows.append(RowColumns.of(self.rows.padding(padding)).take(np.arange(padding)))
         return self.build(RowColumns.concat(rows))
@@ -137,7 +137,7 @@ def builder_threads(for_gpu: bool) -> int:
     if not for_gpu:
         return 1
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return min(max(cores - 2, 1), MOST_THREADS)  # two are for the step and the reader
+    return min(max(cores - 2, 1), MAX_THREADS)  # two are for the step and the reader
 
 
 def loader(

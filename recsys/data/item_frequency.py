@@ -18,15 +18,15 @@ from recsys.data.parquet.columns import RowColumns
 from recsys.data.parquet.values import ROW_POSITION
 from recsys.data.row_source import RowSource
 from recsys.data.schema import Schema
-from recsys.storage.files import whole_file
+from recsys.storage.files import atomic_file
 
 if TYPE_CHECKING:
     from recsys.distributed.ranks import Ranks
 
 COLD_BELOW = 5  # an item with fewer training rows is cold
-PARTS = ("all", "warm", "cold", "unseen")
+SUBSETS = ("all", "warm", "cold", "unseen")
 BLOCK = 1 << 24  # ids whose counts ranks sum in one collective, 128 MiB
-LEAST_MERGED = 1 << 20  # least number of counted items that are merged at once
+MIN_MERGED = 1 << 20  # smallest number of counted items that are merged at once
 BLOCK_VALUES = 1 << 16
 LARGEST = 1000.0  # a dense column with a larger absolute value is reported as unscaled
 WIDE = 3.0  # numbers of larger absolute value outweigh vectors, whose values are below 1
@@ -51,9 +51,9 @@ class ItemCounts:
         return cls(*np.unique(items, return_counts=True))
 
     @classmethod
-    def sum_of(cls, parts: Sequence[ItemCounts]) -> ItemCounts:
-        items = np.concatenate([np.zeros(0, np.int64), *(part.items for part in parts)])
-        counts = np.concatenate([np.zeros(0, np.int64), *(part.counts for part in parts)])
+    def sum_of(cls, terms: Sequence[ItemCounts]) -> ItemCounts:
+        items = np.concatenate([np.zeros(0, np.int64), *(term.items for term in terms)])
+        counts = np.concatenate([np.zeros(0, np.int64), *(term.counts for term in terms)])
         order = np.argsort(items)
         items, counts = items[order], counts[order]
         begin = np.flatnonzero(np.append(True, items[1:] != items[:-1])[: len(items)])
@@ -64,14 +64,14 @@ class ItemCounts:
         return cls(*np.load(path, mmap_mode="r"))
 
     def save(self, path: Path) -> None:
-        with whole_file(path) as partial, partial.open("wb") as file:
+        with atomic_file(path) as partial, partial.open("wb") as file:
             np.save(file, np.stack([self.items, self.counts]))
 
     def of(self, items: np.ndarray) -> np.ndarray:  # int64 [N] -> int64 [N]
         if not len(self.items):
             return np.zeros(len(items), np.int64)
-        place = np.searchsorted(self.items, items).clip(max=len(self.items) - 1)
-        return np.where(self.items[place] == items, self.counts[place], 0)
+        index = np.searchsorted(self.items, items).clip(max=len(self.items) - 1)
+        return np.where(self.items[index] == items, self.counts[index], 0)
 
     def sum_of_ranks(self, num_items: int | None, ranks: Ranks) -> ItemCounts:
         """Return the sums over all ranks on rank 0, and empty counts elsewhere. A collective."""
@@ -90,8 +90,8 @@ class ItemCounts:
         dist.all_reduce(occupied, op=dist.ReduceOp.MAX, group=ranks.group)
         for start in (BLOCK * np.flatnonzero(occupied.numpy())).tolist():
             block = np.zeros(min(BLOCK, num_items - start), np.int64)
-            low, high = np.searchsorted(self.items, [start, start + BLOCK])
-            block[self.items[low:high] - start] = self.counts[low:high]
+            first, last = np.searchsorted(self.items, [start, start + BLOCK])
+            block[self.items[first:last] - start] = self.counts[first:last]
             dist.reduce(torch.from_numpy(block), group_dst=0, group=ranks.group)
             if ranks.is_first:
                 occurring = np.flatnonzero(block)
@@ -128,7 +128,7 @@ def count_items(
         if schema.sampled is not None:
             is_counted &= table[schema.sampled].to_numpy() == 0
         waiting.append(ItemCounts.of_rows(table[schema.target_item].to_numpy()[is_counted]))
-        if sum(len(part.items) for part in waiting) > max(len(counts.items), LEAST_MERGED):
+        if sum(len(block.items) for block in waiting) > max(len(counts.items), MIN_MERGED):
             counts, waiting = ItemCounts.sum_of([counts, *waiting]), []
     return ItemCounts.sum_of([counts, *waiting])
 
@@ -137,8 +137,8 @@ def count_items(
 class NumberRange:
     """Range, number and sums of the values of a column."""
 
-    least: float = math.inf
-    greatest: float = -math.inf
+    lowest: float = math.inf
+    highest: float = -math.inf
     count: int = 0
     total: float = 0.0
     squares: float = 0.0  # sum of squares
@@ -146,14 +146,14 @@ class NumberRange:
     def add(self, values: np.ndarray) -> None:
         total = float(values.sum(dtype=np.float64))
         # In blocks, so that their float64 copies stay in the processor's cache.
-        blocks = (values[low : low + BLOCK_VALUES] for low in range(0, len(values), BLOCK_VALUES))
+        blocks = (values[n : n + BLOCK_VALUES] for n in range(0, len(values), BLOCK_VALUES))
         squares = sum(float(np.square(block, dtype=np.float64).sum()) for block in blocks)
-        least, greatest = float(values.min(initial=math.inf)), float(values.max(initial=-math.inf))
-        self.include(NumberRange(least, greatest, len(values), total, squares))
+        lowest, highest = float(values.min(initial=math.inf)), float(values.max(initial=-math.inf))
+        self.include(NumberRange(lowest, highest, len(values), total, squares))
 
     def include(self, other: NumberRange) -> None:
-        self.least = min(self.least, other.least)
-        self.greatest = max(self.greatest, other.greatest)
+        self.lowest = min(self.lowest, other.lowest)
+        self.highest = max(self.highest, other.highest)
         self.count += other.count
         self.total += other.total
         self.squares += other.squares
@@ -168,10 +168,10 @@ class NumberRange:
 
     @property
     def is_wide(self) -> bool:
-        return max(-self.least, self.greatest) > WIDE
+        return max(-self.lowest, self.highest) > WIDE
 
     def __str__(self) -> str:
-        return f"{self.least:g} to {self.greatest:g}"
+        return f"{self.lowest:g} to {self.highest:g}"
 
 
 class NumberRanges:
@@ -198,12 +198,12 @@ class NumberRanges:
         return self.by_column
 
 
-def dense_finding(column: str, least: float, greatest: float) -> tuple[str, str] | None:
+def dense_finding(column: str, lowest: float, highest: float) -> tuple[str, str] | None:
     """Return the problem of a column of this range and its fix; None without a problem."""
-    if least == greatest:
-        problem = f"dense column '{column}' is {least:g} in all training rows"
+    if lowest == highest:
+        problem = f"dense column '{column}' is {lowest:g} in all training rows"
         return problem, "it is no help; take it out of schema.yaml"
-    if max(abs(least), abs(greatest)) > LARGEST:
-        problem = f"dense column '{column}' goes from {least:g} to {greatest:g}"
+    if max(abs(lowest), abs(highest)) > LARGEST:
+        problem = f"dense column '{column}' goes from {lowest:g} to {highest:g}"
         return problem, "take its logarithm or scale it to about 1, or it drowns all else"
     return None

@@ -1,7 +1,7 @@
 """Histories as an index into their unique items, and differentiable operations without padding.
 
 `dot` and `weighted_sum` use kernels of `embedding_bag` and allocate no [N, D] tensor. Shapes: B
-batch, U unique items, N places (items of all histories), P some places, D dimension, K any width.
+batch, U unique items, N positions (in all histories), P some of them, D dimension, K any width.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from embeddings.host import is_on_host
 class JaggedHistory:
     """Histories of a batch, concatenated row by row."""
 
-    index: Tensor  # int64 [N], the unique item at each place
+    index: Tensor  # int64 [N], the unique item at each position
     lengths: Tensor  # int64 [B]
     offsets: Tensor  # [B + 1]
-    rows: Tensor  # [N], the batch row of each place
+    rows: Tensor  # [N], the batch row of each position
     longest: int  # maximum of lengths, at least 1
     num_items: int  # U
     host_lengths: np.ndarray | None = None  # copy of `lengths` on the host, if there is one
@@ -53,7 +53,7 @@ class JaggedHistory:
         return False
 
     def of_one_row(self, values: Tensor) -> Tensor:
-        """Map [N, K] of a shared history to the places of one row; a TypeError here."""
+        """Map [N, K] of a shared history to the positions of one row; a TypeError here."""
         raise TypeError("rows have histories of their own")
 
     def one_row(self) -> JaggedHistory:
@@ -61,50 +61,50 @@ class JaggedHistory:
         raise TypeError("rows have histories of their own")
 
     def unindexed(self) -> JaggedHistory:
-        """Return the same histories over N items, a separate item for each place."""
-        return replace(self, index=self.places, num_items=len(self.places))
+        """Return the same histories over N items, a separate item for each position."""
+        return replace(self, index=self.positions, num_items=len(self.positions))
 
-    def select(self, places: Tensor, count: int | None = None) -> JaggedHistory:
-        """Return histories of ascending places [P]; at most `count` of a row are among these."""
-        lengths, host_lengths = _counts(self.rows[places], len(self.lengths)), None
+    def select(self, positions: Tensor, count: int | None = None) -> JaggedHistory:
+        """Return histories of ascending positions [P]; at most `count` of a row are among these."""
+        lengths, host_lengths = _counts(self.rows[positions], len(self.lengths)), None
         if count is not None and self.host_lengths is not None:
             host_lengths = self.host_lengths.clip(max=count)
-        index = self.index[places]
+        index = self.index[positions]
         return JaggedHistory.of(index, lengths, self.num_items, self.longest, host_lengths)
 
     def highest(self, scores: Tensor, count: int) -> Tensor:  # [N] -> [P], ascending
-        """Return the places of each row's `count` highest scores; later places win ties."""
+        """Return the positions of each row's `count` highest scores; later positions win ties."""
         last = len(scores) - 1
         order = last - scores.flip(0).argsort(descending=True, stable=True)
         order = order[_stable_order(self.rows[order], len(self.lengths))]  # by row, then by score
-        position = self.places - self.offsets[self.rows]
-        return order[self._marked(position < count, count)].sort().values
+        position = self.positions - self.offsets[self.rows]
+        return order[self._positions_where(position < count, count)].sort().values
 
     def newest(self, count: int) -> Tensor:
-        """Return the places [P] of each row's newest `count` items, or all if it has fewer."""
-        return self._marked(self.ages < count, count)
+        """Return the positions [P] of each row's newest `count` items, or all if it has fewer."""
+        return self._positions_where(self.ages < count, count)
 
-    def _marked(self, mask: Tensor, count: int) -> Tensor:  # bool [N] -> [P]
-        """Return the places where `mask` is True: `count` in each row, or all if it has fewer."""
+    def _positions_where(self, mask: Tensor, count: int) -> Tensor:  # bool [N] -> [P]
+        """Return positions where `mask` is True: `count` in each row, or all if it has fewer."""
         if is_on_host(mask) or self.host_lengths is None:
             return mask.nonzero().squeeze(1)
         size = int(self.host_lengths.clip(max=count).sum())
         return mask.nonzero_static(size=size).squeeze(1)
 
     @property
-    def places(self) -> Tensor:
-        """All places, 0 to N - 1: int64 [N]."""
+    def positions(self) -> Tensor:
+        """All positions, 0 to N - 1: int64 [N]."""
         count, device = self.rows.shape[0], self.rows.device
-        return self._cached("places", lambda: torch.arange(count, device=device))
+        return self._cached("positions", lambda: torch.arange(count, device=device))
 
     @property
     def ages(self) -> Tensor:
-        """Number of newer (later) items of the same row, for each place: int64 [N]."""
-        return self._cached("ages", lambda: self.offsets[1:][self.rows] - 1 - self.places)
+        """Number of newer (later) items of the same row, for each position: int64 [N]."""
+        return self._cached("ages", lambda: self.offsets[1:][self.rows] - 1 - self.positions)
 
     @property
     def by_item(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Index by item: places [N] sorted by item, their rows [N], offsets of items [U + 1]."""
+        """Index by item: positions [N] sorted by item, their rows [N], offsets of items [U + 1]."""
         return self._cached("by_item", self._index_by_item)
 
     def _index_by_item(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,11 +133,11 @@ class JaggedHistory:
         return self._apply("gather", items)
 
     def spread(self, rows: Tensor) -> Tensor:
-        """Repeat each batch row's values for its places, with gradient: [B, K] -> [N, K]."""
+        """Repeat each batch row's values for its positions, with gradient: [B, K] -> [N, K]."""
         return self._apply("spread", rows)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum values over the places of each row, with gradient: [N, K] -> [B, K]."""
+        """Sum values over the positions of each row, with gradient: [N, K] -> [B, K]."""
         return self._apply("sum", values)
 
     def dot(self, queries: Tensor, items: Tensor) -> Tensor:  # [B, D], [U, D] -> [N]
@@ -149,7 +149,7 @@ class JaggedHistory:
         return self._apply("weighted_sum", weights, items)
 
     def softmax(self, scores: Tensor) -> Tensor:
-        """Return the softmax of [N, K] or [N] over the places of each row."""
+        """Return the softmax of [N, K] or [N] over the positions of each row."""
         columns = scores if scores.dim() == 2 else scores.unsqueeze(1)
         return self._apply("softmax", columns.contiguous()).view(scores.shape)
 
@@ -169,9 +169,9 @@ class JaggedHistory:
 
     def padded(self, values: Tensor, fill: float) -> Tensor:
         """Pad [N] to [B, longest] with `fill`."""
-        places = self.places - self.offsets[self.rows]
+        positions = self.positions - self.offsets[self.rows]
         padded = values.new_full((self.lengths.shape[0], self.longest), fill)
-        return padded.index_put((self.rows, places), values)
+        return padded.index_put((self.rows, positions), values)
 
 
 def _stable_order(numbers: Tensor, limit: int) -> Tensor:
@@ -207,7 +207,7 @@ def _of_rows(history: JaggedHistory, rows: Tensor) -> Tensor:  # [B, K] -> [N, K
 
 
 def _row_sums(history: JaggedHistory, values: Tensor) -> Tensor:  # [N, K] -> [B, K]
-    return _bag(history.places, values, history.offsets, None)
+    return _bag(history.positions, values, history.offsets, None)
 
 
 def _of_items(history: JaggedHistory, items: Tensor) -> Tensor:  # [U, K] -> [N, K]
@@ -235,9 +235,9 @@ def _weighted_sum(history: JaggedHistory, weights: Tensor, items: Tensor) -> Ten
 
 
 def _weighted_item_sums(history: JaggedHistory, weights: Tensor, rows: Tensor) -> Tensor:
-    """Return sums of weights [N] times rows [B, D] over the places of each item: [U, D]."""
-    order, rows_of_places, offsets = history.by_item
-    return _bag(rows_of_places, rows, offsets, weights[order])
+    """Return sums of weights [N] times rows [B, D] over the positions of each item: [U, D]."""
+    order, rows_by_item, offsets = history.by_item
+    return _bag(rows_by_item, rows, offsets, weights[order])
 
 
 def _multilinear(apply: Callable[..., Tensor], *gradients: Callable[..., Tensor]) -> Any:
@@ -264,7 +264,7 @@ def _multilinear(apply: Callable[..., Tensor], *gradients: Callable[..., Tensor]
 
 
 class _Softmax(torch.autograd.Function):
-    """Autograd of scores [N, K] -> softmax over the places of each row [N, K]."""
+    """Autograd of scores [N, K] -> softmax over the positions of each row [N, K]."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, history: JaggedHistory) -> Tensor:

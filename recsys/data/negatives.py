@@ -59,11 +59,11 @@ class NegativeSampler:
 
     def _draw(self, draw: tuple[int, int, int]) -> np.ndarray:  # [S], int64
         if self.settings.loss == "full_softmax":
-            places = np.arange(self._num_drawn)
+            indices = np.arange(self._num_drawn)
         else:
             random, count = np.random.default_rng(draw), self.settings.num_negatives
-            places = random.integers(self._num_drawn, size=count)
-        return self.counts.items[places] if len(self.counts.items) else places
+            indices = random.integers(self._num_drawn, size=count)
+        return self.counts.items[indices] if len(self.counts.items) else indices
 
 
 def with_ids(

@@ -15,7 +15,7 @@ from recsys.config.parser import short
 from recsys.data.parquet.file import column_type, open_parquet, read_row_group
 from recsys.data.parquet.values import is_list, usable_column, without_views
 from recsys.data.schema import Schema, build_hashes, load_schema, read_schema, vocabulary_file
-from recsys.data.schema_columns import MOST_ROWS
+from recsys.data.schema_columns import MAX_ROWS
 from recsys.data.transforms.chain import (
     Chain,
     load_fitted,
@@ -53,9 +53,9 @@ def prepare_vocabularies(data: str) -> list[PreparedVocabulary]:
         )
     prepared = []
     for table in tables:
-        file, vocabulary = vocabulary_file(root, table), ExactVocabulary(MOST_ROWS)
+        file, vocabulary = vocabulary_file(root, table), ExactVocabulary(MAX_ROWS)
         if file.exists():
-            vocabulary = ExactVocabulary.load(file.path, MOST_ROWS, file.arrow)
+            vocabulary = ExactVocabulary.load(file.path, MAX_ROWS, file.arrow)
         num_new = _extend(root, schema, table, vocabulary, (*SPLITS, ITEMS))
         schema.make_room(table, len(vocabulary))
         num_rows, too_few = schema.limit(table), schema.grown.get(table)
@@ -75,10 +75,10 @@ def new_ids(
     """Return by table the ids of a split (None: of the items) that `maps` do not have yet."""
     ids = {}
     for table in schema.tables_with("exact"):
-        vocabulary = ExactVocabulary(MOST_ROWS)
-        num_before = vocabulary.extend([maps[table].ids]) if table in maps else 0
+        vocabulary = ExactVocabulary(MAX_ROWS)
+        num_known = vocabulary.extend([maps[table].ids]) if table in maps else 0
         _extend(root, schema, table, vocabulary, [split or ITEMS])
-        ids[table] = vocabulary.ids.slice(num_before)
+        ids[table] = vocabulary.ids.slice(num_known)
     return ids
 
 
@@ -96,12 +96,12 @@ def _raw_ids(
     """Yield the non-null ids of a table, one row group of one column at a time."""
     columns = [name for name in schema.columns if schema.table_of(name) == table]
     splits = [folder for folder in folders if folder != ITEMS]
-    places = [(split, name) for split in splits for name in columns]
+    sources = [(split, name) for split in splits for name in columns]
     if ITEMS in folders and schema.items is not None and table == schema.target_item:
-        places.append((ITEMS, schema.items.id))
+        sources.append((ITEMS, schema.items.id))
     if splits and not any((root / split).files(".parquet") for split in splits):
         raise ValueError(f"{root}: no *.parquet files in {', '.join(splits)}; write the rows first")
-    for folder, name in places:
+    for folder, name in sources:
         is_of_rows = folder != ITEMS
         takes_lists = is_of_rows and schema.columns[name].kind in ("ids", "sequence")
         for file in (root / folder).files(".parquet"):

@@ -83,15 +83,15 @@ class RowSource(ABC):
         """Yield the checked rows of these chunks; `numbers` are ascending."""
         for number in numbers:
             table, chunk = self.read_chunk(number), self.chunks[number]
-            place, names = chunk.place, table.column_names
+            where, names = chunk.place, table.column_names
             for name in self.columns:
                 if name not in names:
-                    raise ValueError(f"{place}: column '{name}' is missing; the rows have {names}")
+                    raise ValueError(f"{where}: column '{name}' is missing; the rows have {names}")
             kinds = dict(zip(names, table.schema.types, strict=True))
-            check_types(self.schema, self.names, kinds.__getitem__, place)
+            check_types(self.schema, self.names, kinds.__getitem__, where)
             if table.num_rows != chunk.num_rows:
                 raise ValueError(
-                    f"{place}: {table.num_rows} rows instead of the {chunk.num_rows} of "
+                    f"{where}: {table.num_rows} rows instead of the {chunk.num_rows} of "
                     f"chunk {number}; a chunk has the same rows whenever it is read"
                 )
             yield self.usable(number, table)
@@ -101,9 +101,9 @@ class RowSource(ABC):
         chunk = self.chunks[number]
 
         def report(name: str, bad: np.ndarray, reason: str, message: Callable[[int], str]) -> None:
-            after = "after its transform: " if name in self.schema.transforms else ""
+            prefix = "after its transform: " if name in self.schema.transforms else ""
             self.bad_rows.add(
-                chunk.place, name, chunk.first_row, bad, reason, lambda row: after + message(row)
+                chunk.place, name, chunk.first_row, bad, reason, lambda row: prefix + message(row)
             )
 
         positions = np.arange(chunk.num_rows) + self._first_positions[number]
@@ -148,24 +148,24 @@ class RowSource(ABC):
         `shuffle_seed` (seed, epoch) permutes chunks, the same on all ranks, and rows of windows.
         """
         windows: list[Window] = []
-        place, num_bytes = start, 0
-        for number, low, high in self._pieces(start, stop, shuffle_seed):
+        position, num_bytes = start, 0
+        for number, begin, end in self._chunk_ranges(start, stop, shuffle_seed):
             chunk = self.chunks[number]
-            size = chunk.num_bytes * (high - low) // chunk.num_rows
+            size = chunk.num_bytes * (end - begin) // chunk.num_rows
             if num_bytes and size and num_bytes + size > SHUFFLE_BYTES:
-                windows.append(Window(start, place))
-                start, num_bytes = place, 0
+                windows.append(Window(start, position))
+                start, num_bytes = position, 0
             num_bytes += size
-            place += high - low
-            if place - start >= SHUFFLE_ROWS or place == stop:
-                windows.append(Window(start, place))
-                start, num_bytes = place, 0
+            position += end - begin
+            if position - start >= SHUFFLE_ROWS or position == stop:
+                windows.append(Window(start, position))
+                start, num_bytes = position, 0
         return windows
 
     def keep(self, window: Window, shuffle_seed: tuple[int, int] | None = None) -> None:
         """Cache the chunks of a window from their next read on; drop other chunks."""
-        pieces = self._pieces(window.start, window.stop, shuffle_seed)
-        self._cache = dict.fromkeys(number for number, _, _ in pieces)
+        ranges = self._chunk_ranges(window.start, window.stop, shuffle_seed)
+        self._cache = dict.fromkeys(number for number, _, _ in ranges)
 
     def _chunks(self, numbers: Sequence[int]) -> Iterator[pa.Table]:
         read = self.read_chunks([number for number in numbers if self._cache.get(number) is None])
@@ -178,35 +178,35 @@ class RowSource(ABC):
 
     def read_window(self, window: Window, shuffle_seed: tuple[int, int] | None = None) -> pa.Table:
         """Return the rows of a window, in the order of its chunks; see `row_order`."""
-        pieces = self._pieces(window.start, window.stop, shuffle_seed)
-        numbers = sorted(number for number, _, _ in pieces)  # to open each file once
+        ranges = self._chunk_ranges(window.start, window.stop, shuffle_seed)
+        numbers = sorted(number for number, _, _ in ranges)  # to open each file once
         tables = dict(zip(numbers, self._chunks(numbers), strict=True))
         return pa.concat_tables(
-            tables[number].slice(low, high - low) for number, low, high in pieces
+            tables[number].slice(begin, end - begin) for number, begin, end in ranges
         )
 
-    def _pieces(
+    def _chunk_ranges(
         self, start: int, stop: int, shuffle_seed: tuple[int, int] | None = None
     ) -> list[tuple[int, int, int]]:
-        """Return (chunk, low, high): rows [low, high) of the chunk are in `[start, stop)`."""
+        """Return (chunk, begin, end): rows [begin, end) of the chunk are in `[start, stop)`."""
         order: Sequence[int] = range(len(self.chunks))
         if shuffle_seed is not None:
             order = np.random.default_rng(shuffle_seed).permutation(len(order)).tolist()
-        pieces, place = [], 0
+        ranges, position = [], 0
         for number in order:
             num_rows = self.chunks[number].num_rows
-            low, high = max(start - place, 0), min(stop - place, num_rows)
-            place += num_rows
-            if low < high:
-                pieces.append((number, low, high))
-        return pieces
+            begin, end = max(start - position, 0), min(stop - position, num_rows)
+            position += num_rows
+            if begin < end:
+                ranges.append((number, begin, end))
+        return ranges
 
     def read_once(self, start: int, stop: int) -> Iterator[pa.Table]:
         """Yield the rows at positions `[start, stop)` chunk by chunk, without copying them."""
-        pieces = self._pieces(start, stop)
-        tables = self._chunks([number for number, _, _ in pieces])
-        for table, (_, low, high) in zip(tables, pieces, strict=True):
-            yield table.slice(low, high - low)
+        ranges = self._chunk_ranges(start, stop)
+        tables = self._chunks([number for number, _, _ in ranges])
+        for table, (_, begin, end) in zip(tables, ranges, strict=True):
+            yield table.slice(begin, end - begin)
 
     def row_order(self, window: Window, shuffle_seed: tuple[int, int] | None = None) -> np.ndarray:
         """Return the order in which the rows of a window are used: int64 [rows of the window]."""
@@ -262,25 +262,25 @@ class Stage:
 
 @dataclass(frozen=True)
 class Slice:
-    """Rows `[low, high)` of a window, counted after the window's shuffle."""
+    """Rows `[begin, end)` of a window, counted after the window's shuffle."""
 
     window: Window
-    low: int
-    high: int
+    begin: int
+    end: int
 
     def __len__(self) -> int:
-        return self.high - self.low
+        return self.end - self.begin
 
 
-def between(slices: Sequence[Slice], low: int, high: int) -> list[Slice]:
-    """Return the rows at positions `[low, high)` of the concatenated slices."""
-    pieces, place = [], 0
-    for piece in slices:
-        first, last = max(low - place, 0), min(high - place, len(piece))
+def between(slices: Sequence[Slice], begin: int, end: int) -> list[Slice]:
+    """Return the rows at positions `[begin, end)` of the concatenated slices."""
+    spans, position = [], 0
+    for span in slices:
+        first, last = max(begin - position, 0), min(end - position, len(span))
         if first < last:
-            pieces.append(Slice(piece.window, piece.low + first, piece.low + last))
-        place += len(piece)
-    return pieces
+            spans.append(Slice(span.window, span.begin + first, span.begin + last))
+        position += len(span)
+    return spans
 
 
 def rank_shares(
@@ -296,7 +296,7 @@ def rank_shares(
     largest = max(sum(map(len, share)) for share in shares)
     num_batches = max(-(-largest // last.batch_size), 1)  # as in `Interactions.begin`
     rows_read = largest * last.batches // num_batches
-    rest = [piece for share in shares for piece in between(share, rows_read, largest)]
-    num_rows = sum(map(len, rest))
+    remaining = [span for share in shares for span in between(share, rows_read, largest)]
+    num_rows = sum(map(len, remaining))
     cuts = [num_rows * rank // world_size for rank in range(world_size + 1)]
-    return [between(rest, low, high) for low, high in pairwise(cuts)]
+    return [between(remaining, begin, end) for begin, end in pairwise(cuts)]

@@ -14,7 +14,7 @@ from embeddings.vocabulary.fixed import ExactVocabulary, HashVocabulary
 from recsys.config.parser import settings_of
 from recsys.config.plain_yaml import cached_copy, load_plain_yaml
 from recsys.data.schema_columns import (
-    MOST_ROWS,
+    MAX_ROWS,
     Column,
     FeatureTable,
     HistoryColumns,
@@ -63,8 +63,8 @@ class Schema:
         return [
             HistoryColumns(
                 name,
-                [beside for beside in column.parallel if beside not in columns],
-                [beside for beside in column.parallel if beside in columns],
+                [list_name for list_name in column.parallel if list_name not in columns],
+                [list_name for list_name in column.parallel if list_name in columns],
             )
             for name, column in columns.items()
             if column.kind == "sequence"
@@ -119,7 +119,7 @@ class Schema:
         """Return the feature table in which a column is looked up, or None."""
         return next((table for table in self.features if name in table.columns), None)
 
-    def lookup_beside(self, name: str) -> FeatureTable | None:
+    def lookup_of_list(self, name: str) -> FeatureTable | None:
         """Return the feature table in which a list beside a history is looked up, or None."""
         return next((table for table in self.features if name in table.beside), None)
 
@@ -164,12 +164,12 @@ class Schema:
     def file_columns(self, names: Iterable[str]) -> list[str]:
         return file_columns(names, self.transforms)
 
-    def require_id_type(self, name: str, kind: pa.DataType, place: str, table: str) -> None:
+    def require_id_type(self, name: str, kind: pa.DataType, file: str, table: str) -> None:
         """Raise a ValueError if raw ids have another type than in other files of their table."""
-        first = self.id_types.setdefault(table, IdType(id_type(kind), place))
+        first = self.id_types.setdefault(table, IdType(id_type(kind), file))
         if first.name != id_type(kind):
             raise ValueError(
-                f"{place}: column '{name}' has {id_type(kind)} ids ({kind}), but {first.place} has "
+                f"{file}: column '{name}' has {id_type(kind)} ids ({kind}), but {first.file} has "
                 f"{first.name} ids of '{table}', and a vocabulary takes 7 and '7' for two ids; "
                 f"write the column with {first.name} ids"
             )
@@ -207,11 +207,11 @@ def read_schema(root: Location) -> Schema:
     return parse_schema(content, str(path))
 
 
-def parse_schema(content: Any, place: str) -> Schema:
-    """Return the schema of the content of a `schema.yaml`; `place` names the file in errors."""
-    with errors_at(place, Exception):
+def parse_schema(content: Any, file: str) -> Schema:
+    """Return the schema of the content of a `schema.yaml`; `file` names the file in errors."""
+    with errors_at(file, Exception):
         schema = _schema_of(content)
-    _validate(schema, place)
+    _validate(schema, file)
     return schema
 
 
@@ -238,7 +238,7 @@ def load_vocabularies(
             raise ValueError(
                 f"{file}: no such file, but column '{table}' has a vocabulary of kind exact; {fix}"
             )
-        stored = ExactVocabulary.load(file.path, MOST_ROWS, file.arrow)
+        stored = ExactVocabulary.load(file.path, MAX_ROWS, file.arrow)
         if not is_of_run:
             schema.make_room(table, len(stored))
         schema.vocabularies[table] = vocabulary = stored.resized(schema.limit(table))

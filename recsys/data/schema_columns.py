@@ -26,7 +26,7 @@ _ATTRIBUTES = """
     xpu zero_grad
 """
 MODULE_ATTRIBUTES = frozenset(_ATTRIBUTES.split())
-MOST_ROWS = 2**48  # rows of a table: more than any cluster holds
+MAX_ROWS = 2**48  # rows of a table: more than any cluster holds
 
 
 @dataclass
@@ -205,7 +205,7 @@ class IdType:
     """Type of the raw ids of a table, or of inputs of `cross`; 7 and "7" are different ids."""
 
     name: Literal["integer", "string", "boolean"]
-    place: str  # the file read first, for messages
+    file: str  # the file read first, for messages
 
 
 def id_type(kind: pa.DataType) -> Literal["integer", "string", "boolean"]:
@@ -230,9 +230,9 @@ def check_vocabulary(column: Column, where: str, is_target: bool) -> None:
             raise ValueError(
                 f"{where}: a vocabulary of kind {settings.kind} has no {setting.name}; remove it"
             )
-    for name, most in (("num_hashes", 64), ("admit_after", 2**31)):
-        if not 1 <= (value := getattr(settings, name)) <= most:
-            raise ValueError(f"{where}: {name} is {value}; set 1 to {most}")
+    for name, limit in (("num_hashes", 64), ("admit_after", 2**31)):
+        if not 1 <= (value := getattr(settings, name)) <= limit:
+            raise ValueError(f"{where}: {name} is {value}; set 1 to {limit}")
     if not 0 <= settings.seed < 2**63:
         raise ValueError(f"{where}: seed is {settings.seed}; set one from 0 to {2**63 - 1}")
     if not settings.half_life > 0:
@@ -276,8 +276,8 @@ def check_column(columns: dict[str, Column], name: str, target_item: str) -> Non
     if (size := column.num_embeddings) is not None:
         if (problem := table_name_problem(name)) is not None:
             raise ValueError(f"{where}: the name of its table {problem}")
-        if not 1 <= size <= MOST_ROWS:
-            raise ValueError(f"{where}: num_embeddings is {size}; set 1 to {MOST_ROWS}")
+        if not 1 <= size <= MAX_ROWS:
+            raise ValueError(f"{where}: num_embeddings is {size}; set 1 to {MAX_ROWS}")
     if column.vocabulary is not None:
         check_vocabulary(column, where, is_target=name == target_item)
     if column.shares is not None:
@@ -293,7 +293,7 @@ def _fill_problem(columns: dict[str, Column], name: str, column: Column) -> str 
     if column.fill is None:
         return None
     if column.kind == "sequence":
-        lists = [beside for beside in column.parallel if beside not in columns]
+        lists = [list_name for list_name in column.parallel if list_name not in columns]
         if not isinstance(column.fill, dict) or not column.fill.keys() <= set(lists):
             return f"of a sequence maps lists of numbers beside it, {lists}, to a number"
         return None

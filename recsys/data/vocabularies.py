@@ -95,8 +95,8 @@ class BoundedVocabularies:
             features = pooled
         values, is_counted = _ids_of(batch, features, name)
         if name == self.history:  # the feature has each item of the histories once
-            further = [history.index for history in batch.history.further]
-            return values, torch.cat([batch.history.index, *further])
+            others = [history.index for history in batch.history.extras]
+            return values, torch.cat([batch.history.index, *others])
         if name == self.target and not training:
             return values, torch.ones_like(is_counted)
         return values, is_counted
@@ -119,8 +119,8 @@ def _ids_of(batch: Batch, features: KeyedJaggedTensor, name: str) -> tuple[Tenso
     first, last = features.offset_per_key()[index : index + 2]
     lengths = features.lengths().view(len(features.keys()), -1)[index]  # [B]
     is_row = batch.rows.positions >= 0
-    if (whole := batch.history.whole) is not None:
-        is_row = is_row.new_zeros(len(whole.lengths)).index_put((whole.rows,), is_row)
+    if (full := batch.history.full) is not None:
+        is_row = is_row.new_zeros(len(full.lengths)).index_put((full.rows,), is_row)
     return features.values()[first:last], torch.repeat_interleave(is_row, lengths)
 
 
@@ -161,13 +161,13 @@ class UnknownIds:
         }
 
 
-def format_unknown(what: str, totals: dict[str, dict[str, int]]) -> str | None:
+def format_unknown(title: str, totals: dict[str, dict[str, int]]) -> str | None:
     """Return a line about the unknown ids of a split; None if no column can have any."""
     if not totals:
         return None
-    figures = [
+    shares = [
         f"{name} {total['unknown']:,} of {total['ids']:,}"
         + (f" ({total['unknown'] / total['ids']:.2%})" if total["ids"] else "")
         for name, total in totals.items()
     ]
-    return f"{what}: unknown ids: {', '.join(figures)}"
+    return f"{title}: unknown ids: {', '.join(shares)}"

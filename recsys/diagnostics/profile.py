@@ -30,7 +30,7 @@ class StepProfile:
         self._is_cuda = ranks.device.type == "cuda"
         self._done = steps == 0 or not ranks.is_first
         self._profiler: profile | None = None  # None outside of a loop
-        self._marks = ExitStack()  # removes the hooks
+        self._hooks = ExitStack()  # removes the hooks
         self._has_printed_reason, self._steps_of_loop = False, 0
 
     def __enter__(self) -> StepProfile:
@@ -50,7 +50,7 @@ class StepProfile:
             return
         self._steps_of_loop += 1
         if self._steps_of_loop == FIRST_STEPS:
-            self._marks = mark_parts(self.em3)
+            self._hooks = label_modules(self.em3)
         self._profiler.step()
         if self._done:
             self._stop()
@@ -74,7 +74,7 @@ class StepProfile:
     def _stop(self) -> None:
         assert self._profiler is not None
         self._profiler.stop()
-        self._marks.close()
+        self._hooks.close()
         self._profiler = None
 
     def _report(self, profiler: profile) -> None:
@@ -88,41 +88,41 @@ class StepProfile:
             logger.warning("%s: cannot be written (%s)", self.folder / TRACE, error)
 
 
-def mark_parts(em3: EM3) -> ExitStack:
-    """Name the model's parts in the profiler's records, such as `## encoders ##`, until closed."""
-    marks = ExitStack()
-    parts: list[tuple[nn.Module, str]] = [(em3.ranking, "ranking"), (em3.losses, "losses")]
+def label_modules(em3: EM3) -> ExitStack:
+    """Name the modules in the profiler's records, such as `## encoders ##`, until closed."""
+    hooks = ExitStack()
+    modules: list[tuple[nn.Module, str]] = [(em3.ranking, "ranking"), (em3.losses, "losses")]
     for collection in (em3.embedding_bags, em3.embeddings):
         if collection is not None:
             # Ids are exchanged before this forward call, looked-up vectors within it.
-            parts.append((collection, "output dist"))
+            modules.append((collection, "output dist"))
             lookups: Any = getattr(collection, "_lookups", [])
-            parts += [(lookup, "lookup") for lookup in lookups]
-    parts.append((em3.id_reader, "output dist"))  # waits for the vectors
+            modules += [(lookup, "lookup") for lookup in lookups]
+    modules.append((em3.id_reader, "output dist"))  # waits for the vectors
     if em3.content is not None:
-        parts += [(em3.content, "content"), (em3.content.fusion, "fusion")]
+        modules += [(em3.content, "content"), (em3.content.fusion, "fusion")]
         for encoder in em3.content.encoders.values():
-            _mark_encode(encoder, marks)
-    for module, part in parts:
-        _mark_forward(module, part, marks)
-    return marks
+            _label_encode(encoder, hooks)
+    for module, label in modules:
+        _label_forward(module, label, hooks)
+    return hooks
 
 
-def _mark_forward(module: nn.Module, part: str, marks: ExitStack) -> None:
+def _label_forward(module: nn.Module, label: str, hooks: ExitStack) -> None:
     open_ranges: list[record_function] = []
 
     def begin(*_: Any) -> None:
-        open_ranges.append(record_function(f"## {part} ##"))
+        open_ranges.append(record_function(f"## {label} ##"))
         open_ranges[-1].__enter__()
 
     def end(*_: Any) -> None:
         open_ranges.pop().__exit__(None, None, None)
 
-    marks.callback(module.register_forward_pre_hook(begin, prepend=True).remove)
-    marks.callback(module.register_forward_hook(end, always_call=True).remove)
+    hooks.callback(module.register_forward_pre_hook(begin, prepend=True).remove)
+    hooks.callback(module.register_forward_hook(end, always_call=True).remove)
 
 
-def _mark_encode(encoder: Any, marks: ExitStack) -> None:
+def _label_encode(encoder: Any, hooks: ExitStack) -> None:
     # `record_function` as a decorator opens a range at each call.
     encoder.encode = record_function("## encoders ##")(encoder.encode)
-    marks.callback(delattr, encoder, "encode")
+    hooks.callback(delattr, encoder, "encode")

@@ -12,8 +12,8 @@ from functools import partial
 
 import numpy as np
 
-from recsys.data.item_frequency import PARTS, frequency_masks
-from recsys.evaluation.metrics import ERRORS, LEAST_USERS, grouped_auc, predicted
+from recsys.data.item_frequency import SUBSETS, frequency_masks
+from recsys.evaluation.metrics import ERRORS, MIN_USERS, grouped_auc, predicted
 from recsys.evaluation.scores import SplitScores, check_same_rows
 
 UPPER = (1 + 0.95) / 2  # quantile at the upper end of the intervals
@@ -42,14 +42,14 @@ def interval_ends(deviations: np.ndarray, users: float) -> tuple[float, float]: 
     from scipy.special import stdtrit
 
     users = max(users, 2.0)
-    low, high = np.percentile(deviations, PERCENTILES) * interval_stretch(users)
+    lower, upper = np.percentile(deviations, PERCENTILES) * interval_stretch(users)
     quantile = float(stdtrit(users - 1, UPPER))
     error = deviations.std() * np.sqrt(users / (users - 1))
     skewness = _skewness(deviations, users)
     below, above = (
         error * max(quantile, _unskewed(quantile, signed)) for signed in (skewness, -skewness)
     )
-    return float(min(low, -below)), float(max(high, above))
+    return float(min(lower, -below)), float(max(upper, above))
 
 
 def _skewness(deviations: np.ndarray, users: float) -> float:
@@ -102,7 +102,7 @@ def paired_difference(
     first: Sequence[Sequence[SplitScores]],
     second: Sequence[Sequence[SplitScores]],
     metric: str,
-    part: str,
+    subset: str,
     samples: int = 2000,
     seed: int = 0,
     label: int = 0,
@@ -110,13 +110,13 @@ def paired_difference(
     """Return the difference of `second` from `first` in a metric, by a paired bootstrap of users.
 
     `first` and `second` hold scores by seed and window; metrics are averaged over seeds. `metric`
-    is gauc, auc, rmse or mae; `part` is all, warm, cold or unseen. A resample draws users, each
+    is gauc, auc, rmse or mae; `subset` is all, warm, cold or unseen. A resample draws users, each
     with the rows of all windows. None if too few users define it; a ValueError if rows differ.
     """
     windows = _check_windows(first, second)
     users = _all_users(windows)
     measures = [
-        [_measure(run, users, metric, part, label) for run in runs] for runs in (first, second)
+        [_measure(run, users, metric, subset, label) for run in runs] for runs in (first, second)
     ]
 
     def difference(drawn: np.ndarray) -> np.ndarray:  # [U, S] -> [S]
@@ -126,7 +126,7 @@ def paired_difference(
         return np.asarray(second_value - first_value)
 
     _, user_rows = measures[0][0]
-    if _defining_users(user_rows) < LEAST_USERS:
+    if _defining_users(user_rows) < MIN_USERS:
         return None
     value = float(difference(np.ones((len(users), 1)))[0])
     if np.isnan(value):
@@ -135,22 +135,22 @@ def paired_difference(
     draws = resamples(len(users), samples, max(1, CELLS // cells), np.random.default_rng(seed))
     differences = np.concatenate([difference(drawn) for drawn in draws])
     deviations = differences[~np.isnan(differences)] - value
-    low, high = interval_ends(deviations, min(map(effective_users, user_rows)))
+    lower, upper = interval_ends(deviations, min(map(effective_users, user_rows)))
     limit = LARGEST[metric]
-    return Interval(value, max(-limit, value + low), min(limit, value + high))
+    return Interval(value, max(-limit, value + lower), min(limit, value + upper))
 
 
-def pooled_metric(windows: Sequence[SplitScores], metric: str, part: str) -> float | None:
+def pooled_metric(windows: Sequence[SplitScores], metric: str, subset: str) -> float | None:
     """Compute the metric of a run as `paired_difference` does; None if undefined."""
     users = _all_users(windows)
-    measure, _ = _measure(windows, users, metric, part)
+    measure, _ = _measure(windows, users, metric, subset)
     value = float(measure(np.ones((len(users), 1)))[0])
     return None if np.isnan(value) else value
 
 
-def metric_users(windows: Sequence[SplitScores], metric: str, part: str) -> int:
+def metric_users(windows: Sequence[SplitScores], metric: str, subset: str) -> int:
     """Count the users that define a metric, in any window; for AUC, users of the rarer label."""
-    _, user_rows = _measure(windows, _all_users(windows), metric, part)
+    _, user_rows = _measure(windows, _all_users(windows), metric, subset)
     return _defining_users(user_rows)
 
 
@@ -204,11 +204,11 @@ class _Rows:
         return self.label == 1
 
 
-def _counted_rows(window: SplitScores, users: np.ndarray, part: str, label: int) -> _Rows:
-    if part not in PARTS:
-        raise ValueError(f"part '{part}' is none of {PARTS}")
+def _counted_rows(window: SplitScores, users: np.ndarray, subset: str, label: int) -> _Rows:
+    if subset not in SUBSETS:
+        raise ValueError(f"part '{subset}' is none of {SUBSETS}")
     scores = window.counted(label)
-    rows = frequency_masks(scores.counts)[part]
+    rows = frequency_masks(scores.counts)[subset]
     return _Rows(
         label=scores.labels[rows, label],
         logit=scores.logits[rows, label],
@@ -223,13 +223,13 @@ def _defining_users(user_rows: np.ndarray) -> int:  # user_rows: [2, U]
 
 
 def _measure(
-    windows: Sequence[SplitScores], users: np.ndarray, metric: str, part: str, label: int = 0
+    windows: Sequence[SplitScores], users: np.ndarray, metric: str, subset: str, label: int = 0
 ) -> tuple[Measure, np.ndarray]:  # float64 [2, U]
     """Return a function from draws of users to a run's metric, and the weight of each user's rows.
 
     The weights are of positive and of negative rows; for GAUC and errors both are of all rows.
     """
-    counted = [_counted_rows(window, users, part, label) for window in windows]
+    counted = [_counted_rows(window, users, subset, label) for window in windows]
     if metric not in (metrics := metrics_of(counted[0].loss)):
         raise ValueError(f"metric '{metric}' is none of {metrics}")
     user_rows = np.zeros((2, len(users)))

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from embeddings.plan_text import align_columns
-from recsys.data.item_frequency import PARTS, frequency_masks
+from recsys.data.item_frequency import SUBSETS, frequency_masks
 from recsys.evaluation.bootstrap import metric_users, metrics_of, paired_difference, pooled_metric
-from recsys.evaluation.metrics import LEAST_USERS, MARK_NOTE, marked
+from recsys.evaluation.metrics import FEW_USERS_NOTE, MIN_USERS, in_parentheses
 from recsys.evaluation.scores import (
     SplitScores,
     check_model,
@@ -20,22 +20,22 @@ from recsys.evaluation.scores import (
     scores_file,
     with_labels,
 )
-from recsys.storage.files import write_whole
+from recsys.storage.files import atomic_write
 
 SAMPLES = 2000
 
 
 def compare_runs(runs: Sequence[Path], split: str) -> dict[str, Any]:
-    """Compute metrics of each run by part of the items, and differences to the first run.
+    """Compute metrics of each run by subset of the items, and differences to the first run.
 
     The metrics are AUC and GAUC, or RMSE and MAE for a numeric label; only the first label counts.
     Fewer than two runs, and runs without scores of equal rows, are a ValueError.
     """
     if len(runs) < 2:
         raise ValueError(f"--runs names {len(runs)} run; compare two or more")
-    first, *rest = [_scores_of(run, split) for run in runs]
+    first, *others = [_scores_of(run, split) for run in runs]
     scores = [first]
-    for run, other in zip(runs[1:], rest, strict=True):
+    for run, other in zip(runs[1:], others, strict=True):
         scores.append(with_labels(other, first.label_names, str(run)))
         check_same_rows(first, scores[-1], f"{runs[0]} and {run}")
     metrics, counted = metrics_of(first.loss_of(0)), first.counted(0)
@@ -45,10 +45,10 @@ def compare_runs(runs: Sequence[Path], split: str) -> dict[str, Any]:
         "metrics": list(metrics),
         "users": len(np.unique(counted.groups)),
         "samples": SAMPLES,
-        "rows": {part: int(rows.sum()) for part, rows in frequency_masks(counted.counts).items()},
+        "rows": {name: int(rows.sum()) for name, rows in frequency_masks(counted.counts).items()},
         "metric_users": {
-            part: {metric: metric_users([first], metric, part) for metric in metrics}
-            for part in PARTS
+            subset: {metric: metric_users([first], metric, subset) for metric in metrics}
+            for subset in SUBSETS
         },
         "runs": [
             {"run": str(run), **_compared(first, other)}
@@ -69,20 +69,20 @@ def _scores_of(run: Path, split: str) -> SplitScores:
 
 
 def _compared(first: SplitScores, other: SplitScores) -> dict[str, Any]:
-    parts: dict[str, Any] = {}
+    by_subset: dict[str, Any] = {}
     metrics = metrics_of(first.loss_of(0))
-    for part in PARTS:
-        parts[part] = {metric: pooled_metric([other], metric, part) for metric in metrics}
+    for subset in SUBSETS:
+        by_subset[subset] = {metric: pooled_metric([other], metric, subset) for metric in metrics}
         if other is not first:
             intervals = {
-                metric: paired_difference([[first]], [[other]], metric, part, SAMPLES)
+                metric: paired_difference([[first]], [[other]], metric, subset, SAMPLES)
                 for metric in metrics
             }
-            parts[part]["difference"] = {
+            by_subset[subset]["difference"] = {
                 metric: interval and {**asdict(interval), "excludes_zero": interval.excludes_zero}
                 for metric, interval in intervals.items()
             }
-    return parts
+    return by_subset
 
 
 def format_comparison(report: dict[str, Any]) -> str:
@@ -92,31 +92,31 @@ def format_comparison(report: dict[str, Any]) -> str:
     names = report["metrics"]
     columns = [column for name in names for column in (name, "difference", "95 % interval")]
     rows = [("items", *columns, "rows", "run")]
-    for part in PARTS:
-        users = report["metric_users"][part]
+    for subset in SUBSETS:
+        users = report["metric_users"][subset]
         for run in report["runs"]:
-            cells = [cell for name in names for cell in _cells(run[part], name, users[name])]
-            rows.append((part, *cells, f"{report['rows'][part]:,}", run["run"]))
+            cells = [cell for name in names for cell in _cells(run[subset], name, users[name])]
+            rows.append((subset, *cells, f"{report['rows'][subset]:,}", run["run"]))
     return (
         f"{head}\n{align_columns(rows)}\n"
         f"Differences are those to {first}; intervals by a paired bootstrap over users with "
-        f"{report['samples']:,} samples, wider for few users; - below {LEAST_USERS} users. * marks "
-        f"one that excludes 0. {MARK_NOTE}"
+        f"{report['samples']:,} samples, wider for few users; - below {MIN_USERS} users. * marks "
+        f"one that excludes 0. {FEW_USERS_NOTE}"
     )
 
 
 def _cells(metrics: dict[str, Any], name: str, users: int) -> tuple[str, str, str]:
-    value = "-" if metrics[name] is None else marked(f"{metrics[name]:.4f}", users)
+    value = "-" if metrics[name] is None else in_parentheses(f"{metrics[name]:.4f}", users)
     if "difference" not in metrics:
         return value, "", ""
     difference = metrics["difference"][name]
     if difference is None:
         return value, "-", "-"
-    mark = " *" if difference["excludes_zero"] else ""
-    interval = f"[{difference['low']:+.4f}, {difference['high']:+.4f}]{mark}"
+    star = " *" if difference["excludes_zero"] else ""
+    interval = f"[{difference['low']:+.4f}, {difference['high']:+.4f}]{star}"
     return value, f"{difference['value']:+.4f}", interval
 
 
 def write_comparison(report: dict[str, Any], out: Path) -> None:
     """Write the result of `compare_runs` as JSON, atomically."""
-    write_whole(out, json.dumps(report, indent=2) + "\n")
+    atomic_write(out, json.dumps(report, indent=2) + "\n")

@@ -96,8 +96,8 @@ def check_data(
     numbers = ranges.gather(ranks)
     for column in job.schema.of_kind("dense"):
         extent = numbers[column]
-        is_scaled = job.em3.scaling is not None and extent.least < extent.greatest
-        if not is_scaled and (finding := dense_finding(column, extent.least, extent.greatest)):
+        is_scaled = job.em3.scaling is not None and extent.lowest < extent.highest
+        if not is_scaled and (finding := dense_finding(column, extent.lowest, extent.highest)):
             logger.warning("%s; fix: %s", *finding)
     counted = counts["train"].sum_of_ranks(job.schema.item_id_limit, ranks)
     return CheckedRows(counted, skipped, numbers)
@@ -189,14 +189,14 @@ def require_usable(rows: RowSource, split: Location, scored: Mapping[str, Tensor
 def fill_bank(job: Job, lockstep: Lockstep | None = None) -> None:
     """Encode every item with a table row and write its vector to the memory bank. A collective."""
 
-    def stop_if_asked() -> None:
+    def check_stop() -> None:
         if lockstep is not None:
             lockstep.sync_errors()
             lockstep.raise_if_stopped()
 
     content, store, find = job.em3.content, job.store, job.vocabularies.find_items
     if content is not None and content.bank is not None and store is not None:
-        encode_into_bank(content, store, job.ranks, stop_if_asked, find=find)
+        encode_into_bank(content, store, job.ranks, check_stop, find=find)
 
 
 def split_interactions(job: Job, split: str) -> Interactions:
@@ -254,7 +254,7 @@ class _HostColumns:
     """Selected rows of all batches, copied to the host; it waits for a GPU only at the end."""
 
     def __init__(self) -> None:
-        self._parts: dict[str, list[tuple[Tensor, Tensor | None]]] = {}
+        self._chunks: dict[str, list[tuple[Tensor, Tensor | None]]] = {}
 
     def add(self, mask: Tensor, columns: dict[str, Tensor | None]) -> None:  # bool [B], [B, ...]
         copied = mask.to("cpu", non_blocking=True)  # into pinned memory
@@ -262,14 +262,14 @@ class _HostColumns:
             if column is not None:
                 is_here = is_on_host(column)
                 selected = column[mask] if is_here else column.to("cpu", non_blocking=True)
-                self._parts.setdefault(name, []).append((selected, None if is_here else copied))
+                self._chunks.setdefault(name, []).append((selected, None if is_here else copied))
 
     def joined(self, device: torch.device) -> dict[str, Tensor]:  # [N, ...] by name
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return {
-            name: torch.cat([column if mask is None else column[mask] for column, mask in parts])
-            for name, parts in self._parts.items()
+            name: torch.cat([column if mask is None else column[mask] for column, mask in chunks])
+            for name, chunks in self._chunks.items()
         }
 
 

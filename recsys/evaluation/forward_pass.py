@@ -14,13 +14,13 @@ from recsys.data.vocabularies import UnknownIds
 from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.log import progress_bar
 
-MOST_ROWS = 4  # largest multiple of a training batch's rows
+MAX_MULTIPLE = 4  # largest multiple of a training batch's rows
 ENOUGH_ROWS = 2048  # larger batches are not faster
 
 
 def rows_per_batch(batch_size: int) -> int:
     """Return the number of rows of a scored batch, at least that of a training batch."""
-    return max(batch_size, min(MOST_ROWS * batch_size, ENOUGH_ROWS))
+    return max(batch_size, min(MAX_MULTIPLE * batch_size, ENOUGH_ROWS))
 
 
 def forward_pass(
@@ -28,7 +28,7 @@ def forward_pass(
     source: Iterator[Batch],
     lockstep: Lockstep,
     unknown: UnknownIds | None = None,
-    place: str = "scored batch",
+    title: str = "scored batch",
     total: int | None = None,
 ) -> Iterator[tuple[dict[str, Any], Tensor, Batch]]:
     """Yield (named vectors of the model, logits [B, C], batch) for each batch. A collective.
@@ -43,12 +43,12 @@ def forward_pass(
     if content is not None and store is not None:
         batches = ItemVectorCache(content, store, job.ranks.device)(batches)
     shown = job.ranks.is_first and total is not None
-    bar = progress_bar(total or 0, f"{place}es", shown, leave=False)
+    bar = progress_bar(total or 0, f"{title}es", shown, leave=False)
     with bar, lockstep.watchdog.armed(), job.em3.losses.disabled():
         for number, output in enumerate(job.pipeline.outputs(batches), 1):
             yield output
             bar.update()
-            lockstep.watchdog.mark(f"{place} {number}")
+            lockstep.watchdog.mark(f"{title} {number}")
 
 
 def require_finite(scored: Mapping[str, Tensor], rows: RowSource) -> None:

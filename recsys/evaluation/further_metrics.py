@@ -8,11 +8,11 @@ import numpy as np
 
 from recsys.config import MetricSettings
 from recsys.config.named_parts import make_part
-from recsys.data.item_frequency import PARTS
+from recsys.data.item_frequency import SUBSETS
 
 METRICS = {"precision_at_k": "recsys.evaluation.further_metrics:PrecisionAtK"}
 # Keys of reports, which metrics must not use as names.
-RESERVED = {"auc", "gauc", "logloss", "ne", "calibration", "num_samples", *PARTS}
+RESERVED = {"auc", "gauc", "logloss", "ne", "calibration", "num_samples", *SUBSETS}
 RESERVED |= {"rmse", "mae", "nrmse", "deviance", "num_users", "gauc_users", "sum_of_weights"}
 RESERVED |= {"labels", "retrieval", "ids"}
 RESERVED |= {"partition", "model_of", "rows"}  # keys of a continual run's results
@@ -101,8 +101,8 @@ class PrecisionAtK:
         user_of_tie = np.cumsum(new_user)[tie_begin] - 1
 
         rows = np.diff(np.append(tie_begin, len(label)))
-        places_before = tie_begin - user_begin[user_of_tie]
-        expected_share = np.clip(self.k - places_before, 0, rows) / rows  # of a tie's rows
+        rows_above = tie_begin - user_begin[user_of_tie]
+        expected_share = np.clip(self.k - rows_above, 0, rows) / rows  # of a tie's rows
         hits = np.add.reduceat(label, tie_begin) * expected_share
         user_rows = np.diff(np.append(user_begin, len(label)))
         precision = np.bincount(user_of_tie, hits) / np.minimum(user_rows, self.k)

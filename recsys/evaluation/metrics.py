@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from recsys.data.item_frequency import PARTS, frequency_masks
+from recsys.data.item_frequency import SUBSETS, frequency_masks
 from recsys.evaluation.further_metrics import Metric, call_metric, fits_loss
 from recsys.evaluation.scores import SplitScores
 
@@ -17,8 +17,8 @@ ORDER_METRICS = ("auc", "gauc")  # depend only on the order of scores
 SHOWN = (*ORDER_METRICS, "logloss", "ne")  # metrics that tables show
 SHOWN_OF_NUMBERS = ("rmse", "mae", "nrmse")  # metrics of numeric labels that tables show
 ERRORS = ("rmse", "mae")  # lower is better
-LEAST_USERS = 5  # with fewer users, there is no interval and tables mark the metric
-MARK_NOTE = f"Figures in parentheses rest on fewer than {LEAST_USERS} users."
+MIN_USERS = 5  # with fewer users, there is no interval and tables mark the metric
+FEW_USERS_NOTE = f"Figures in parentheses rest on fewer than {MIN_USERS} users."
 
 
 def grouped_auc(
@@ -197,8 +197,8 @@ def evaluation_report(
     scored, reports = ScoredRows(labels, logits, rows.groups, rows.weights, loss), {}
     columns = labels, scored.scores, rows.groups, rows.counts
     fitting = {n: metric for n, metric in (extra_metrics or {}).items() if fits_loss(metric, loss)}
-    for part, mask in frequency_masks(rows.counts).items():
-        reports[part] = scored.metrics(mask) | {
+    for subset, mask in frequency_masks(rows.counts).items():
+        reports[subset] = scored.metrics(mask) | {
             name: call_metric(name, metric, *(column[mask] for column in columns))
             for name, metric in fitting.items()
         }
@@ -210,27 +210,27 @@ def format_report(
 ) -> str:
     """Format the metrics `names` of a report as a text table; undefined values are `-`."""
     rows = [(title, *names, "rows")]
-    for part in PARTS:
-        metrics = report if part == "all" else report[part]
-        cells = (marked_cell(metrics, name) for name in names)
-        rows.append((part, *cells, f"{metrics['num_samples']:,}"))
-    least = [6, *(7 for _ in names), 10]
-    widths = [max(width, *map(len, column)) for width, column in zip(least, zip(*rows))]
+    for subset in SUBSETS:
+        metrics = report if subset == "all" else report[subset]
+        cells = (metric_cell(metrics, name) for name in names)
+        rows.append((subset, *cells, f"{metrics['num_samples']:,}"))
+    min_widths = [6, *(7 for _ in names), 10]
+    widths = [max(width, *map(len, column)) for width, column in zip(min_widths, zip(*rows))]
     lines = [
         "  ".join([first.ljust(widths[0]), *map(str.rjust, cells, widths[1:])])
         for first, *cells in rows
     ]
-    has_mark = any(cell.startswith("(") for row in rows for cell in row)
-    return "\n".join([*lines, MARK_NOTE] if has_mark else lines)
+    has_note = any(cell.startswith("(") for row in rows for cell in row)
+    return "\n".join([*lines, FEW_USERS_NOTE] if has_note else lines)
 
 
-def marked_cell(metrics: Mapping[str, Any], name: str, undefined: str = "-") -> str:
-    """Format a metric for a table, in parentheses if fewer than `LEAST_USERS` users define it."""
+def metric_cell(metrics: Mapping[str, Any], name: str, undefined: str = "-") -> str:
+    """Format a metric for a table, in parentheses if fewer than `MIN_USERS` users define it."""
     users = metrics.get("gauc_users" if name == "gauc" else "num_users")
-    return undefined if metrics[name] is None else marked(f"{metrics[name]:.4f}", users)
+    return undefined if metrics[name] is None else in_parentheses(f"{metrics[name]:.4f}", users)
 
 
-def marked(figure: str, num_users: int | None) -> str:
-    """Put a figure in parentheses if fewer than `LEAST_USERS` users define it; a dash stays."""
-    is_marked = num_users is not None and num_users < LEAST_USERS and figure not in ("-", "–")
-    return f"({figure})" if is_marked else figure
+def in_parentheses(text: str, num_users: int | None) -> str:
+    """Put a metric in parentheses if fewer than `MIN_USERS` users define it; a dash stays."""
+    has_few_users = num_users is not None and num_users < MIN_USERS and text not in ("-", "–")
+    return f"({text})" if has_few_users else text

@@ -24,7 +24,7 @@ METRICS: dict[BestModelBy, tuple[str, ...]] = {
 }
 ABSURD_LOG_LOSS = 2 * math.log(2)  # twice the log loss of predicting 0.5 for every row
 ABSURD_NRMSE = 2.0  # RMSE as a multiple of the RMSE of always predicting the mean
-MOST_NAMED = 5  # largest number of columns in an error message
+MAX_NAMED = 5  # largest number of columns in an error message
 
 
 def needs_search(metric: BestModelBy) -> bool:
@@ -46,7 +46,7 @@ def selection_score(report: Mapping[str, Any], metric: BestModelBy) -> float | N
     return -fmean(scores) if metric in ("rmse", "mae") else fmean(scores)
 
 
-def selection_words(metric: BestModelBy) -> str:
+def selection_text(metric: BestModelBy) -> str:
     """Return the selection score in words, such as `mean of AUC and GAUC`."""
     names = [name.upper() for name in METRICS[metric]]
     return names[0] if len(names) == 1 else f"mean of {' and '.join(names)}"
@@ -98,8 +98,8 @@ def _advice(rows: RowSource) -> str:
     wide = [(name, column) for name, column in ranges.by_column.items() if column.is_wide]
     if not wide:
         return "look at columns and modalities (`recsys explain-data`), or lower the learning rates"
-    wide.sort(key=lambda item: -max(-item[1].least, item[1].greatest))
-    names = ", ".join(f"'{name}' ({column})" for name, column in wide[:MOST_NAMED])
+    wide.sort(key=lambda item: -max(-item[1].lowest, item[1].highest))
+    names = ", ".join(f"'{name}' ({column})" for name, column in wide[:MAX_NAMED])
     return (
         f"its columns of wide range are {names}: take their logarithm or scale them to about 1 "
         "(ranking.scale_inputs does so by the training rows), or lower the learning rates"

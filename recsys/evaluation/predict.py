@@ -32,7 +32,7 @@ from recsys.evaluation.forward_pass import require_finite, rows_per_batch
 from recsys.evaluation.scores import scores_file
 from recsys.model.losses import predictions
 from recsys.model.tables import placed_for_scoring
-from recsys.storage.files import regular_file, whole_file, write_whole
+from recsys.storage.files import atomic_file, atomic_write, regular_file
 from recsys.storage.location import Location
 from recsys.storage.output_file import check_output
 
@@ -98,7 +98,7 @@ def evaluate(run: Path, data: str | None, split: str, ranks: Ranks, device: str)
                 )
             if not can_store:
                 raise ValueError(f"{file}: {run} cannot be written to; the result is printed only")
-            write_whole(file, json.dumps(report, indent=2) + "\n")
+            atomic_write(file, json.dumps(report, indent=2) + "\n")
     return report
 
 
@@ -187,7 +187,7 @@ def _write(files: list[Location], names: list[str], values: np.ndarray, out: Pat
     out.parent.mkdir(parents=True, exist_ok=True)
     writer: pq.ParquetWriter | None = None
     start = 0
-    with whole_file(out) as partial:
+    with atomic_file(out) as partial:
         for table in _row_groups(files):
             end = start + table.num_rows
             for name, column in zip(names, values[start:end].T, strict=True):

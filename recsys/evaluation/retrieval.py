@@ -35,7 +35,7 @@ from recsys.ranking.settings import GenerativeSettings
 QUERIES_PER_BLOCK = 256
 # Dot products count as equal below this share of the vectors' lengths: rounding of float64 sums.
 TIE = 1e-12
-NOT_FOUND = 2**40  # place of a target that a search does not find, beyond any list
+NOT_FOUND = 2**40  # rank of a target that a search does not find, beyond any list
 
 
 def catalogue_of(job: Job) -> np.ndarray | range:  # int64 [items]
@@ -63,7 +63,7 @@ def catalogue_vectors(job: Job, lockstep: Lockstep) -> tuple[Tensor, Tensor]:
     longest = -(-len(items) // ranks.world_size)  # size of the largest share of a rank
     batches = _batches_of_items(job, share, longest)
     total = -(-longest // job.config.batch_size)
-    outputs = forward_pass(job, batches, lockstep, place="catalogue batch", total=total)
+    outputs = forward_pass(job, batches, lockstep, title="catalogue batch", total=total)
     vectors = [towers["item"] for towers, _, _ in outputs]
     return torch.from_numpy(share), torch.cat(vectors)[: len(share)].cpu()
 
@@ -85,7 +85,7 @@ def _batches_of_items(job: Job, share: np.ndarray, longest: int) -> Iterator[Bat
         yield build(batch_rows)
 
 
-def search_places(
+def count_above(
     queries: Tensor,  # [R, D], the same on all ranks
     targets: Tensor,  # [R, D], vectors of the items to retrieve
     target_items: Tensor,  # [R]
@@ -99,7 +99,7 @@ def search_places(
     `excluded` items are not counted, which requires ascending `items`. A target that no rank has
     among its items, such as the row of unknown ids, gets the count `NOT_FOUND`.
     """
-    vectors, places = vectors.double(), torch.zeros(3, len(queries), dtype=torch.int64)
+    vectors, counts = vectors.double(), torch.zeros(3, len(queries), dtype=torch.int64)
     for start in range(0, len(queries), QUERIES_PER_BLOCK):
         block = slice(start, start + QUERIES_PER_BLOCK)
         query, target = queries[block].double(), targets[block].double()
@@ -108,16 +108,16 @@ def search_places(
         is_other = items != target_items[block].unsqueeze(1)
         for excluded_items in excluded:
             is_other &= ~excluded_items.mask(block, items)
-        places[0, block] = ((lead > margin) & is_other).sum(dim=1)
-        places[1, block] = ((lead.abs() <= margin) & is_other).sum(dim=1)
-        places[2, block] = torch.isin(target_items[block], items).long()
+        counts[0, block] = ((lead > margin) & is_other).sum(dim=1)
+        counts[1, block] = ((lead.abs() <= margin) & is_other).sum(dim=1)
+        counts[2, block] = torch.isin(target_items[block], items).long()
     if group is not None:
-        dist.all_reduce(places, group=group)
-    above, tied, is_here = places
+        dist.all_reduce(counts, group=group)
+    above, tied, is_here = counts
     return above.where(is_here > 0, NOT_FOUND), tied.where(is_here > 0, 0)
 
 
-def decoded_places(
+def beam_count_above(
     job: Job,
     queries: Tensor,  # [R, D], the same on all ranks
     target_items: Tensor,  # [R]
@@ -134,7 +134,7 @@ def decoded_places(
     table = ranking.table.cpu()[items]
     items, table = items[table[:, -1] > 0], table[table[:, -1] > 0]
     trie, decoder = CodeTrie(table.numpy()), copy.deepcopy(ranking.decoder).cpu()
-    places = torch.zeros(2, len(queries), dtype=torch.int64)
+    counts = torch.zeros(2, len(queries), dtype=torch.int64)
     size = max(1, MOST_BEAMS // settings.beam_size)
     share = _share(len(queries), ranks)
     for start in range(share.start, share.stop, size):
@@ -147,10 +147,10 @@ def decoded_places(
         scores, is_target = results[0], (results[1] >= 0) & (items[results[1]] == targets)
         highest = scores.masked_fill(~is_target, -torch.inf).amax(dim=1, keepdim=True)
         missed = ~is_target.any(dim=1)
-        places[0, block] = (scores > highest).sum(dim=1).masked_fill(missed, NOT_FOUND)
-        places[1, block] = ((scores == highest).sum(dim=1) - 1).masked_fill(missed, 0)
-    dist.all_reduce(places, group=ranks.group)
-    return places[0], places[1], len(items)
+        counts[0, block] = (scores > highest).sum(dim=1).masked_fill(missed, NOT_FOUND)
+        counts[1, block] = ((scores == highest).sum(dim=1) - 1).masked_fill(missed, 0)
+    dist.all_reduce(counts, group=ranks.group)
+    return counts[0], counts[1], len(items)
 
 
 @dataclass(frozen=True)
@@ -168,10 +168,10 @@ class SeenItems:
         seen_items = self.items[first : int(ends[rows][-1])]
         row = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
         mask = torch.zeros(len(lengths), len(items), dtype=torch.bool)
-        place = torch.searchsorted(items, seen_items).clamp(max=max(len(items) - 1, 0))
+        index = torch.searchsorted(items, seen_items).clamp(max=max(len(items) - 1, 0))
         if len(items):
-            is_here = items[place] == seen_items
-            mask[row[is_here], place[is_here]] = True
+            is_here = items[index] == seen_items
+            mask[row[is_here], index[is_here]] = True
         return mask
 
 
@@ -197,11 +197,11 @@ def retrieval_metrics(
     return metrics | {"num_samples": len(above)}
 
 
-# Gain of a target at a place, counted from 1, within the first K.
+# Gain of a target at a rank, counted from 1, within the first K.
 GAINS: dict[str, Callable[[Tensor], Tensor]] = {
     "recall": torch.ones_like,
-    "ndcg": lambda place: 1 / torch.log2(1 + place),
-    "mrr": lambda place: 1 / place,
+    "ndcg": lambda rank: 1 / torch.log2(1 + rank),
+    "mrr": lambda rank: 1 / rank,
 }
 
 
@@ -232,16 +232,16 @@ def retrieval_report(
         if later := later_items(job, settings, rows, scored["query_positions"]):
             excluded.append(later)
     if isinstance(job.em3.ranking, Generative):
-        above, tied, size = decoded_places(job, queries, target_items, excluded)
+        above, tied, size = beam_count_above(job, queries, target_items, excluded)
     else:
         items, vectors = catalogue_vectors(job, lockstep)
         targets, group = scored["query_targets"], job.ranks.group
-        above, tied = search_places(queries, targets, target_items, items, vectors, group, excluded)
+        above, tied = count_above(queries, targets, target_items, items, vectors, group, excluded)
         size = sum(job.ranks.gather(len(items)))
     weights, reports = scored.get("query_weights"), {}
     row_counts = target_counts(counts, target_items.numpy(), job.schema)
-    for part, is_in_part in frequency_masks(row_counts).items():
-        mask = torch.from_numpy(is_in_part)
-        part_weights = None if weights is None else weights[mask]
-        reports[part] = retrieval_metrics(above[mask], tied[mask], part_weights, settings.depths)
+    for subset, is_in_subset in frequency_masks(row_counts).items():
+        mask = torch.from_numpy(is_in_subset)
+        row_weights = None if weights is None else weights[mask]
+        reports[subset] = retrieval_metrics(above[mask], tied[mask], row_weights, settings.depths)
     return reports.pop("all") | {"catalogue": size} | reports

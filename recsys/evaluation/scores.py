@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from recsys.checkpoint.files import model_of
 from recsys.data.parquet.file import READ_ERRORS, column_type, open_parquet
-from recsys.storage.files import whole_file
+from recsys.storage.files import atomic_file
 from recsys.storage.location import Location
 
 
@@ -74,7 +74,7 @@ def write_scores(scores: SplitScores, path: Path, model: str | None = None) -> N
     metadata = {MODEL: model, LOSSES: ",".join(scores.losses)}
     metadata = {name: value for name, value in metadata.items() if value}
     table = pa.table(columns, metadata=metadata or None)
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         pq.write_table(table, partial, write_page_checksum=True)
 
 
@@ -97,8 +97,8 @@ def read_scores(path: Path) -> SplitScores:
         _check_values(table, name, file)
     numbers: dict[str, Any] = {name: table[column].to_numpy() for column, name in INTEGERS.items()}
     for kind in ("label", "logit"):
-        parts = [table[f"{kind}_{name}"].to_numpy() for name in names]
-        numbers[f"{kind}s"] = np.stack(parts, axis=1)
+        columns_of_kind = [table[f"{kind}_{name}"].to_numpy() for name in names]
+        numbers[f"{kind}s"] = np.stack(columns_of_kind, axis=1)
     numbers["weights"] = table["weight"].to_numpy() if "weight" in columns else None
     stored = (table.schema.metadata or {}).get(LOSSES.encode())
     losses = tuple(stored.decode().split(",")) if stored else ()
@@ -109,8 +109,8 @@ def _check_values(table: pa.Table, name: str, file: Location) -> None:
     """Raise a ValueError if the column is empty, of another type, has a null or a bad logit."""
     column = table[name]
     is_of_type = pa.types.is_integer if name in INTEGERS else pa.types.is_floating
-    is_whole = len(column) > 0 and is_of_type(column.type) and not column.null_count
-    if not is_whole or (name.startswith("logit_") and not np.isfinite(column.to_numpy()).all()):
+    is_complete = len(column) > 0 and is_of_type(column.type) and not column.null_count
+    if not is_complete or (name.startswith("logit_") and not np.isfinite(column.to_numpy()).all()):
         raise ValueError(
             f"{file}: column '{name}' has no rows, another type ({column.type}), nulls or values "
             "that are not finite; write the file again with `recsys evaluate`"

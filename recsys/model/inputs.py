@@ -70,7 +70,7 @@ class IDVectorReader(nn.Module):
         by_name = pooled.to_dict() if self.pooled_features else {}
         target = sequences[self.target].values()
         history = sequences[self.history].values() if self.history else target[:0]
-        if (whole := batch.history.whole) is not None:
+        if (whole := batch.history.full) is not None:
             by_name = {name: vectors[whole.rows] for name, vectors in by_name.items()}
         dropouts = zip(self.pooled_features, self.pooled_dropouts)
         pooled_vectors = [dropout(by_name[name]) for name, dropout in dropouts]
@@ -141,7 +141,7 @@ class InputScaling(nn.Module):
 
     def forward(self, batch: Batch) -> Batch:
         """Return the batch with standardised numbers; `recorded_values` stay as they are."""
-        first, scaled, histories = 0, [], batch.history.further
+        first, scaled, histories = 0, [], batch.history.extras
         lists = [batch.history.values, *(history.values for history in histories)]
         names = [self.dense, *(self.lists or [[]])]
         for numbers, columns in zip([batch.dense_features, *lists], names, strict=True):
@@ -153,7 +153,7 @@ class InputScaling(nn.Module):
             batch.history,
             values=values,
             unscaled_values=batch.history.values,
-            further=[replace(events, values=new) for events, new in zip(histories, further_values)],
+            extras=[replace(events, values=new) for events, new in zip(histories, further_values)],
         )
         return replace(batch, dense_features=dense, history=history)
 

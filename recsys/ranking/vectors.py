@@ -78,7 +78,7 @@ class IDVectors:
     history: Tensor  # [U, D], vectors of `history_items`; [N, D] if not `history_is_unique`
     history_is_unique: bool = True
     negatives: Tensor | None = None  # [S, D], of the sampled negatives; None if none are sampled
-    # [events, D] per extra sequence, in the order of `Batch.history.further`.
+    # [events, D] per extra sequence, in the order of `Batch.history.extras`.
     further: list[Tensor] = field(default_factory=list)
 
     def without_targets(self, is_new: Tensor) -> IDVectors:  # bool [B]

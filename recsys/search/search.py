@@ -37,9 +37,9 @@ from recsys.data.schema import load_schema
 from recsys.data.transforms.chain import FILE as FITS
 from recsys.distributed.job import environment_of_no_rank
 from recsys.evaluation.model_selection import selection_score
-from recsys.search.space import Parameter, check_space, grid_of, words_of
+from recsys.search.space import Parameter, arguments_of, check_space, grid_of
 from recsys.search.validations import TRACKER, read_lines
-from recsys.storage.files import whole_file
+from recsys.storage.files import atomic_file
 from recsys.storage.location import Location
 from recsys.storage.output_file import check_run_folder
 
@@ -48,8 +48,8 @@ logger = logging.getLogger(__name__)
 RECIPE, BEST, DATABASE, NAME = "recipe.yaml", "best.yaml", "study.db", "recsys"
 # Settings that may change when a search is resumed: no result depends on them.
 FREE = ("cache", "log_every_steps", "log_format", "log_level", "num_workers", "stall_timeout")
-ABOUT = "about"  # attribute of the study: its settings and hashes of its data
-SEEDS_APART = 1_000_003  # distance of the samplers' seeds between two seeds of the recipe
+METADATA = "about"  # attribute of the study: its settings and hashes of its data
+SEED_STRIDE = 1_000_003  # distance of the samplers' seeds between two seeds of the recipe
 FAILURES = 3  # the search stops if this many trials have failed and no other has ended
 WAIT_SECONDS, POLL_SECONDS = 1.0, 0.2
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
@@ -102,27 +102,27 @@ class Search:
             raise ValueError(
                 f"{self.out}: holds '{other_names[0]}', but no search; choose another --out"
             )
-        with whole_file(self.out / RECIPE) as partial:
+        with atomic_file(self.out / RECIPE) as partial:
             save_config(self.config, partial)
-        with whole_file(self.out / DATABASE) as partial:
+        with atomic_file(self.out / DATABASE) as partial:
             url = f"sqlite:///{partial.absolute()}"
             study = optuna.create_study(storage=url, study_name=NAME, direction="maximize")
             for values in grid:
                 study.enqueue_trial(values)
-            study.set_user_attr(ABOUT, self._about())
+            study.set_user_attr(METADATA, self._metadata())
 
-    def _about(self) -> dict[str, object]:
+    def _metadata(self) -> dict[str, object]:
         """Return all settings that trials share, and hashes of the data, as JSON values by name."""
         plain = to_plain(self.config)
-        about = flattened({name: value for name, value in plain.items() if name not in FREE})
-        about |= {f"space {p.name}": repr((p.distribution, p.sets)) for p in self.space}
-        about |= {f"content of {data}": dataset_digest(Location.of(data)) for data in self.data}
-        about |= {"--seeds": self.seeds, "--nproc": self.nproc}
-        about |= {"--sampler": self.sampler, "--prune": self.prunes}
-        return dict(json.loads(json.dumps(about)))
+        metadata = flattened({name: value for name, value in plain.items() if name not in FREE})
+        metadata |= {f"space {p.name}": repr((p.distribution, p.sets)) for p in self.space}
+        metadata |= {f"content of {data}": dataset_digest(Location.of(data)) for data in self.data}
+        metadata |= {"--seeds": self.seeds, "--nproc": self.nproc}
+        metadata |= {"--sampler": self.sampler, "--prune": self.prunes}
+        return dict(json.loads(json.dumps(metadata)))
 
     def _require_same(self) -> None:
-        saved, current = self._study(0).user_attrs[ABOUT], self._about()
+        saved, current = self._study(0).user_attrs[METADATA], self._metadata()
         names = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
         if names:
             lines = [f"{name}: {saved.get(name)}, now {current.get(name)}" for name in names[:3]]
@@ -224,7 +224,7 @@ class Search:
 
     def _score_of(self, trial: Trial, log: IO[str]) -> float:
         """Train all runs of a trial and return their mean score; TrialPruned if it is pruned."""
-        arguments, folder = words_of(self.space, trial.params), self._folder_of(trial.number)
+        arguments, folder = arguments_of(self.space, trial.params), self._folder_of(trial.number)
         load_config(self.out / RECIPE, arguments)
         seeds = range(self.config.seed, self.config.seed + self.seeds)
         runs = [(data, seed) for seed in seeds for data in self.data]
@@ -271,8 +271,8 @@ class Search:
                     raise SearchStopped
                 has_ended = process.poll() is not None
                 lines = read_lines(run) if num_runs == 1 else []
-                for place in range(num_reported, len(lines)):
-                    _report(trial, place, self._score(lines[place]["metrics"]))
+                for step in range(num_reported, len(lines)):
+                    _report(trial, step, self._score(lines[step]["metrics"]))
                 num_reported = len(lines)
         finally:
             if process.poll() is None:
@@ -290,8 +290,8 @@ class Search:
         """Write the best configuration and delete other trials' checkpoints; call with the lock."""
         best = next(iter(self.ranking()), None)
         if best is not None:
-            config = load_config(self.out / RECIPE, words_of(self.space, best.params))
-            with whole_file(self.out / BEST) as partial:
+            config = load_config(self.out / RECIPE, arguments_of(self.space, best.params))
+            with atomic_file(self.out / BEST) as partial:
                 save_config(config, partial)
         for trial in self.trials(*ENDED) if self.keep_checkpoints == "best" else ():
             if best is None or trial.number != best.number:
@@ -302,7 +302,7 @@ class Search:
     def _study(self, number: int) -> optuna.Study:
         samplers, pruners = optuna.samplers, optuna.pruners
         kind = samplers.TPESampler if self.sampler == "tpe" else samplers.RandomSampler
-        sampler = kind(seed=self.config.seed * SEEDS_APART + number)
+        sampler = kind(seed=self.config.seed * SEED_STRIDE + number)
         pruner = pruners.MedianPruner() if self.prunes else pruners.NopPruner()
         return optuna.load_study(
             storage=self.storage, study_name=NAME, sampler=sampler, pruner=pruner
@@ -328,9 +328,9 @@ class Search:
         return FileLock(self.out / ".lock")
 
 
-def _report(trial: Trial, place: int, score: float) -> None:
+def _report(trial: Trial, step: int, score: float) -> None:
     """Report an intermediate score to Optuna; raise TrialPruned if the trial is to stop."""
-    trial.report(score, place)
+    trial.report(score, step)
     if trial.should_prune():
         raise optuna.TrialPruned
 

@@ -85,12 +85,12 @@ def read_space(file: Path) -> list[Parameter]:
     return space
 
 
-def _parameter(place: str, name: str, entry: Any) -> Parameter:
+def _parameter(location: str, name: str, entry: Any) -> Parameter:
     match entry:
         case {"choices": [_, *_] as choices, **rest} if not rest:
             texts = [json.dumps(choice) for choice in choices]
             if len(set(texts)) < len(texts):
-                raise ValueError(f"{place}: names a choice twice: {choices}")
+                raise ValueError(f"{location}: names a choice twice: {choices}")
             return Parameter(name, CategoricalDistribution(texts))
         case {"sets": {} as sets, **rest} if sets and not rest:
             if all(isinstance(settings, dict) for settings in sets.values()):
@@ -102,14 +102,14 @@ def _parameter(place: str, name: str, entry: Any) -> Parameter:
                     kind = IntDistribution if types == {int} else FloatDistribution
                     return Parameter(name, kind(**entry))
                 except ValueError as error:
-                    raise ValueError(f"{place} is {entry!r}: {error}") from error
+                    raise ValueError(f"{location} is {entry!r}: {error}") from error
     raise ValueError(
-        f"{place} is {entry!r}; give numbers {{low: .., high: ..}} with log: true or a step, "
+        f"{location} is {entry!r}; give numbers {{low: .., high: ..}} with log: true or a step, "
         "{choices: [..]}, or {sets: {NAME: {SETTING: ..}}}, where {} is the recipe itself"
     )
 
 
-def words_of(space: Sequence[Parameter], values: Mapping[str, Any]) -> list[str]:
+def arguments_of(space: Sequence[Parameter], values: Mapping[str, Any]) -> list[str]:
     """Return a trial's values, by parameter as Optuna stores them, as command-line arguments."""
     arguments: list[str] = []
     for parameter in space:
@@ -123,7 +123,7 @@ def check_space(space: Sequence[Parameter], recipe: Path) -> None:
     for parameter in space:
         for value in parameter.extremes():
             try:
-                load_config(recipe, words_of([parameter], {parameter.name: value}))
+                load_config(recipe, arguments_of([parameter], {parameter.name: value}))
             except ValueError as error:
                 cause = str(error).removeprefix(f"config {recipe}: ")
                 raise ValueError(

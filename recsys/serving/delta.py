@@ -18,7 +18,7 @@ import numpy as np
 from recsys.serving.new_items.added_items import AddedItems
 from recsys.serving.package import MANIFEST, Manifest, read_manifest
 from recsys.serving.vector_file import VectorFileShape
-from recsys.storage.files import link_or_copy, whole_file, whole_folder
+from recsys.storage.files import atomic_file, atomic_folder, link_or_copy
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def write_delta(base: Path, new: Path, out: Path) -> DeltaCounts:
     """Compare two packages byte by byte and write the delta that turns `base` into `new`."""
     older, newer = read_manifest(base), read_manifest(new)
     description, counts = _compare(older, newer), dict[str, int]()
-    with whole_file(out) as partial, zipfile.ZipFile(partial, "w") as archive:
+    with atomic_file(out) as partial, zipfile.ZipFile(partial, "w") as archive:
         archive.write(new / MANIFEST, MANIFEST)
         archive.writestr(DESCRIPTION, json.dumps(asdict(description)))
         for name in description.whole:
@@ -131,7 +131,7 @@ def apply_delta(base: Path, delta: Path, out: Path) -> Manifest:
         raise ValueError(f"{delta}: no such file; write one by recsys package delta")
     older = read_manifest(base, verify=False)
     try:
-        with zipfile.ZipFile(delta) as archive, whole_folder(out) as partial:
+        with zipfile.ZipFile(delta) as archive, atomic_folder(out) as partial:
             description = _read_description(archive)
             for name, digests in description.base.items():
                 if name not in older.files or older.files[name]["sha256"] != digests:

@@ -60,7 +60,7 @@ from recsys.serving.ranking_graph import RankingGraph, RankingInputs
 from recsys.serving.requests import request_columns
 from recsys.serving.scorer import bounded_file
 from recsys.serving.vector_file import StoredType, VectorFileShape, write_vectors
-from recsys.storage.files import whole_folder
+from recsys.storage.files import atomic_folder
 from recsys.storage.output_file import check_output
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def export_run(
     """
     compiles = compiles if is_compiled(compiles) else False
     job = load_for_export(run, out, ranks, data)
-    with whole_folder(out) as partial:
+    with atomic_folder(out) as partial:
         return write_package(
             run,
             job,
@@ -336,7 +336,7 @@ def _example_request(job: Job, manifest: Manifest) -> str:
         row = next(parquet.iter_batches(1, columns=columns)).to_pylist()[0]
     request = {
         "user": {name: row[name] for name in user if not job.schema.lookup_of(name)},
-        "history": {name: row[name] for name in history if not job.schema.lookup_beside(name)},
+        "history": {name: row[name] for name in history if not job.schema.lookup_of_list(name)},
         "candidates": [row[manifest.target_item]],
     }
     return json.dumps(

@@ -163,7 +163,7 @@ class RankingInputs:
 
 @dataclass
 class SharedEvents:
-    """Stand-in for a `FurtherHistory` whose events all candidates share."""
+    """Stand-in for an `ExtraHistory` whose events all candidates share."""
 
     values: Tensor  # [K, P], and [N * K, P] by `CandidateHistory.of_candidates`
     history: SharedHistory
@@ -185,9 +185,9 @@ class CandidateHistory:
     values: Tensor  # [L, P], and [N * L, P] by `of_candidates`
     items: Tensor  # [L]
     history: SharedHistory
-    further: list[SharedEvents]
+    extras: list[SharedEvents]
     unscaled_values: Tensor | None = None  # of the shape of `values`
-    whole: None = None  # whole histories of several rows exist in training alone
+    full: None = None  # full histories of several rows exist in training alone
 
     @property
     def recorded_values(self) -> Tensor:  # float32 [N * L, P], before scaling
@@ -207,9 +207,7 @@ class CandidateHistory:
             self,
             values=spread(self.values),
             history=self.history if places is None else self.history.select(places),
-            further=[
-                replace(part, values=part.history.gather(part.values)) for part in self.further
-            ],
+            extras=[replace(part, values=part.history.gather(part.values)) for part in self.extras],
             unscaled_values=None if self.unscaled_values is None else spread(self.unscaled_values),
         )
 

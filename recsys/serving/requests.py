@@ -223,7 +223,7 @@ class RequestReader:
             """Return the file columns that a column of events is made of, each as one list."""
             arrays, unit = {}, f"items of '{history.name}'"
             for name in self.schema.file_columns([column]):
-                if name not in lists and self.schema.lookup_beside(name) is not None:
+                if name not in lists and self.schema.lookup_of_list(name) is not None:
                     arrays[name] = self._beside(name, lists[history.name])
                 else:
                     values = value_list(lists, name, "history", length, unit)
@@ -242,7 +242,7 @@ class RequestReader:
         return HistoryRows(ids, np.stack(numbers, axis=1) if numbers else empty)
 
     def _beside(self, name: str, items: Sequence[Any]) -> pa.Array:  # [L] -> one list of L
-        table = self.schema.lookup_beside(name)
+        table = self.schema.lookup_of_list(name)
         assert table is not None and self.features is not None
         ids = array_of(items, self.schema.target_item, "history")
         values = without_old_values(self.features.read(table, [ids]), table, self.clock())

@@ -47,7 +47,7 @@ def _partial_path(path: Path) -> Path:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary absolute path beside `path`; rename it to `path` if the block succeeds."""
     partial = _partial_path(regular_file(path).absolute())
     try:
@@ -57,15 +57,15 @@ def whole_file(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, text: str) -> None:
+def atomic_write(path: Path, text: str) -> None:
     """Write a text file atomically; create missing folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def whole_folder(path: Path, may_exist: bool = False) -> Iterator[Path]:
+def atomic_folder(path: Path, may_exist: bool = False) -> Iterator[Path]:
     """Yield a new folder beside `path`; rename it to `path` if the block succeeds.
 
     If another process has made `path` meanwhile, its folder stays if `may_exist`, else an OSError.

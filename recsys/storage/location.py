@@ -107,13 +107,13 @@ class Location:
 
 
 @contextmanager
-def errors_at(place: object, *others: type[Exception]) -> Iterator[None]:
-    """Turn a ValueError, or one of `others`, in the block into a ValueError that names `place`."""
+def errors_at(location: object, *others: type[Exception]) -> Iterator[None]:
+    """Turn a ValueError, or one of `others`, in the block into one that names `location`."""
     kinds: tuple[type[Exception], ...] = (ValueError, *others)
     try:
         yield
     except kinds as error:
-        raise ValueError(f"{place}: {error}") from error
+        raise ValueError(f"{location}: {error}") from error
 
 
 def is_partition(name: str) -> bool:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from recsys.storage.files import flush, regular_file, whole_file
+from recsys.storage.files import atomic_file, flush, regular_file
 
 BLOCK_BYTES = 2**24
 READ_BYTES = 2**20  # read at once, a small amount, as checkpoints are hashed during training
@@ -19,11 +19,11 @@ THREADS = 4
 Files = Mapping[str, Any]  # file name -> {"bytes": size, "sha256": hashes of its blocks}
 
 
-def digest_of(*parts: Any) -> str:
-    """Return a hash of bytes-like and printable parts."""
+def digest_of(*values: Any) -> str:
+    """Return a hash of bytes-like and printable values."""
     digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        digest.update(part if isinstance(part, bytes | memoryview) else repr(part).encode())
+    for value in values:
+        digest.update(value if isinstance(value, bytes | memoryview) else repr(value).encode())
     return digest.hexdigest()
 
 
@@ -35,7 +35,7 @@ def content_digest(content: dict[str, Any]) -> str:
 def write_signed(path: Path, content: dict[str, Any]) -> None:
     """Write JSON content with its hash atomically, and flush it to the disk before the rename."""
     signed = {**content, "sha256": content_digest(content)}
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         partial.write_text(json.dumps(signed, indent=1) + "\n")
         flush(partial)
 

@@ -27,8 +27,8 @@ def check_output(out: Path, inputs: Iterable[Location] = ()) -> None:
     dataset = target.parent.parent
     if target.parent.name in _DATASET_FOLDERS and (dataset / "schema.yaml").exists():
         raise ValueError(f"{out}: would be read as part of {dataset}; name a file elsewhere")
-    if (part := _part_of_run(target.parent)) is not None:
-        raise ValueError(f"{out}: lies in {part}, which is part of a run; name a file elsewhere")
+    if (parent := _part_of_run(target.parent)) is not None:
+        raise ValueError(f"{out}: lies in {parent}, which is part of a run; name a file elsewhere")
     is_present = target.exists() or target.name.startswith(".")  # a lock may be absent now
     is_result = target.name in (*_RUN_FILES, *_RUN_RESULTS, *_PACKAGE_FILES)
     if is_present and (is_result or target.match("scores_*.parquet")):
@@ -64,8 +64,8 @@ def check_run_folder(run: Path, data: str) -> None:
             f"{run}: is no folder, so no run can be written to it; choose another --out"
         )
     root, folder = Location.of(data), _real(run)
-    if (part := _part_of_run(folder)) is not None:
-        raise ValueError(f"{run}: lies in {part}, which is part of a run; choose another --out")
+    if (parent := _part_of_run(folder)) is not None:
+        raise ValueError(f"{run}: lies in {parent}, which is part of a run; choose another --out")
     data_folders = [root, *(root / name for name in _DATASET_FOLDERS)]
     if root.is_local and folder in [_real(data_folder.path) for data_folder in data_folders]:
         raise ValueError(f"{run}: is part of the dataset {data}; choose another --out")

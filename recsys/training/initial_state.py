@@ -19,7 +19,7 @@ from embeddings.table_rows import TableRows
 from recsys.build import Job
 from recsys.checkpoint.item_content import NewRows, encode_changed_items
 from recsys.checkpoint.progress import Progress
-from recsys.checkpoint.run_folder import ITEM_COUNTS_BEFORE, trained_counts
+from recsys.checkpoint.run_folder import EARLIER_ITEM_COUNTS, trained_counts
 from recsys.checkpoint.run_schema import WARM_START, exact_maps
 from recsys.checkpoint.warm_start.plan import WarmStartPlan
 from recsys.checkpoint.warm_start.source import Source, WarmStart, open_source, reconciled_schema
@@ -35,7 +35,7 @@ from recsys.model.tables import cold_row_rules
 from recsys.ranking.generative import Generative
 from recsys.ranking.settings import GenerativeSettings
 from recsys.serving.retrieval.semantic_ids import codes_of_items
-from recsys.storage.files import read_json, write_whole
+from recsys.storage.files import atomic_write, read_json
 from recsys.storage.location import Location
 from recsys.training.neighbour_statistics import fit_neighbours
 
@@ -164,7 +164,7 @@ def start_warm(
     fit_to_rows(job, plan, numbers)
     counts = counts_before(job, plan)
     if job.schema.target_item in plan.maps:
-        job.ranks.on_first(counts.save, run / ITEM_COUNTS_BEFORE)
+        job.ranks.on_first(counts.save, run / EARLIER_ITEM_COUNTS)
     job.ranks.on_first(describe_start, run, plan)
     return progress
 
@@ -313,5 +313,5 @@ def describe_start(run: Path, plan: WarmStartPlan) -> None:
         "tensors": len(plan.tensors),
         "differences": [row._asdict() for row in plan.differences.reconciled],
     }
-    write_whole(run / WARM_START, json.dumps(content, indent=1) + "\n")
+    atomic_write(run / WARM_START, json.dumps(content, indent=1) + "\n")
     print_table(str(plan))

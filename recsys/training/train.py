@@ -15,7 +15,7 @@ from recsys.checkpoint import run_folder
 from recsys.checkpoint.files import BEST, folders_by_age, model_of
 from recsys.checkpoint.manager import Checkpoints, load_best
 from recsys.checkpoint.progress import Progress
-from recsys.checkpoint.run_folder import BASELINE, BASELINE_MARK, COMPARISON, LOCK, SKIPPED_ROWS
+from recsys.checkpoint.run_folder import BASELINE, BASELINE_MARKER, COMPARISON, LOCK, SKIPPED_ROWS
 from recsys.checkpoint.run_schema import schema_of_data
 from recsys.checkpoint.warm_start.plan import plan_warm_start
 from recsys.checkpoint.warm_start.source import Source, WarmStart
@@ -36,7 +36,7 @@ from recsys.evaluation.model_selection import require_useful, slack_for
 from recsys.evaluation.scores import scores_file
 from recsys.model.tables import cold_row_rules
 from recsys.ranking.settings import TwoTowerSettings
-from recsys.storage.files import read_json, write_whole
+from recsys.storage.files import atomic_write, read_json
 from recsys.storage.location import Location
 from recsys.storage.output_file import check_run_folder
 from recsys.training.initial_state import check_begun_from, open_warm_start, start_fresh, start_warm
@@ -81,7 +81,7 @@ def train(
         check_run_folder(run, data)
     with sole_job(run, ranks, run / LOCK):
         with ranks.raise_on_all_ranks():
-            is_kept = (run / BASELINE).exists() and not (run / BASELINE_MARK).exists()
+            is_kept = (run / BASELINE).exists() and not (run / BASELINE_MARKER).exists()
             if baseline is not None and ranks.is_first and is_kept:
                 raise ValueError(
                     f"{run / BASELINE}: was not made as the baseline of {run}, and would be "
@@ -218,7 +218,7 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
         metrics["skipped_rows"] = read_json(run / SKIPPED_ROWS)
     with job.ranks.raise_on_all_ranks():  # no rank leaves before the result is written
         if job.ranks.is_first:
-            write_whole(run / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+            atomic_write(run / "metrics.json", json.dumps(metrics, indent=2) + "\n")
             tables = format_evaluation(test, job.config.ranking, job.config.metrics)
             print_table(f"test, model of step {progress.best_step}\n{tables}")
     trainer.reporter.evaluation("test", progress.steps, test)
@@ -257,7 +257,7 @@ def _compare_with_baseline(config: Config, data: str, run: Path, ranks: Ranks) -
     """Train the baseline of a run, or go on with it, and compare both. A collective."""
     gc.collect()  # frees the first model, whose modules form reference cycles
     folder = run / BASELINE
-    ranks.on_first((run / BASELINE_MARK).touch)
+    ranks.on_first((run / BASELINE_MARKER).touch)
     logger.info("training the ID-only baseline in %s", folder)
     # A best model without a checkpoint to continue from may be replaced: the folder is the run's.
     is_new = ranks.gather(not folders_by_age(folder / "checkpoints"))[0]

@@ -29,7 +29,7 @@ from recsys.distributed.lockstep import Lockstep, TrainingStopped
 from recsys.distributed.ranks import Ranks
 from recsys.distributed.torchrec_internals import require_pipelined
 from recsys.evaluation.evaluate import evaluate_split, fill_bank, undefined_selection
-from recsys.evaluation.model_selection import needs_search, selection_score, selection_words
+from recsys.evaluation.model_selection import needs_search, selection_score, selection_text
 from recsys.training.callbacks import Callbacks
 from recsys.training.initial_state import refill_cold_rows
 from recsys.training.trackers import Reporter
@@ -209,7 +209,7 @@ class Trainer:
             self.callbacks.run(lambda callback: callback.validation(job, progress, report))
             score = selection_score(report, metric)
             if score is None:
-                cause = f"the {selection_words(metric)} is not defined there"
+                cause = f"the {selection_text(metric)} is not defined there"
                 raise ValueError(undefined_selection(job.root, metric, cause))
             progress.validations_without_gain += 1
             if progress.best_step < 0 or score > progress.best_score:

@@ -46,7 +46,7 @@ def container() -> dict[str, Any]:
     return container | {"grace": predictor["terminationGracePeriodSeconds"]}
 
 
-def words_of(image: list[dict[str, Any]], instruction: str) -> list[str]:
+def arguments_of(image: list[dict[str, Any]], instruction: str) -> list[str]:
     return [entry["value"] for entry in image if entry["instruction"] == instruction]
 
 
@@ -58,24 +58,24 @@ def test_an_image_copies_what_there_is_and_installs_its_flavor(
     name: str, flavor: str, options: str
 ) -> None:
     image = dockerfile(name)
-    copied = [name for value in words_of(image, "COPY") for name in value.split()[:-1]]
+    copied = [name for value in arguments_of(image, "COPY") for name in value.split()[:-1]]
     assert [name for name in copied if not (ROOT / name).exists()] == []
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert {project["readme"], *project["license-files"]} <= set(copied)
-    *_, run = words_of(image, "RUN")
+    *_, run = arguments_of(image, "RUN")
     assert "launch/install.py" in run and options in run
     assert "pip install" not in run and "serve" in project["optional-dependencies"]
-    assert (name == "serving") or f"FLAVOR={flavor}" in words_of(image, "ARG")
+    assert (name == "serving") or f"FLAVOR={flavor}" in arguments_of(image, "ARG")
 
 
 def test_the_image_serves_without_rights_what_kserve_mounts(image: list[dict[str, Any]]) -> None:
-    assert words_of(image, "USER") == ["1000"]
-    (entry,), (command,) = words_of(image, "ENTRYPOINT"), words_of(image, "CMD")
+    assert arguments_of(image, "USER") == ["1000"]
+    (entry,), (command,) = arguments_of(image, "ENTRYPOINT"), arguments_of(image, "CMD")
     assert json.loads(entry)[:2] == ["recsys", "serve"]
     arguments = parsed([*json.loads(entry)[2:], *json.loads(command)])
     assert (arguments.host, parsed(["package"]).host) == ("0.0.0.0", "127.0.0.1")
     assert str(arguments.package) == "/mnt/models"
-    assert words_of(image, "EXPOSE") == [f"{arguments.port} {arguments.grpc_port}"]
+    assert arguments_of(image, "EXPOSE") == [f"{arguments.port} {arguments.grpc_port}"]
 
 
 def test_the_manifest_starts_the_server_with_its_own_ports_and_probes(

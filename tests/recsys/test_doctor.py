@@ -65,7 +65,7 @@ def test_a_mismatch_names_the_versions_and_the_install_command(install, wrong: d
     install(versions)
     problem = the_problem()
     for name, label in (("torch", "torch"), ("torchrec", "torchrec"), ("fbgemm-gpu-cpu", "FBGEMM")):
-        assert f"{label} {versions[name]}" in problem.what
+        assert f"{label} {versions[name]}" in problem.text
     assert problem.fix == (
         f"{sys.executable} -m pip install 'torch==2.13.*' 'fbgemm-gpu-cpu==1.8.*' && "
         f"{sys.executable} -m pip install --no-deps 'torchrec==1.8.*'"
@@ -83,7 +83,7 @@ def test_with_a_driver_the_fix_installs_the_cuda_wheel(install) -> None:
 def test_both_fbgemm_wheels_at_once_are_a_problem(install, driver: bool) -> None:
     install({**HEALTHY, "fbgemm-gpu": "1.8.0"}, driver)
     problem = the_problem()
-    assert "fbgemm-gpu-cpu" in problem.what
+    assert "fbgemm-gpu-cpu" in problem.text
     assert "pip uninstall -y fbgemm-gpu fbgemm-gpu-cpu && " in problem.fix
     assert ("'fbgemm-gpu==1.8.*'" in problem.fix) == driver
 
@@ -91,7 +91,7 @@ def test_both_fbgemm_wheels_at_once_are_a_problem(install, driver: bool) -> None
 def test_the_cuda_wheel_without_a_driver_is_a_problem(install) -> None:
     install({**without("fbgemm-gpu-cpu"), "fbgemm-gpu": "1.8.0"})
     problem = the_problem()
-    assert "NVIDIA driver" in problem.what
+    assert "NVIDIA driver" in problem.text
     assert problem.fix.index("uninstall") < problem.fix.index("fbgemm-gpu-cpu==1.8.*")
 
 
@@ -101,7 +101,7 @@ def test_the_cpu_wheel_of_fbgemm_does_not_serve_a_gpu_that_torch_uses(
     install(HEALTHY, driver=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     problem = the_problem()
-    assert "a GPU" in problem.what
+    assert "a GPU" in problem.text
     assert "uninstall -y fbgemm-gpu-cpu && " in problem.fix
 
 
@@ -148,7 +148,7 @@ def test_a_job_does_not_train_on_cpu_beside_a_gpu_that_torch_cannot_use(
 
 
 def test_the_doctor_gives_torchs_reason_for_a_gpu_that_it_cannot_use(driver) -> None:
-    assert DRIVER_TOO_OLD in the_problem().what
+    assert DRIVER_TOO_OLD in the_problem().text
     assert doctor.main() == 1
     with pytest.raises(ValueError, match="too old"):
         find_cluster("auto", 1, None, None)
@@ -183,7 +183,7 @@ def test_the_doctor_checks_what_fbgemm_has_kernels_for(
     monkeypatch.setattr(doctor, "untrained_table", lambda device: None)
     problems = doctor._gpu_problems()
     assert (problems == []) == trains
-    assert trains or "capability 7.5" in problems[0].what or "capability 12.0" in problems[0].what
+    assert trains or "capability 7.5" in problems[0].text or "capability 12.0" in problems[0].text
 
 
 def test_the_doctor_trains_a_row_of_a_table(device: str) -> None:
@@ -195,14 +195,14 @@ def test_the_doctor_trains_a_row_of_a_table(device: str) -> None:
 def test_a_missing_package_of_the_triple_is_named(install, name: str) -> None:
     install(without(name))
     problem = the_problem()
-    assert problem.what == f"{'FBGEMM' if 'fbgemm' in name else name} not installed"
+    assert problem.text == f"{'FBGEMM' if 'fbgemm' in name else name} not installed"
     assert "pip install 'torch==2.13.*'" in problem.fix
 
 
 def test_another_missing_package_is_named_with_its_install_command(install) -> None:
     install(without("pyarrow"))
     problem = the_problem()
-    assert problem.what == "pyarrow is not installed"
+    assert problem.text == "pyarrow is not installed"
     assert problem.fix == f"{sys.executable} -m pip install pyarrow"
 
 
@@ -219,7 +219,7 @@ def test_an_import_that_fails_is_reported_with_its_cause(
 
     monkeypatch.setattr(doctor.importlib, "import_module", import_module)
     problem = the_problem()
-    assert problem.what == "import fbgemm_gpu fails: OSError: undefined symbol: _ZN3c10"
+    assert problem.text == "import fbgemm_gpu fails: OSError: undefined symbol: _ZN3c10"
     assert "--force-reinstall" in problem.fix
 
 

@@ -32,11 +32,11 @@ MODEL = "model."
 BANKS = ("bank", "encoder_outputs")  # tensors with a row per item, of the memory bank's rows
 DENSE, TABLES, AVERAGE = "optimizer.dense.", "optimizer.tables.", "optimizer.average."
 SCALING = f"{MODEL}scaling."  # a number per dense column and list
-MOST_SHAPES = 8  # in a message
+MAX_SHAPES = 8  # in a message
 # Parts whose weights make the vectors in the memory bank.
 ENCODING = ("model.content.encoders.", "model.content.projections.", "model.content.fusion.")
 # Parts whose weights depend on the order of a kind of inputs; default: the ranking model.
-_PARTS_BY_PLACE = {
+_PREFIXES_BY_KIND = {
     "modalities": ("ranking.", "content."),
     "further sequences": ("ranking.", "further_histories."),
 }
@@ -82,7 +82,7 @@ class WarmStartPlan:
             if rows is None or new is None or old.num_embeddings != new.num_embeddings:
                 continue
             if new.is_extension_of(old):
-                identity = RowMap.same(rows.num_rows)
+                identity = RowMap.identity(rows.num_rows)
                 self.maps = {
                     name: identity if other is rows else other for name, other in self.maps.items()
                 }
@@ -154,15 +154,15 @@ def _refuse_moved_inputs(source: Source, job: Job) -> None:
     """
     inputs = _inputs(source.config, source.schema)
     for kind, names in _inputs(job.config, job.schema).items():
-        previous, parts = inputs.get(kind, names), _PARTS_BY_PLACE.get(kind, ("ranking.",))
+        previous, prefixes = inputs.get(kind, names), _PREFIXES_BY_KIND.get(kind, ("ranking.",))
         shared = [name for name in names if name in previous]
         are_moved = len(names) == len(previous) and names != previous
         if kind in ("labels", "further sequences"):
             are_moved &= bool(shared)
             are_moved |= any(names.index(name) != previous.index(name) for name in shared)
-        if are_moved and any(map(source.request.takes, parts)):
+        if are_moved and any(map(source.request.takes, prefixes)):
             change = f"their places tell them apart, and were {previous}, are {names}"
-            patterns = " ".join(f"'{part}*'" for part in parts)
+            patterns = " ".join(f"'{prefix}*'" for prefix in prefixes)
             fix = f"keep the places of the run, or --warm-start-skip {patterns}"
             source.differences.refuse(kind, change, fix)
 
@@ -231,7 +231,7 @@ def _refuse_rules_without_state(plan: WarmStartPlan, job: Job) -> None:
 
 def _refuse_shapes(shapes: dict[str, str], differences: Differences) -> None:
     if shapes:
-        shown = [f"{name} {sizes}" for name, sizes in shapes.items()][:MOST_SHAPES]
+        shown = [f"{name} {sizes}" for name, sizes in shapes.items()][:MAX_SHAPES]
         num_unlisted = len(shapes) - len(shown)
         patterns = dict.fromkeys(
             f"'*.{table}.*'"
@@ -269,16 +269,16 @@ def _choose_vocabularies(plan: WarmStartPlan, state: State) -> None:
     tables = {table_of_key(name) for name in plan.tensors}
     names = [name for name in state if name.startswith("vocabulary.")]
     for table in dict.fromkeys(name.split(".")[1] for name in names):
-        part, rows = f"vocabulary of '{table}'", plan.maps.get(table)
+        subject, rows = f"vocabulary of '{table}'", plan.maps.get(table)
         if table not in tables:
-            plan.differences.add(part, "its table is not taken over", "begins empty")
+            plan.differences.add(subject, "its table is not taken over", "begins empty")
             continue
         for name in names:
             if name.split(".")[1] != table or name not in plan.source.model.entries:
                 continue  # only ids that wait may be missing
             entry = name.split(".")[-1]
             if entry.startswith("waiting") and rows is not None and not rows.is_identity:
-                plan.differences.add(part, f"{entry} of other sets", "anew")
+                plan.differences.add(subject, f"{entry} of other sets", "anew")
             else:
                 plan.tensors[name] = plan.source.model
 
@@ -314,8 +314,8 @@ def _choose_bank(plan: WarmStartPlan, job: Job, state: State, is_same: bool) -> 
 def _choose_optimizer_state(plan: WarmStartPlan, job: Job, state: State) -> None:
     stored, differences = plan.source.optimizer, plan.differences
     if stored is None:
-        is_wanted = plan.source.request.optimizer
-        reason = "the run keeps no checkpoint of a step" if is_wanted else "as asked"
+        is_requested = plan.source.request.optimizer
+        reason = "the run keeps no checkpoint of a step" if is_requested else "as asked"
         differences.add("optimizer state", reason, "begins anew")
         return
     if stored.step != (model_step := plan.source.model.step):
@@ -335,15 +335,15 @@ def _table_states(plan: WarmStartPlan, stored: StoredState, job: Job) -> Iterato
         table = table_of_key(f"{MODEL}{weight}")
         if table is None:
             continue
-        part, optimizers = f"optimizer state of '{table}'", (previous[table], current[table])
+        subject, optimizers = f"optimizer state of '{table}'", (previous[table], current[table])
         if optimizers[0] != optimizers[1]:
             change = f"{optimizers[0]} before, {optimizers[1]} now"
             if "none" in optimizers:
-                plan.differences.add(part, change, "begins anew")
+                plan.differences.add(subject, change, "begins anew")
             else:
-                plan.differences.refuse(part, change, OPTIMIZER_FIX)
+                plan.differences.refuse(subject, change, OPTIMIZER_FIX)
         elif table in bounded and stored.step != plan.source.model.step:
-            plan.differences.add(part, "its rows have had other ids since", "begins anew")
+            plan.differences.add(subject, "its rows have had other ids since", "begins anew")
         else:
             yield from (name for name in stored.entries if name.startswith(f"{TABLES}{weight}."))
 

@@ -20,7 +20,7 @@ from embeddings.vocabulary.bounded import UsedRows, rows_in_resized
 from embeddings.vocabulary.fixed import ExactVocabulary
 from recsys.checkpoint.reader import BLOCK_BYTES, StoredTensor
 from recsys.checkpoint.run_schema import exact_maps
-from recsys.checkpoint.state import LocalPiece, local_pieces
+from recsys.checkpoint.state import LocalShard, local_shards
 from recsys.checkpoint.warm_start.source import Differences, Source
 from recsys.data.schema import Schema
 from recsys.distributed.ranks import Ranks
@@ -38,7 +38,7 @@ class RowMap:
     find: Callable[[int, int], np.ndarray]
 
     @staticmethod
-    def same(num_rows: int) -> RowMap:
+    def identity(num_rows: int) -> RowMap:
         return RowMap(True, num_rows, np.arange)
 
     def new_rows(self, old: np.ndarray) -> np.ndarray:  # int64 [N] -> [N], -1: has no place
@@ -53,7 +53,7 @@ class RowMap:
 
 def row_map(table: str, source: Source, schema: Schema, ranks: Ranks) -> RowMap | None:
     """Return the map of a table, None if there is none; list what differs. A collective."""
-    part, fix = f"table '{table}'", f"or --warm-start-skip '*.{table}.weight'"
+    subject, fix = f"table '{table}'", f"or --warm-start-skip '*.{table}.weight'"
     differences = source.differences
     stored, current = source.schema.vocabulary_of(table), schema.vocabulary_of(table)
     old_rows, num_rows = source.schema.limit(table), schema.limit(table)
@@ -63,30 +63,30 @@ def row_map(table: str, source: Source, schema: Schema, ranks: Ranks) -> RowMap 
     ]
     if kinds[0] != kinds[1]:
         change = f"its ids were {kinds[0]}, and are {kinds[1]}"
-        differences.refuse(part, change, f"keep the kind of vocabulary, {fix}")
+        differences.refuse(subject, change, f"keep the kind of vocabulary, {fix}")
         return None
     if stored is None or current is None:
-        return _map_without_vocabulary(part, old_rows, num_rows, fix, differences)
+        return _map_without_vocabulary(subject, old_rows, num_rows, fix, differences)
     if current.kind == "exact":
         old, new = exact_maps(source.schema)[table], exact_maps(schema)[table]
-        return _map_exact(part, old, new, fix, differences)
+        return _map_exact(subject, old, new, fix, differences)
     if current.kind == "bounded":
         return _map_bounded(table, source, num_rows, current.half_life, ranks)
     old_hash = old_rows, stored.num_hashes, stored.seed
     new_hash = num_rows, current.num_hashes, current.seed
     if old_hash == new_hash:
-        return RowMap.same(num_rows)
+        return RowMap.identity(num_rows)
     change = f"rows, hashes and seed of its vocabulary were {old_hash}, and are {new_hash}"
-    differences.refuse(part, f"{change}: its ids have other rows", f"set them back, {fix}")
+    differences.refuse(subject, f"{change}: its ids have other rows", f"set them back, {fix}")
     return None
 
 
 def _map_without_vocabulary(
-    part: str, old_rows: int, num_rows: int, fix: str, differences: Differences
+    subject: str, old_rows: int, num_rows: int, fix: str, differences: Differences
 ) -> RowMap | None:
     if num_rows < old_rows:
         change = f"had {old_rows:,} rows, num_embeddings is {num_rows:,}"
-        differences.refuse(part, change, f"set it to at least {old_rows:,}, {fix}")
+        differences.refuse(subject, change, f"set it to at least {old_rows:,}, {fix}")
         return None
 
     @lru_cache(maxsize=1)
@@ -96,24 +96,24 @@ def _map_without_vocabulary(
 
     if num_rows > old_rows:
         change = f"grew from {old_rows:,} to {num_rows:,} rows"
-        differences.add(part, change, f"{num_rows - old_rows:,} rows with initial values")
+        differences.add(subject, change, f"{num_rows - old_rows:,} rows with initial values")
     return RowMap(num_rows == old_rows, num_rows, find)
 
 
 def _map_exact(
-    part: str, old: ExactVocabulary, new: ExactVocabulary, fix: str, differences: Differences
+    subject: str, old: ExactVocabulary, new: ExactVocabulary, fix: str, differences: Differences
 ) -> RowMap | None:
     """Map a table by raw id; the row of unknown ids goes to that of the new table."""
     try:
         old_of_new = old.find(new.ids)
     except ValueError as error:
-        differences.refuse(part, str(error), f"write ids of one type, {fix}")
+        differences.refuse(subject, str(error), f"write ids of one type, {fix}")
         return None
     num_kept = int((old_of_new >= 0).sum())
     if len(old) and not num_kept:
         problem = f"none of the run's {len(old):,} ids is among the {len(new):,} of the data"
         fix = f"bring the run's vocabulary into the dataset and extend it, {fix}"
-        differences.refuse(part, problem, fix)
+        differences.refuse(subject, problem, fix)
         return None
 
     @lru_cache(maxsize=1)
@@ -130,7 +130,7 @@ def _map_exact(
     if not is_identity:
         num_moved = int((np.flatnonzero(old_of_new >= 0) != old_of_new[old_of_new >= 0]).sum())
         differences.add(
-            part,
+            subject,
             f"{old.num_embeddings:,} rows and {len(old):,} ids before, {new.num_embeddings:,} and "
             f"{len(new):,} now",
             f"{num_kept:,} ids keep their rows ({num_moved:,} at another place), "
@@ -146,7 +146,7 @@ def _map_bounded(
     """Map a table whose ids were learned while training. A collective."""
     old_rows = source.schema.limit(table)
     if num_rows == old_rows:
-        return RowMap.same(num_rows)
+        return RowMap.identity(num_rows)
 
     @lru_cache(maxsize=1)
     def find(start: int, stop: int) -> np.ndarray:
@@ -168,11 +168,11 @@ def _map_bounded(
 
 def _used_rows(source: Source, table: str) -> Iterator[UsedRows]:
     names = ("ids", "last_used", "scores")
-    parts = [source.model.tensor(f"vocabulary.{table}.{name}") for name in names]
-    num_sets, rows_per_set = parts[0].size
+    tensors = [source.model.tensor(f"vocabulary.{table}.{name}") for name in names]
+    num_sets, rows_per_set = tensors[0].size
     for start in range(0, num_sets, SETS_PER_READ):
         stop = min(start + SETS_PER_READ, num_sets)
-        values = [tensor.rows(start, stop).flatten().numpy() for tensor in parts]
+        values = [tensor.rows(start, stop).flatten().numpy() for tensor in tensors]
         yield UsedRows(start * rows_per_set, *values)
 
 
@@ -185,31 +185,31 @@ def size_of(tensor: Tensor | ShardedTensor) -> tuple[int, ...]:
 def move_rows(target: Tensor | ShardedTensor, stored: StoredTensor, rows: RowMap) -> None:
     """Fill the rows of `target`, [R] or [R, D], that have an old row in `stored`."""
     row_bytes = 8 * math.prod(stored.size[1:])
-    _move(local_pieces(target), stored.rows, max(1, BLOCK_BYTES // row_bytes), rows)
+    _move(local_shards(target), stored.rows, max(1, BLOCK_BYTES // row_bytes), rows)
 
 
 @torch.no_grad()
 def move_sets(target: Tensor | ShardedTensor, stored: StoredTensor, rows: RowMap) -> None:
     """Fill an entry of a bounded vocabulary, [S, R / S], with one number per row of its table."""
     per_set, old_per_set = size_of(target)[1], stored.size[1]
-    pieces = [
-        LocalPiece(piece.tensor.view(-1), piece.row * per_set) for piece in local_pieces(target)
+    shards = [
+        LocalShard(shard.tensor.view(-1), shard.row * per_set) for shard in local_shards(target)
     ]
 
     def read(start: int, stop: int) -> Tensor:
         first, last = start // old_per_set, -(-stop // old_per_set)
         return stored.rows(first, last).flatten()[start - first * old_per_set :][: stop - start]
 
-    _move(pieces, read, BLOCK_BYTES // 8, rows)
+    _move(shards, read, BLOCK_BYTES // 8, rows)
 
 
 def _move(
-    pieces: list[LocalPiece], read: Callable[[int, int], Tensor], height: int, rows: RowMap
+    shards: list[LocalShard], read: Callable[[int, int], Tensor], height: int, rows: RowMap
 ) -> None:
-    if not pieces:
+    if not shards:
         return
-    first = min(piece.row for piece in pieces)
-    last = max(piece.row + len(piece.tensor) for piece in pieces)
+    first = min(shard.row for shard in shards)
+    last = max(shard.row + len(shard.tensor) for shard in shards)
     old_of_new = rows.find(first, last)
     order = np.flatnonzero(old_of_new >= 0)  # new rows, in the order of the old ones
     order = order[np.argsort(old_of_new[order], kind="stable")]
@@ -220,11 +220,11 @@ def _move(
         end = int(np.searchsorted(old_rows, stop))
         block = read(start, stop)  # [N] or [N, D]
         new_rows, block_rows = order[begin:end] + first, old_rows[begin:end] - start
-        for piece in pieces:
-            is_inside = (new_rows >= piece.row) & (new_rows < piece.row + len(piece.tensor))
+        for shard in shards:
+            is_inside = (new_rows >= shard.row) & (new_rows < shard.row + len(shard.tensor))
             values = block[torch.from_numpy(block_rows[is_inside])]
-            targets = torch.from_numpy(new_rows[is_inside] - piece.row).to(piece.tensor.device)
+            targets = torch.from_numpy(new_rows[is_inside] - shard.row).to(shard.tensor.device)
             if values.dim() > 1:
-                values = values[:, piece.column : piece.column + piece.tensor.shape[1]]
-            piece.tensor[targets] = values.to(piece.tensor)
+                values = values[:, shard.column : shard.column + shard.tensor.shape[1]]
+            shard.tensor[targets] = values.to(shard.tensor)
         begin = end

@@ -25,7 +25,7 @@ from recsys.data.transforms.chain import set_chain
 from recsys.distributed.ranks import Ranks
 from recsys.storage.location import Location
 
-MOST_FAULTS = 12  # in one message
+MAX_FAULTS = 12  # in one message
 
 
 @dataclass(frozen=True)
@@ -74,16 +74,16 @@ class Differences:
     reconciled: list[Difference] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
-    def add(self, part: str, what: str, rule: str) -> None:
-        self.reconciled.append(Difference(part, what, rule))
+    def add(self, subject: str, change: str, rule: str) -> None:
+        self.reconciled.append(Difference(subject, change, rule))
 
-    def refuse(self, part: str, what: str, fix: str) -> None:
-        self.faults.append(f"{part}: {what}; {fix}")
+    def refuse(self, subject: str, change: str, fix: str) -> None:
+        self.faults.append(f"{subject}: {change}; {fix}")
 
     def check(self, folder: object) -> None:
         """Raise a ValueError that lists the faults, if there are any."""
         if self.faults:
-            shown = self.faults[:MOST_FAULTS]
+            shown = self.faults[:MAX_FAULTS]
             if num_unlisted := len(self.faults) - len(shown):
                 shown.append(f"and {num_unlisted} more")
             raise ValueError(f"{folder}: this model cannot start from it: {'. '.join(shown)}")
@@ -94,7 +94,7 @@ class Differences:
         rows = [("part", "difference", "in this run"), *self.reconciled]
         widths = [max(len(row[column]) for row in rows) for column in range(2)]
         return "\n".join(
-            f"{part:<{widths[0]}}  {what:<{widths[1]}}  {rule}" for part, what, rule in rows
+            f"{name:<{widths[0]}}  {change:<{widths[1]}}  {rule}" for name, change, rule in rows
         )
 
 
@@ -197,11 +197,11 @@ def reconciled_schema(source: Source, root: Location, with_vocabularies: bool = 
         first = trained.columns[name].parallel if name in trained.columns else []
         ordered = dict.fromkeys([*first, *column.parallel])
         column.parallel = [parallel for parallel in ordered if parallel in column.parallel]
-    place = str(source.request.run / FILE)
+    path = str(source.request.run / FILE)
     for table, id_type in trained.id_types.items():
         is_read_as_rows = table in data.columns and data.vocabulary_of(table) is None
         if not is_read_as_rows:  # also a column that a transform hashes or joins
-            data.id_types[table] = IdType(id_type.name, place)
+            data.id_types[table] = IdType(id_type.name, path)
     differences.check(source.model.folder)
     if with_vocabularies:
         load_vocabularies(data, root)

@@ -28,7 +28,7 @@ from recsys.data.items.item_table import digest_of
 from recsys.data.items.ragged_array import HASHES, RaggedArray, RowWriter, share_rows
 from recsys.distributed.log import progress_bar
 from recsys.distributed.ranks import Ranks
-from recsys.storage.files import whole_file, whole_folder
+from recsys.storage.files import atomic_file, atomic_folder
 
 logger = logging.getLogger(__name__)
 
@@ -255,13 +255,13 @@ class _Fill:
         output = self.encoder.frozen_outputs(content.to(self.ranks.device))
         lengths = output.mask.sum(dim=1).cpu().numpy()
         values = output.values[output.mask].cpu().numpy()
-        with whole_file(part) as partial, partial.open("wb") as file:
+        with atomic_file(part) as partial, partial.open("wb") as file:
             np.savez(file, lengths=lengths, values=values)
         self.encoded += len(call)
 
     def _put_together(self, earlier: list[EarlierCache], calls: list[np.ndarray]) -> None:
         """Write the cache from earlier caches and parts; it appears whole or not at all."""
-        with whole_folder(self.folder) as temporary:
+        with atomic_folder(self.folder) as temporary:
             lengths = np.zeros(len(self.first), np.int64)
             for cache in earlier:
                 lengths[self.places[cache.rows]] = RaggedArray(cache.folder).lengths[cache.places]

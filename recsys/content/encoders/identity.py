@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from recsys.data.items.item_table import digest_of
-from recsys.storage.files import write_whole
+from recsys.storage.files import atomic_write
 
 FILE = "encoders.json"
 # Covers the differences between tokenizers: case, accents, scripts, numbers, punctuation, emoji.
@@ -49,7 +49,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
 def write_identities(identities: dict[str, EncoderIdentity], run: Path) -> None:
     """Write the identities of a run's encoders, by modality, to its folder."""
     plain = {name: asdict(identity) for name, identity in identities.items()}
-    write_whole(run / FILE, json.dumps(plain, indent=1) + "\n")
+    atomic_write(run / FILE, json.dumps(plain, indent=1) + "\n")
 
 
 def check_identities(identities: dict[str, EncoderIdentity], run: Path) -> None:

@@ -53,15 +53,15 @@ def read_events(engine: SqlEngine, config: EventsConfig) -> tuple[Types, int, di
     engine.view("usable", usable)
     unique, num_copies = without_copies(engine, config, types)
     engine.view("unique_events", unique)
-    most = config.drop.max_events_per_user
-    if most is None:
+    max_events = config.drop.max_events_per_user
+    if max_events is None:
         engine.view("clean_events", "SELECT * FROM unique_events")
     else:  # ordered by arrival, so that no later event removes an earlier one
         order = f"{config.arrival}, ts, iid, action, position"
         nth = f"row_number() OVER (PARTITION BY uid ORDER BY {order})"
         rows = f"SELECT *, {nth} AS nth FROM unique_events"
         names = listed(["position", *types])
-        engine.add("clean_events", f"SELECT {names} FROM ({rows}) WHERE nth <= {most}")
+        engine.add("clean_events", f"SELECT {names} FROM ({rows}) WHERE nth <= {max_events}")
     num_clean = engine.count_rows("clean_events")
     beyond = num_read - sum(reasons.values()) - num_copies - num_clean
     reasons |= {"duplicate": num_copies, "beyond max_events_per_user": beyond}
@@ -122,12 +122,12 @@ def check_unit(engine: SqlEngine, name: str, table: Source, column: str, rows: s
         f"SELECT min({column}) AS low, max({column}) AS high FROM (SELECT * FROM {rows}) "
         f"WHERE {column} > 0 AND {column} < {FOREVER}"
     )
-    low, high = (limits[end][0].as_py() for end in ("low", "high"))
-    if low is None or high >= YEAR:
+    earliest, latest = (limits[end][0].as_py() for end in ("low", "high"))
+    if earliest is None or latest >= YEAR:
         return
     for unit in larger:
         factor = MICROS[unit] // MICROS[table.time_unit]
-        if PLAUSIBLE <= low * factor <= high * factor <= now() + YEAR:
+        if PLAUSIBLE <= earliest * factor <= latest * factor <= now() + YEAR:
             raise ValueError(
                 f"{name}: all times lie in 1970 where time_unit is {table.time_unit}; set "
                 f"time_unit: {unit}, which fits"
@@ -155,9 +155,9 @@ def event_fields(config: EventsConfig, name: str) -> list[Field]:
 
 
 def usable_rows(
-    engine: SqlEngine, config: EventsConfig, types: Types, since: int = -FOREVER
+    engine: SqlEngine, config: EventsConfig, types: Types, begin: int = -FOREVER
 ) -> tuple[str, int, dict[str, int]]:
-    """Return SQL of usable rows, which arrive from `since` on; count rows read and unusable."""
+    """Return SQL of usable rows, which arrive from `begin` on; count rows read and unusable."""
     required = {"user": "uid", "item": "iid", "time": "ts", "action": "action"}
     problems = {f"no {name}": f"{column} IS NULL" for name, column in required.items()}
     problems["in the future"] = f"ts > {config.latest}"
@@ -169,7 +169,7 @@ def usable_rows(
     conditions = " AND ".join(f"NOT ({problem})" for problem in problems.values())
     columns = {name: quoted(name) for name in ("position", *types)}
     if "arrived" in types:
-        columns["arrived"] = f"greatest(arrived, ts, {since})"
+        columns["arrived"] = f"greatest(arrived, ts, {begin})"
     query = f"SELECT {aligned(columns, columns)} FROM events_read WHERE {conditions}"
     return query, num_read, reasons
 

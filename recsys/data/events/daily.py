@@ -33,7 +33,7 @@ from recsys.data.events.file_columns import Types
 from recsys.data.events.histories import EVENT_KEYS
 from recsys.data.events.last_features import write_last_features
 from recsys.data.events.load import load_events_config
-from recsys.data.events.negatives import KnownItems, PastItems, item_times, numbered_items
+from recsys.data.events.negatives import ItemPool, KnownItems, item_times, numbered_items
 from recsys.data.events.reader import NoRows, Reader, file_sizes, open_source
 from recsys.data.events.samples import DAY, END, check_actions, is_row, make_rows
 from recsys.data.events.settings import EventsConfig, Negatives
@@ -81,11 +81,11 @@ def prepare_days(
         raise ValueError(f"{config}: {problem}")
     for table in settings.tables.values():
         table.arrived = table.arrived or table.time  # a file may come late
-    until = settings.calendar.end_of(day)
+    end = settings.calendar.end_of(day)
     folder = DailyFolder(out.absolute())
     with folder.locked():
         progress = folder.progress(settings)
-        is_done = progress.until is not None and until <= progress.until
+        is_done = progress.until is not None and end <= progress.until
         if after_new_files and (is_done or not _has_new_files(settings, progress)):
             return None
         if is_done:
@@ -95,7 +95,7 @@ def prepare_days(
             folder.commit() as partial,
             open_engine(partial, temp, memory, threads, spark_master) as engine,
         ):
-            return Call(engine, settings, folder, progress, day, until).run(partial)
+            return Call(engine, settings, folder, progress, day, end).run(partial)
 
 
 def _has_new_files(config: EventsConfig, progress: Progress) -> bool:
@@ -117,42 +117,42 @@ def _unfit(config: EventsConfig) -> str | None:
         return (
             "vocabulary: min_count is not for --until, as training gives rows to new ids; remove it"
         )
-    most = (1 << (26 - TABLE_BITS)) // len(config.tables)
-    if config.negatives is not None and config.negatives.per_positive > most:
-        return f"negatives: per_positive is over {most}, the most with --until; lower it"
+    max_negatives = (1 << (26 - TABLE_BITS)) // len(config.tables)
+    if config.negatives is not None and config.negatives.per_positive > max_negatives:
+        return f"negatives: per_positive is over {max_negatives}, the most with --until; lower it"
     return None
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of `prepare_days`, for the days between the end of the last call and `until`."""
+    """One call of `prepare_days`, for the days between the end of the last call and `end`."""
 
     engine: SqlEngine
     config: EventsConfig
     folder: DailyFolder
-    before: Progress
+    previous: Progress
     day: str
-    until: int
+    end: int
     tables: dict[str, list[str]] = field(default_factory=dict)  # files that the call adds
 
     @property
-    def since(self) -> int:
+    def begin(self) -> int:
         """The end of the last call: events of this call arrive from this time on."""
-        return -FOREVER if self.before.until is None else self.before.until
+        return -FOREVER if self.previous.until is None else self.previous.until
 
     def run(self, out: Path) -> dict[str, Any]:
         """Write the partitions, other files of the dataset and the state; return the report."""
         engine, config = self.engine, self.config
         types, num_read, reasons, files = self._read_events()
-        reasons |= read_snapshots(engine, config, types, must_match=self.before.until is None)
-        if self.before.until is None:  # later days may lack actions
+        reasons |= read_snapshots(engine, config, types, must_match=self.previous.until is None)
+        if self.previous.until is None:  # later days may lack actions
             check_actions(engine, config.actions, "clean_events", may_come=True)
         reasons |= self._due_rows()
         reasons |= make_rows(engine, config, is_daily=True)
-        past, popularity = self._past_items(config.negatives) if config.negatives else (None, 0)
-        events = KeptEvents(engine, config, self.folder, self.before, self.until)
+        pool, popularity = self._item_pool(config.negatives) if config.negatives else (None, 0)
+        events = KeptEvents(engine, config, self.folder, self.previous, self.end)
         events.read_earlier(types)
-        writer, missing = complete_samples(engine, config, types, TRAIN_ALONE, past, is_daily=True)
+        writer, missing = complete_samples(engine, config, types, TRAIN_ALONE, pool, is_daily=True)
         sizes = self._write(writer, out)
         tables, compacted, appended = events.write()
         label = quoted(f"l_{next(iter(config.labels))}")
@@ -164,12 +164,12 @@ class Call:
         report = {"events": num_read, "left_out": reasons | missing, "days": days}
         (out / REPORT).write_text(json.dumps(report, indent=1) + "\n")
         progress = replace(
-            self.before,
+            self.previous,
             day=self.day,
-            until=self.until,
-            calls=self.before.calls + 1,
+            until=self.end,
+            calls=self.previous.calls + 1,
             files=files,
-            tables=self.before.tables | self.tables | tables,
+            tables=self.previous.tables | self.tables | tables,
             compacted=compacted,
             appended=appended,
             popularity=popularity,
@@ -191,12 +191,12 @@ class Call:
         names = listed(["position", *types])
         if not readers:
             engine.view("events_read", f"SELECT {names} FROM kept WHERE 1 = 0")
-        incoming, num_read, reasons = usable_rows(engine, config, types, self.since)
+        incoming, num_read, reasons = usable_rows(engine, config, types, self.begin)
         if pending := self.folder.files("pending"):
             engine.read_saved("pending", pending)
             incoming += f" UNION ALL SELECT {names} FROM pending"
         engine.add("incoming", incoming)
-        engine.view("usable", f"SELECT * FROM incoming WHERE arrived < {self.until}")
+        engine.view("usable", f"SELECT * FROM incoming WHERE arrived < {self.end}")
         unique, num_copies = without_copies(engine, config, types)
         engine.add("unseen", unique)
         if not kept:
@@ -222,7 +222,7 @@ class Call:
         """Return readers of the tables with new files, and the bytes of all files by table."""
         readers, files = {}, {}
         for number, (name, table) in enumerate(self.config.tables.items()):
-            read, urls = dict(self.before.files.get(name, {})), []
+            read, urls = dict(self.previous.files.get(name, {})), []
             first = len(read)
             for file, (url, size) in file_sizes(name, table, first > 0).items():
                 if file not in read:
@@ -237,10 +237,10 @@ class Call:
             if len(read) > 1 << TABLE_BITS:
                 raise ValueError(f"'{name}' has {len(read):,} files; write larger ones")
             if urls:
-                place = (number << TABLE_BITS) + first
+                file_number = (number << TABLE_BITS) + first
                 fields = event_fields(self.config, name)
                 try:
-                    readers[name] = open_source(name, table, fields, place, urls)
+                    readers[name] = open_source(name, table, fields, file_number, urls)
                 except NoRows:
                     if not first:
                         raise
@@ -268,16 +268,16 @@ class Call:
         engine, folder = self.engine, self.folder
         query = f"SELECT {key}, {number} AS day FROM new_events"
         merged = {day: files for day in days if (files := folder.crowded(f"seen/day={day}"))}
-        for place, (day, files) in enumerate(merged.items()):  # a day before 1970 is below 0
-            engine.read_saved(f"seen_{place}", files)
-            query += f" UNION ALL SELECT {key}, CAST({day} AS BIGINT) AS day FROM seen_{place}"
-        before = {f"day={day}": folder.files(f"seen/day={day}") for day in days}
-        file = folder.new_file("seen", self.before)
+        for index, (day, files) in enumerate(merged.items()):  # a day before 1970 is below 0
+            engine.read_saved(f"seen_{index}", files)
+            query += f" UNION ALL SELECT {key}, CAST({day} AS BIGINT) AS day FROM seen_{index}"
+        old_files = {f"day={day}": folder.files(f"seen/day={day}") for day in days}
+        file = folder.new_file("seen", self.previous)
         new = engine.save(f"SELECT * FROM ({query}) ORDER BY day, uid", file, by="day")
         for day in days:
             name = f"day={day}"
-            if day in merged or name in self.before.tables:
-                files = [file for file in before[name] if file not in merged.get(day, [])]
+            if day in merged or name in self.previous.tables:
+                files = [file for file in old_files[name] if file not in merged.get(day, [])]
                 files += [file for file in new if file.parent.name == name]
                 self.tables.update(names_of(**{name: files}))
 
@@ -290,13 +290,13 @@ class Call:
         late = f"arrived - ts > {duration(config.drop.late_rows)}"
         ripe = quoted(RIPE)
         # Kept events arrived before this call, so only their time decides whether they are ripe.
-        events = self._events(f"ts >= {self.since - config.ripe_after}", "1 = 1")
+        events = self._events(f"ts >= {self.begin - config.ripe_after}", "1 = 1")
         engine.view(
             "ripe_rows",
             f"SELECT *, greatest(ts + {config.ripe_after}, arrived) AS {ripe} FROM ({events}) "
             f"WHERE {is_row(config)}",
         )
-        is_due = f"{ripe} >= {self.since} AND {ripe} < {self.until}"
+        is_due = f"{ripe} >= {self.begin} AND {ripe} < {self.end}"
         number = f"CAST(floor({ripe} / {ONE_DAY}) AS BIGINT)"
         numbers = engine.table(f"SELECT DISTINCT {number} AS day FROM ripe_rows WHERE {is_due}")
         periods = config.calendar.around(numbers["day"].to_pylist())
@@ -311,26 +311,26 @@ class Call:
         engine.view("unique_events", self._events(later, later))
         cases = {
             f"known more than {config.drop.late_rows} after their time": f"{is_due} AND {late}",
-            "wait until their labels are decided": f"{ripe} >= {self.until} AND NOT ({late})",
+            "wait until their labels are decided": f"{ripe} >= {self.end} AND NOT ({late})",
         }
         reasons = engine.count_by_reason(cases, "ripe_rows")
         return {name: count for name, count in reasons.items() if name and count}
 
-    def _past_items(self, settings: Negatives) -> tuple[PastItems, int]:
-        """Make the stage `catalogue`; return past items to draw from, and the number of events."""
+    def _item_pool(self, settings: Negatives) -> tuple[ItemPool, int]:
+        """Make the stage `catalogue`; return the pool to draw from, and the number of events."""
         engine, folder, first = self.engine, self.folder, 0
         times = item_times(self.config, "new_events")
         if files := folder.files("catalogue"):
             engine.read_saved("known_catalogue", files)
             first = engine.count_rows("known_catalogue")
             times = f"SELECT * FROM ({times}) WHERE iid NOT IN (SELECT iid FROM known_catalogue)"
-        since = f"greatest(since, {self.since}) AS since"
-        times = f"SELECT iid, {since} FROM ({times}) WHERE since < {self.until}"
+        begin = f"greatest(since, {self.begin}) AS since"
+        times = f"SELECT iid, {begin} FROM ({times}) WHERE since < {self.end}"
         items = numbered_items(times, first)
-        files = folder.append(engine, self.before, "catalogue", items, "inumber")
+        files = folder.append(engine, self.previous, "catalogue", items, "inumber")
         engine.read_saved("catalogue", files)
         taken = "SELECT uid, iid, min(arrived) AS since FROM new_events GROUP BY uid, iid"
-        pairs = folder.append(engine, self.before, "taken", taken, "uid, iid")
+        pairs = folder.append(engine, self.previous, "taken", taken, "uid, iid")
         engine.read_saved("taken", pairs)
         self.tables.update(names_of(catalogue=files, taken=pairs))
         has_rows = "uid IN (SELECT uid FROM rows)"
@@ -338,11 +338,11 @@ class Call:
         popularity = None
         if settings.by == "popularity":
             popularity = KnownItems(folder.state / "popularity")
-            popularity.cut(self.before.popularity)
+            popularity.cut(self.previous.popularity)
             popularity.append_events(engine, self.config, "new_events")
         block = f"CAST(replace(replace({quoted(DAY)}, '-', ''), '/hour=', '') AS BIGINT)"
-        past = PastItems(KnownItems.of_catalogue(engine), popularity, taken, block)
-        return past, 0 if popularity is None else len(popularity.since)
+        pool = ItemPool(KnownItems.of_catalogue(engine), popularity, taken, block)
+        return pool, 0 if popularity is None else len(popularity.times)
 
     def _write(self, writer: DatasetWriter, out: Path) -> dict[str, int]:
         """Write partitions, vocabularies, items, features and schema; return rows by id table."""
@@ -355,9 +355,9 @@ class Call:
         engine.write_by(rows, DAY, out / "train", complete)
         for partition in {file.parent for file in (out / "train").rglob("*.parquet")}:
             (partition / SUCCESS).touch()
-        past = f"past_events WHERE {quoted(EVENT_KEYS)} = ''"
-        ids = writer.ids("1 = 1", "new_events", past)
-        sizes = writer.write_vocabularies(ids, out, self.folder.path, self.before.sizes)
+        past_events = f"past_events WHERE {quoted(EVENT_KEYS)} = ''"
+        ids = writer.ids("1 = 1", "new_events", past_events)
+        sizes = writer.write_vocabularies(ids, out, self.folder.path, self.previous.sizes)
         item, counts = config.output.item, writer.item_counts("1 = 1")
         if (file := self.folder.path / "item_counts.parquet").exists():
             tables = [pq.read_table(file, partitioning=None), counts]
@@ -365,7 +365,7 @@ class Call:
             counts = counts.aggregate([("train_rows", "sum")]).rename_columns([item, "train_rows"])
         pq.write_table(counts.sort_by(item), out / "item_counts.parquet")
         if config.items is not None:
-            writer.write_items(out, self.until - 1)
-        write_last_features(engine, config, out / "features", self.until)
+            writer.write_items(out, self.end - 1)
+        write_last_features(engine, config, out / "features", self.end)
         (out / "schema.yaml").write_text(writer.schema(sizes))
         return sizes

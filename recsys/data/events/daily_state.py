@@ -26,20 +26,20 @@ from recsys.data.events.settings import EventsConfig
 from recsys.data.events.sql import FOREVER, SqlEngine, listed
 from recsys.data.events.times import duration
 from recsys.storage.files import (
+    atomic_folder,
+    atomic_write,
     read_json,
     recover_folder,
     replace_folder,
-    whole_folder,
-    write_whole,
 )
 from recsys.storage.lock import JobLock
 
 FORMAT = 1
 STATE, READY, LOCK, PROGRESS = ".state", ".ready", ".lock", "progress.json"
 SUCCESS = "_SUCCESS"
-MOST_APPENDED = 1.0  # share of new events, relative to older ones, at which unneeded are counted
-LEAST_DROPPED = 0.25  # share of unneeded events at which these are dropped
-MOST_CALLS = 24  # calls whose files of a table, or of its day, are not merged: one per hour
+MAX_APPENDED = 1.0  # share of new events, relative to older ones, at which unneeded are counted
+MIN_DROPPED = 0.25  # share of unneeded events at which these are dropped
+MAX_CALLS = 24  # calls whose files of a table, or of its day, are not merged: one per hour
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class DailyFolder:
         calls: dict[str, list[Path]] = {}
         for file in self.files(table):
             calls.setdefault(file.name[:6], []).append(file)
-        if len(calls) < MOST_CALLS:
+        if len(calls) < MAX_CALLS:
             return []
         rows = [sum(pq.read_metadata(file).num_rows for file in files) for files in calls.values()]
         # A first call with half of the rows is left out, so that rows are rarely written again.
@@ -150,13 +150,13 @@ class DailyFolder:
     @contextmanager
     def commit(self) -> Iterator[Path]:
         """Yield a folder whose files are all moved to OUT at the end, or none of them."""
-        with whole_folder(self.path / READY) as partial:
+        with atomic_folder(self.path / READY) as partial:
             yield partial
         self._publish()
 
     def write_progress(self, folder: Path, progress: Progress) -> None:
         content = {"format": FORMAT, **asdict(progress)}
-        write_whole(folder / STATE / PROGRESS, json.dumps(content, indent=1) + "\n")
+        atomic_write(folder / STATE / PROGRESS, json.dumps(content, indent=1) + "\n")
 
     def _publish(self) -> None:
         """Move the files of a committed call: partitions after what they need, the state last."""
@@ -205,13 +205,13 @@ def _in_order(settings: Any) -> Any:
 
 @dataclass(frozen=True)
 class KeptEvents:
-    """Tables `kept`, `earlier` and `pending` of the state, for a call that ends with `until`."""
+    """Tables `kept`, `earlier` and `pending` of the state, for a call that ends at `end`."""
 
     engine: SqlEngine
     config: EventsConfig
     folder: DailyFolder
-    before: Progress
-    until: int
+    previous: Progress
+    end: int
 
     def read_earlier(self, types: Types) -> None:
         """Make the stage `earlier`: numbers of dropped events, by the keys of counts."""
@@ -230,34 +230,34 @@ class KeptEvents:
 
     def write(self) -> tuple[dict[str, list[str]], int, int]:
         """Write events that later calls need; return files, `compacted` and `appended`."""
-        engine, folder, before = self.engine, self.folder, self.before
-        file = folder.new_file("pending", before)
-        later = f"SELECT * FROM incoming WHERE arrived >= {self.until}"
+        engine, folder, prior = self.engine, self.folder, self.previous
+        file = folder.new_file("pending", prior)
+        later = f"SELECT * FROM incoming WHERE arrived >= {self.end}"
         tables = names_of(pending=engine.save(later, file))
-        file = folder.new_file("kept", before)
-        compacted, appended = before.compacted, before.appended + engine.count_rows("new_events")
-        marked = self._marked()
-        if appended > compacted * MOST_APPENDED:
+        file = folder.new_file("kept", prior)
+        compacted, appended = prior.compacted, prior.appended + engine.count_rows("new_events")
+        flagged = self._flagged_events()
+        if appended > compacted * MAX_APPENDED:
             compacted, appended = compacted + appended, 0
-            num_events = engine.count_rows(f"({marked}) WHERE is_kept")
-            if num_events <= compacted * (1 - LEAST_DROPPED):
-                return tables | self._compact(marked, file), num_events, 0
-        files = folder.append(engine, before, "kept", "SELECT * FROM new_events", "ts")
+            num_events = engine.count_rows(f"({flagged}) WHERE is_kept")
+            if num_events <= compacted * (1 - MIN_DROPPED):
+                return tables | self._compact(flagged, file), num_events, 0
+        files = folder.append(engine, prior, "kept", "SELECT * FROM new_events", "ts")
         tables |= names_of(earlier=folder.files("earlier"), kept=files)
         return tables, compacted, appended
 
-    def _compact(self, marked: str, file: Path) -> dict[str, list[str]]:
+    def _compact(self, flagged: str, file: Path) -> dict[str, list[str]]:
         """Write needed events into one file, and numbers of the others; return the files."""
-        engine, numbers = self.engine, self.folder.new_file("earlier", self.before)
+        engine, numbers = self.engine, self.folder.new_file("earlier", self.previous)
         if any(duration(count.within) is None for count in self.config.counts.values()):
-            engine.add("dropped", f"SELECT position FROM ({marked}) WHERE NOT is_kept")
+            engine.add("dropped", f"SELECT position FROM ({flagged}) WHERE NOT is_kept")
         names = listed(engine.schema("clean_events").names)
-        kept = engine.save(f"SELECT {names} FROM ({marked}) WHERE is_kept ORDER BY ts", file)
+        kept = engine.save(f"SELECT {names} FROM ({flagged}) WHERE is_kept ORDER BY ts", file)
         is_dropped = "position IN (SELECT position FROM dropped)"
         query = number_earlier(engine, self.config, is_dropped)
         return names_of(kept=kept, earlier=engine.save(query, numbers))
 
-    def _marked(self) -> str:
+    def _flagged_events(self) -> str:
         """Return SQL of events with `is_kept`: whether rows of later calls may need them.
 
         All later rows know events that had arrived by `settled`. Of these, histories need only each
@@ -268,7 +268,7 @@ class KeptEvents:
         delays = [history.delay for history in histories] + [count.delay for count in counts]
         late = duration(config.drop.late_rows) or 0
         delay = max((duration(text) or 0 for text in delays), default=0)
-        settled = self.until - max(config.ripe_after, late) - delay - 1
+        settled = self.end - max(config.ripe_after, late) - delay - 1
         conditions = [f"arrived > {settled}"]
         for count in counts:
             if (within := duration(count.within)) is not None:
@@ -279,15 +279,15 @@ class KeptEvents:
         for history in histories:
             test = actions_in(history.actions)
             lengths[test] = max(history.length, lengths.get(test, 0))
-        since = []
-        for place, (test, length) in enumerate(lengths.items()):
-            first = self.engine.least_of_last("ts", length, f"arrived <= {settled} AND ({test})")
-            since.append(f"{first} AS since_{place}")
-            conditions.append(f"({test}) AND ts >= coalesce(since_{place}, {FOREVER})")
+        first_times = []
+        for number, (test, length) in enumerate(lengths.items()):
+            first = self.engine.min_of_last("ts", length, f"arrived <= {settled} AND ({test})")
+            first_times.append(f"{first} AS since_{number}")
+            conditions.append(f"({test}) AND ts >= coalesce(since_{number}, {FOREVER})")
         is_kept = " OR ".join(f"({condition})" for condition in conditions)
-        if not since:
+        if not first_times:
             return f"SELECT *, {is_kept} AS is_kept FROM clean_events"
         return (
             f"SELECT e.*, {is_kept} AS is_kept FROM clean_events e JOIN "
-            f"(SELECT uid, {', '.join(since)} FROM clean_events GROUP BY uid) USING (uid)"
+            f"(SELECT uid, {', '.join(first_times)} FROM clean_events GROUP BY uid) USING (uid)"
         )

@@ -18,7 +18,7 @@ from recsys.data.events.file_columns import Types
 from recsys.data.events.histories import add_histories
 from recsys.data.events.history_values import AGE, MOMENT, HistoryFiles, slice_columns
 from recsys.data.events.last_features import id_features, write_last_features
-from recsys.data.events.negatives import DRAWN_AS, PastItems, add_negatives
+from recsys.data.events.negatives import DRAWN_AS, ItemPool, add_negatives
 from recsys.data.events.parquet_parts import Complete
 from recsys.data.events.samples import SPLITS, WEIGHT, Conditions
 from recsys.data.events.settings import EventsConfig
@@ -43,16 +43,16 @@ def complete_samples(
     config: EventsConfig,
     types: Types,
     datasets: Conditions,
-    past: PastItems | None = None,
+    pool: ItemPool | None = None,
     is_daily: bool = False,
 ) -> tuple[DatasetWriter, dict[str, int]]:
     """Make the stage `complete` from `rows`; return a writer, and samples left out by reason.
 
-    With `is_daily`, there may be no row, the stage `earlier` exists, and `past` is used.
+    With `is_daily`, there may be no row, the stage `earlier` exists, and `pool` is used.
     """
     stage, reasons = "rows", dict[str, int]()
     if config.negatives is not None:
-        datasets, reasons = add_negatives(engine, config, datasets, past)
+        datasets, reasons = add_negatives(engine, config, datasets, pool)
         stage = "drawn"
     reasons |= add_features(engine, config, stage, may_be_empty=is_daily)
     lists, files = add_histories(engine, config, types, earlier=is_daily)
@@ -70,15 +70,15 @@ class DatasetWriter:
     files: HistoryFiles | None  # values of histories, if samples have slices instead of lists
 
     def write(self, root: Path) -> dict[str, dict[str, Any]]:
-        """Write each dataset into a folder with its name; return figures of each split."""
-        figures: dict[str, dict[str, Any]] = {}
+        """Write each dataset into a folder with its name; return statistics of each split."""
+        statistics: dict[str, dict[str, Any]] = {}
         items: Path | None = None
         for name, conditions in self.datasets.items():
             self._write_dataset(conditions, root / name, items)
             items = root / name / "items"
-            by_split = self._figures(conditions)
-            figures |= {str(Path(name, split)): values for split, values in by_split.items()}
-        return figures
+            by_split = self._statistics(conditions)
+            statistics |= {str(Path(name, split)): values for split, values in by_split.items()}
+        return statistics
 
     def _write_dataset(self, conditions: dict[str, str], folder: Path, items: Path | None) -> None:
         """Write a dataset; `schema.yaml` and fitted transforms come last."""
@@ -198,12 +198,12 @@ class DatasetWriter:
         ids_of_tables: dict[str, str],
         folder: Path,
         earlier: Path | None = None,
-        sizes_before: dict[str, int] | None = None,
+        old_sizes: dict[str, int] | None = None,
     ) -> dict[str, int]:
         """Write the vocabulary of each id table unless ids are rows; return the rows of each table.
 
         `ids_of_tables` is a result of `ids`. Vocabularies of the dataset `earlier` are extended.
-        Tables keep their sizes of `sizes_before` as long as their ids fit.
+        Tables keep their sizes of `old_sizes` as long as their ids fit.
         """
         sizes: dict[str, int] = {}
         for name, ids in ids_of_tables.items():
@@ -213,11 +213,11 @@ class DatasetWriter:
             else:
                 vocabulary = self._vocabulary(name, ids, earlier)
                 min_rows = len(vocabulary) + 1
-            size = (sizes_before or {}).get(name, 0)
+            size = (old_sizes or {}).get(name, 0)
             if min_rows > size:
                 headroom = int((min_rows - 1) * self.config.vocabulary.headroom)
-                least = 2 if self.config.vocabulary.kind == "exact" else 1
-                grown = max(least, min_rows + headroom)
+                min_size = 2 if self.config.vocabulary.kind == "exact" else 1
+                grown = max(min_size, min_rows + headroom)
                 if size:
                     logger.info("%s: its table grows from %s to %s rows", name, size, grown)
                 size = grown
@@ -246,11 +246,11 @@ class DatasetWriter:
 
     def _ids(self, train: str) -> dict[str, str]:
         train = "1 = 1" if self.config.vocabulary.kind == "rows" else train
-        until = f"{self.config.arrival} <= (SELECT max(ts) FROM complete WHERE {train})"
-        return self.ids(train, f"clean_events WHERE {until}", f"past_events WHERE {until}")
+        is_known = f"{self.config.arrival} <= (SELECT max(ts) FROM complete WHERE {train})"
+        return self.ids(train, f"clean_events WHERE {is_known}", f"past_events WHERE {is_known}")
 
-    def ids(self, train: str, events: str, past: str) -> dict[str, str]:
-        """Return SQL of the ids of each table, in the stages `events`, `past` and training rows."""
+    def ids(self, train: str, events: str, past_events: str) -> dict[str, str]:
+        """Return SQL of the ids of each table, in the stages of events and training rows."""
         config, output = self.config, self.config.output
         ids = {
             output.user: f"SELECT uid AS id FROM {events}",
@@ -270,7 +270,7 @@ class DatasetWriter:
             if column == "action":
                 ids[name] = f"SELECT action AS id FROM {events}"
         for column in {*self.id_lists.values()} - {"action"}:
-            ids[column] += f" UNION ALL SELECT {quoted(f'e_{column}')} AS id FROM {past}"
+            ids[column] += f" UNION ALL SELECT {quoted(f'e_{column}')} AS id FROM {past_events}"
         return ids
 
     def schema(self, sizes: dict[str, int]) -> str:
@@ -283,9 +283,9 @@ class DatasetWriter:
                 "shares": output.item,
                 "parallel": list(history.parallel),
                 "fill": {
-                    beside: parallel.stored_fill
-                    for beside, parallel in history.parallel.items()
-                    if beside not in self.id_lists and parallel.column != AGE
+                    list_name: parallel.stored_fill
+                    for list_name, parallel in history.parallel.items()
+                    if list_name not in self.id_lists and parallel.column != AGE
                 },
             }
         for name in self.id_lists:
@@ -321,7 +321,7 @@ class DatasetWriter:
             column["vocabulary"] = {"kind": "exact"}
         return column
 
-    def _figures(self, conditions: dict[str, str]) -> dict[str, dict[str, Any]]:
+    def _statistics(self, conditions: dict[str, str]) -> dict[str, dict[str, Any]]:
         """Return rows, positive share, users, and shares of new users and cold items, by split."""
         train, label = conditions["train"], quoted(f"l_{next(iter(self.config.labels))}")
         users, items = (
@@ -343,8 +343,8 @@ class DatasetWriter:
             f"LEFT JOIN ({users}) u ON s.uid = u.uid LEFT JOIN ({items}) i ON s.iid = i.iid "
             "WHERE split IS NOT NULL GROUP BY split"
         )
-        figures = {row.pop("split"): row for row in table.to_pylist()}
-        return {split: figures[split] for split in SPLITS}
+        statistics = {row.pop("split"): row for row in table.to_pylist()}
+        return {split: statistics[split] for split in SPLITS}
 
 
 def _without_empty(column: dict[str, Any]) -> dict[str, Any]:
@@ -373,12 +373,12 @@ def _frequent(ids: str, min_count: int) -> str:
 
 def _num_rows(engine: SqlEngine, name: str, ids: str) -> int:
     """Return the size of a table whose ids are its rows; unusable ids are a ValueError."""
-    figures = "min(id), max(id), count(*) - count(id), count(DISTINCT id)"
-    table = engine.table(f"SELECT {figures} FROM ({ids})")
-    least, largest, nulls, num_ids = (column[0].as_py() for column in table.columns)
+    aggregates = "min(id), max(id), count(*) - count(id), count(DISTINCT id)"
+    table = engine.table(f"SELECT {aggregates} FROM ({ids})")
+    smallest, largest, nulls, num_ids = (column[0].as_py() for column in table.columns)
     problem = None
-    if isinstance(largest, str) or (least is not None and least < 0):
-        problem = f"has the id {least!r}; write rows from 0"
+    if isinstance(largest, str) or (smallest is not None and smallest < 0):
+        problem = f"has the id {smallest!r}; write rows from 0"
     elif nulls:
         problem = f"has null in lists or beside events, {nulls} times, which is no row; fill it"
     elif num_ids and largest >= max(LARGE_TABLE, ROWS_PER_ID * num_ids):

@@ -23,7 +23,7 @@ from recsys.data.parquet.values import is_list
 from recsys.storage.location import Location
 
 Types = dict[str, pa.DataType]
-Parts = dict[str, str | None]  # values of the `key=value/` folders in a file's path
+Hive = dict[str, str | None]  # values of the `key=value/` folders in a file's path
 ENDINGS = (".parquet", ".csv", ".csv.gz", ".tsv", ".dat")
 # Names of files that look like data but are not read, which is an error.
 ALIKE = r"\.(parquet|parq|pq|csv|tsv|dat|orc|avro|jsonl?|ndjson|feather|arrow)(\.\w+)?$"
@@ -61,7 +61,7 @@ def data_files(name: str, root: Location, may_be_empty: bool = False) -> list[Lo
 def fixed_folder(root: Location) -> Location:
     """Return the folder in which a pattern is looked up; a path without wildcards as it is."""
     names = root.path.split("/")
-    first = next((place for place, name in enumerate(names) if WILDCARDS & set(name)), len(names))
+    first = next((index for index, name in enumerate(names) if WILDCARDS & set(name)), len(names))
     if first == len(names) or root.exists():  # wildcards may occur in a file's name
         return root
     return Location(root.filesystem, "/".join(names[:first]))
@@ -70,7 +70,7 @@ def fixed_folder(root: Location) -> Location:
 def _matching_files(pattern: Location, folder: Location) -> list[Location]:
     entries = []
     for path, entry in pattern.filesystem.glob(pattern.path, detail=True).items():
-        is_hidden = any(part.startswith((".", "_")) for part in path[len(folder.path) :].split("/"))
+        is_hidden = any(name.startswith((".", "_")) for name in path[len(folder.path) :].split("/"))
         # `**` matches a folder and the files in it, too.
         if not is_hidden and ("**" not in pattern.path or entry["type"] == "file"):
             entries.append(entry)
@@ -107,11 +107,11 @@ def _data_files_among(
     return files
 
 
-def partition_values(roots: list[str], url: str) -> Parts:
+def partition_values(roots: list[str], url: str) -> Hive:
     """Return the values of Hive's `key=value/` folders between a root and a file."""
     root = max((root for root in roots if url.startswith(root)), key=len)
     folders = url[len(root) :].split("/")[:-1]
-    texts = dict(part.split("=", 1) for part in folders if "=" in part)
+    texts = dict(folder.split("=", 1) for folder in folders if "=" in folder)
     return {
         unquote(name): None if text in ("", HIVE_NULL) else unquote(text)
         for name, text in texts.items()
@@ -139,8 +139,8 @@ def csv_batches(
             except pa.ArrowInvalid as error:
                 types |= _later_type(error, names)
     except READ_ERRORS as error:
-        place = re.match(r"In CSV column #(\d+): (.*)", str(error), re.DOTALL)
-        where = f"column '{names[int(place[1])]}': {place[2]}" if place else str(error)
+        match = re.match(r"In CSV column #(\d+): (.*)", str(error), re.DOTALL)
+        where = f"column '{names[int(match[1])]}': {match[2]}" if match else str(error)
         raise ValueError(f"{file}: {where}; correct the file") from error
 
 
@@ -209,8 +209,8 @@ def with_integers(batch: pa.RecordBatch, ids: list[str]) -> pa.RecordBatch:
                 f"column '{name}': the id '{texts[row]}' is not written as an integer, but those "
                 "before are; write Parquet with a column of strings, or ids of one form"
             )
-        place = batch.schema.get_field_index(name)
-        batch = batch.set_column(place, name, texts.cast(pa.int64()))
+        index = batch.schema.get_field_index(name)
+        batch = batch.set_column(index, name, texts.cast(pa.int64()))
     return batch
 
 
@@ -282,11 +282,11 @@ def without_views(batch: pa.RecordBatch) -> pa.RecordBatch:
     return pa.record_batch(columns, names=batch.schema.names)
 
 
-def column_values(batch: pa.RecordBatch, field: Field, parts: Parts, kind: pa.DataType) -> pa.Array:
+def column_values(batch: pa.RecordBatch, field: Field, hive: Hive, kind: pa.DataType) -> pa.Array:
     """Return a field's values in the file, or from its folders, then as type `kind` if possible."""
-    if field.constant is None and field.column not in parts:
+    if field.constant is None and field.column not in hive:
         return batch.column(field.column)
-    value = pa.array([parts[field.column] if field.constant is None else field.constant])
+    value = pa.array([hive[field.column] if field.constant is None else field.constant])
     with suppress(pa.ArrowInvalid):  # folder names are texts; times in ISO form stay texts
         value = value.cast(kind)
     return value.take(pa.array(np.zeros(batch.num_rows, np.int8)))

@@ -15,11 +15,11 @@ from recsys.data.events.history_values import (
     HistoryFiles,
     Moments,
     by_position,
+    chunks_by_key,
     history_lists,
     null_stand_in,
     slice_columns,
     slice_names,
-    whole_keys,
 )
 from recsys.data.events.samples import actions_in
 from recsys.data.events.settings import Count, EventsConfig, Feature, History, Parallel
@@ -167,15 +167,15 @@ def make_counts(
 
     `keys` maps the columns of `past_events` to group by to SQL of the same value in `samples`.
     """
-    past = engine.schema("past_events")
+    past_schema = engine.schema("past_events")
     added_columns = [(f"n_{name}", pa.float64()) for name in counts]
-    schema = pa.schema([*(past.field(name) for name in output), *added_columns])
+    schema = pa.schema([*(past_schema.field(name) for name in output), *added_columns])
     features = HistoryFeatures(list(keys), {}, counts, {}, schema)
     sample_columns = keys | {"ts": "ts", "position": "position"}
-    read = [name for name in (*sample_columns, "arrived", NUMBER) if name in past.names]
+    read = [name for name in (*sample_columns, "arrived", NUMBER) if name in past_schema.names]
     event_columns = {name: quoted(name) for name in read}
     events = "past_events"
-    if NUMBER in past.names:
+    if NUMBER in past_schema.names:
         events = f"(SELECT * FROM past_events WHERE {_has_keys(features.keys, samples, keys)})"
     query = features.query(samples, sample_columns, events, event_columns)
     has_keys = " AND ".join(f"{quoted(key)} IS NOT NULL" for key in keys)
@@ -208,14 +208,14 @@ def _add_recent_events(
     delays = [h.delay for h in config.histories.values()] + [count.delay for count in counts]
     delay = max((duration(text) or 0 for text in delays), default=0)
     longest = max((duration(count.within) or 0 for count in counts), default=-FOREVER)
-    since = [f"any_value(settled) - ({longest})"] + [
-        f"coalesce({engine.least_of_last('ts', history.length, test)}, {FOREVER})"
+    first_times = [f"any_value(settled) - ({longest})"] + [
+        f"coalesce({engine.min_of_last('ts', history.length, test)}, {FOREVER})"
         for history in config.histories.values()
         for test in [f"arrived <= settled AND ({actions_in(history.actions)})"]
     ]
     engine.add(
         "recent",
-        f"SELECT uid, any_value(settled) AS settled, least({', '.join(since)}) AS since "
+        f"SELECT uid, any_value(settled) AS settled, least({', '.join(first_times)}) AS since "
         f"FROM past_events JOIN (SELECT uid, min(ts) - {delay + 1} AS settled FROM {samples} "
         f"GROUP BY uid) USING (uid) WHERE {quoted(EVENT_KEYS)} = '' GROUP BY uid",
     )
@@ -244,7 +244,7 @@ class HistoryFeatures:
         sets = [history.actions for history in self.histories.values()]
         sets += [count.actions for count in self.counts.values()]
         sets += [count.per for count in self.counts.values() if count.per is not None]
-        return [actions for place, actions in enumerate(sets) if actions not in sets[:place]]
+        return [actions for index, actions in enumerate(sets) if actions not in sets[:index]]
 
     def query(
         self, samples: str, columns: dict[str, str], events: str, event_columns: dict[str, str]
@@ -261,7 +261,7 @@ class HistoryFeatures:
         )
 
     def __call__(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        for chunk in whole_keys(batches, self.keys):
+        for chunk in chunks_by_key(batches, self.keys):
             is_sample = chunk[SETS].to_numpy() == 0
             if is_sample.any():
                 yield from self._samples(chunk, is_sample)
@@ -303,13 +303,13 @@ class HistoryFeatures:
         begin, end, late = moments.known(events, duration(history.delay) or 0, None)
         longest = min(history.length, len(chunk))
         first, length = np.maximum(begin, end - longest), np.minimum(end - begin, longest)
-        slices, place = [events], len(events)
+        slices, total = [events], len(events)
         for sample, late_events in late.items():
-            places = np.concatenate([np.arange(first[sample], end[sample]), late_events])
-            places = places[-longest:]
-            slices.append(events[places])
-            first[sample], length[sample] = place, len(places)
-            place += len(places)
+            indices = np.concatenate([np.arange(first[sample], end[sample]), late_events])
+            indices = indices[-longest:]
+            slices.append(events[indices])
+            first[sample], length[sample] = total, len(indices)
+            total += len(indices)
         return np.concatenate(slices), first, length
 
     def _count(self, chunk: pa.Table, moments: Moments, count: Count) -> np.ndarray:  # float64 [S]

@@ -20,7 +20,7 @@ from recsys.data.events.sql import FOREVER
 from recsys.data.events.times import DAY
 
 
-def whole_keys(batches: Iterable[pa.RecordBatch], keys: Sequence[str]) -> Iterator[pa.Table]:
+def chunks_by_key(batches: Iterable[pa.RecordBatch], keys: Sequence[str]) -> Iterator[pa.Table]:
     """Yield chunks of sorted batches such that all rows of a key are in one chunk."""
     pending: list[pa.RecordBatch] = []
     for batch in batches:
@@ -95,7 +95,7 @@ class Moments:
         return ordered[np.flatnonzero(np.diff(ordered, prepend=ordered[0] - 1))]
 
     @cached_property
-    def _place(self) -> np.ndarray:  # int64 [N], ascending
+    def _time_code(self) -> np.ndarray:  # int64 [N], ascending
         rank = np.searchsorted(self._times, self._row_time)
         return self._key * (len(self._times) + 1) + rank
 
@@ -104,13 +104,13 @@ class Moments:
         is_first = np.logical_or.reduce([np.diff(c, prepend=c[:1] - 1) != 0 for c in columns])
         return np.flatnonzero(is_first)[np.cumsum(is_first)[self._sample_rows] - 1]
 
-    def _events_before(self, events: np.ndarray, delay: int) -> np.ndarray:  # [E] -> [S]
+    def _count_earlier(self, events: np.ndarray, delay: int) -> np.ndarray:  # [E] -> [S]
         """Count `events` of this and earlier keys that are earlier than each sample by `delay`."""
         if not delay:
             return np.searchsorted(events, self._first_rows(self._key, self._row_time))
         rank = np.searchsorted(self._times, self._time - delay)
-        place = self._sample_key * (len(self._times) + 1) + rank
-        return np.searchsorted(self._place[events], place)
+        time_code = self._sample_key * (len(self._times) + 1) + rank
+        return np.searchsorted(self._time_code[events], time_code)
 
     def known(
         self, events: np.ndarray, delay: int, within: int | None
@@ -121,27 +121,27 @@ class Moments:
         unbounded). `events` int64 [E] are ascending rows. Returns begin and end, int64 [S] each, of
         the events before the first unknown one, and by sample the positions of known later events.
         """
-        end = self._events_before(events, delay)
+        end = self._count_earlier(events, delay)
         if within is None:  # the window has all events of the sample's key
             begin = np.searchsorted(events, self._first_rows(self._key))
         else:
-            begin = self._events_before(events, delay + within)
+            begin = self._count_earlier(events, delay + within)
         if self._arrived is None:
             return begin, end, {}
-        since = np.maximum(self._arrived[events], self._row_time[events] + delay + 1)  # [E]
-        moments = np.unique(since)
-        place = self._key[events] * (len(moments) + 1) + np.searchsorted(moments, since)
+        known_from = np.maximum(self._arrived[events], self._row_time[events] + delay + 1)  # [E]
+        moments = np.unique(known_from)
+        codes = self._key[events] * (len(moments) + 1) + np.searchsorted(moments, known_from)
         rank = np.searchsorted(moments, self._time, side="right")
         cut = self._sample_key * (len(moments) + 1) + rank  # [S]
-        gap = np.searchsorted(np.maximum.accumulate(place), cut)  # first event that is not known
-        num_known = np.searchsorted(np.sort(place), cut)
-        after: dict[int, np.ndarray] = {}
+        gap = np.searchsorted(np.maximum.accumulate(codes), cut)  # first event that is not known
+        num_known = np.searchsorted(np.sort(codes), cut)
+        late: dict[int, np.ndarray] = {}
         for sample in np.flatnonzero(num_known > gap).tolist():
             later = np.arange(max(begin[sample], gap[sample]), end[sample])
-            later = later[since[later] <= self._time[sample]]
+            later = later[known_from[later] <= self._time[sample]]
             if len(later):
-                after[sample] = later
-        return np.minimum(begin, gap), gap, after
+                late[sample] = later
+        return np.minimum(begin, gap), gap, late
 
 
 AGE = "age"
@@ -175,11 +175,11 @@ def history_lists(
     """
     begin, length = (samples[column].to_numpy() for column in slice_names(name))
     offsets = np.concatenate([[0], np.cumsum(length)])
-    places = pa.array(np.arange(offsets[-1]) + np.repeat(begin - offsets[:-1], length))
+    indices = pa.array(np.arange(offsets[-1]) + np.repeat(begin - offsets[:-1], length))
     bounds = pa.array(offsets, pa.int32())
     lists = {}
     for column, column_values in values.items():
-        items = pc.take(column_values, places, boundscheck=False)
+        items = pc.take(column_values, indices, boundscheck=False)
         if column != name and history.parallel[column].column == AGE:
             items = _ages(np.repeat(samples["ts"].to_numpy(), length) - items.to_numpy())
         elif pa.types.is_dictionary(items.type):

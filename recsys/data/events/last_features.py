@@ -32,16 +32,16 @@ class IdFeatures:
     @property
     def table(self) -> FeatureTable:
         """Description of the files, with parallel lists that copy unchanging columns of items."""
-        items, beside = self.config.items, dict[str, str]()
+        items, parallel_lists = self.config.items, dict[str, str]()
         if self.keys == ("item",) and items is not None and items.valid_from is None:
-            beside = {
+            parallel_lists = {
                 name: parallel.column
                 for name, parallel in self.config.parallels.items()
                 if parallel.column in items.columns
                 and (parallel.at_least, parallel.scale) == (None, 1)
             }
         max_age = {name: count.max_age for name, count in self.counts.items()}
-        return FeatureTable(self.by, [*self.columns, *self.counts], max_age, beside)
+        return FeatureTable(self.by, [*self.columns, *self.counts], max_age, parallel_lists)
 
     def write(self, engine: SqlEngine, folder: Path, time: int, stage: str) -> None:
         """Write a row per id, with `time` beside each count; `stage` names a new stage to use."""
@@ -79,8 +79,8 @@ class IdFeatures:
             columns[name] = f"CAST(coalesce(c.{quoted(f'n_{name}')}, 0) AS FLOAT)"
             columns[f"{name}@"] = f"CAST({time} AS BIGINT)"
         if not self.columns:
-            some = " OR ".join(f"c.{quoted(f'n_{name}')} > 0" for name in self.counts)
-            where = f"WHERE ({some})"
+            has_count = " OR ".join(f"c.{quoted(f'n_{name}')} > 0" for name in self.counts)
+            where = f"WHERE ({has_count})"
         has_ids = " AND ".join(f"{key} IS NOT NULL" for key in ids)
         source = f"SELECT * FROM ({source}) WHERE {has_ids}"
         return f"SELECT {aligned(columns, columns)} FROM ({source}) k {' '.join(joins)} {where}"

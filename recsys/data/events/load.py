@@ -79,7 +79,7 @@ def _written_out(content: Any, path: tuple[str, ...] = ()) -> Any:
         return [_written_out(value, path) for value in content]
     if isinstance(content, str):
         return next(
-            ({key: content} for place, key in SHORT.items() if position.match(place)), content
+            ({key: content} for pattern, key in SHORT.items() if position.match(pattern)), content
         )
     return content
 
@@ -151,10 +151,10 @@ def _negatives_problems(config: EventsConfig) -> Iterator[str]:
     if config.impressions is not None:
         yield "negatives: impressions have negatives already; take one of both out"
     limits = {"per_positive": (1, 10_000), "seed": (0, 2**43 - 1), "smoothing": (0, 10**6)}
-    for name, (least, most) in limits.items():
+    for name, (lower, upper) in limits.items():
         value = getattr(negatives, name)
-        if value is not None and not least <= value <= most:
-            yield f"negatives: {name} is {value}; set {least} to {most}"
+        if value is not None and not lower <= value <= upper:
+            yield f"negatives: {name} is {value}; set {lower} to {upper}"
     if negatives.smoothing is not None and negatives.by == "uniform":
         yield "negatives: smoothing is of `by: popularity`; set that, or remove it"
     if negatives.available_from is not None and config.items is None:
@@ -220,9 +220,9 @@ def _name_problems(config: EventsConfig) -> Iterator[str]:
     for name in ("", config.output.item):
         if name in contents:
             yield f"items.content: '{name}' is no name, or that of the ids; rename it"
-    alike: dict[str, str] = {}
+    spellings: dict[str, str] = {}
     for name in dict.fromkeys([*names, *event_columns(config), *contents]):
-        if (other := alike.setdefault(name.lower(), name)) != name:
+        if (other := spellings.setdefault(name.lower(), name)) != name:
             yield (
                 f"'{other}' and '{name}' differ in capitals alone, which SQL does not tell apart; "
                 "rename one"

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embeddings.vocabulary.fixed import integer_ids, mix64
-from recsys.data.events.history_values import key_numbers, whole_keys
+from recsys.data.events.history_values import chunks_by_key, key_numbers
 from recsys.data.events.samples import WEIGHT, Conditions
 from recsys.data.events.settings import EventsConfig, Negatives
 from recsys.data.events.sql import FOREVER, SqlEngine, aligned, listed, quoted
@@ -54,10 +54,10 @@ class KnownItems:
         rows = engine.work / f"{self.folder.name}_rows"
         engine.write(query, rows)
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "since").open("ab") as since, (self.folder / "item").open("ab") as item:
+        with (self.folder / "since").open("ab") as times, (self.folder / "item").open("ab") as item:
             for file in sorted(rows.glob("*.parquet")):
                 for batch in pq.ParquetFile(file).iter_batches():
-                    since.write(batch["since"].to_numpy().astype(np.int64).data)
+                    times.write(batch["since"].to_numpy().astype(np.int64).data)
                     item.write(batch["inumber"].to_numpy().astype(np.int64).data)
 
     def cut(self, number: int) -> None:
@@ -67,7 +67,7 @@ class KnownItems:
                 os.truncate(file, number * np.dtype(np.int64).itemsize)
 
     @cached_property
-    def since(self) -> np.ndarray:  # int64 [E], ascending
+    def times(self) -> np.ndarray:  # int64 [E], ascending
         return self._mapped("since")
 
     @cached_property
@@ -94,8 +94,8 @@ class Pairs:
         if not len(self.user):
             return np.zeros(len(user), bool)
         keys = self.user * self.num_items + self.item
-        places = np.searchsorted(keys, user * self.num_items + item).clip(max=len(keys) - 1)
-        return (keys[places] == user * self.num_items + item) & (self.time[places] <= time)
+        indices = np.searchsorted(keys, user * self.num_items + item).clip(max=len(keys) - 1)
+        return (keys[indices] == user * self.num_items + item) & (self.time[indices] <= time)
 
     def items_of(self, user: int, time: int) -> np.ndarray:
         """Return a user's items that count at a time, ascending."""
@@ -104,8 +104,8 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class PastItems:
-    """Items, events and users' own items of the past, from which negatives are drawn."""
+class ItemPool:
+    """Items, events and users' own items so far, from which negatives are drawn."""
 
     items: KnownItems
     events: KnownItems | None  # None unless draws are by popularity
@@ -118,27 +118,27 @@ class DrawNegatives:
     """A function from sorted chunks of users' positives and own items to drawn samples."""
 
     settings: Negatives
-    past: PastItems
+    pool: ItemPool
     values: dict[str, float | None]  # labels, weight and late columns of drawn samples
     columns: list[str]
     schema: pa.Schema
 
     def __call__(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        for chunk in whole_keys(batches, ["uid"]):
+        for chunk in chunks_by_key(batches, ["uid"]):
             yield from self._samples(chunk).cast(self.schema).to_batches()
 
     def _samples(self, chunk: pa.Table) -> pa.Table:
-        draws = Draws(self.settings, self.past, chunk)
-        place, nth = np.nonzero(draws.items >= 0)
-        positives, drawn = draws.positives, draws.items[place, nth]
-        samples = chunk.select(self.columns).take(pa.array(positives.rows[place]))
+        draws = Draws(self.settings, self.pool, chunk)
+        index, nth = np.nonzero(draws.items >= 0)
+        positives, drawn = draws.positives, draws.items[index, nth]
+        samples = chunk.select(self.columns).take(pa.array(positives.rows[index]))
         columns = {name: samples[name] for name in samples.column_names}
         # Distinct from all other positions; rows of files have positions of at least 0.
-        role = positives.role[place]
-        position = positives.position[place] * draws.number + nth
+        role = positives.role[index]
+        position = positives.position[index] * draws.number + nth
         columns["position"] = pa.array(-(2 * position + role))
         for name, value in self.values.items():
-            columns[name] = pa.array([value] * len(place), pa.float64())
+            columns[name] = pa.array([value] * len(index), pa.float64())
         return pa.table({**columns, "inumber": pa.array(drawn), DRAWN_AS: pa.array(role)})
 
 
@@ -181,9 +181,9 @@ def _copy_numbers(key: np.ndarray, time: np.ndarray, block: np.ndarray) -> np.nd
 class Draws:
     """Draws items for the positives of a chunk: `items` int64 [P, number], -1 if none is left."""
 
-    def __init__(self, settings: Negatives, past: PastItems, chunk: pa.Table) -> None:
+    def __init__(self, settings: Negatives, pool: ItemPool, chunk: pa.Table) -> None:
         self.number, self._smoothing = settings.per_positive, settings.events_per_item
-        self._events, self._size = past.events, len(past.items.since)  # N
+        self._events, self._size = pool.events, len(pool.items.times)  # N
         positives = self.positives = Positives(chunk)
         user, (item, time) = key_numbers(chunk, ["uid"]), _numbers(chunk, "inumber", "ts")
         rows = chunk["kind"].to_numpy() == TAKEN_ITEM
@@ -194,10 +194,10 @@ class Draws:
         always = np.full(rows.sum(), -FOREVER)
         self._held_out = Pairs(split_user, item[rows], always, self._size)
         self._split_user = positives.split_user(positives.user, positives.block)
-        self._num_items = np.searchsorted(past.items.since, positives.time, side="right")  # [P]
+        self._num_items = np.searchsorted(pool.items.times, positives.time, side="right")  # [P]
         self._num_events = np.zeros_like(self._num_items)  # [P]
-        if past.events is not None:
-            self._num_events = np.searchsorted(past.events.since, positives.time, side="right")
+        if pool.events is not None:
+            self._num_events = np.searchsorted(pool.events.times, positives.time, side="right")
         nth = np.arange(self.number, dtype=np.uint64) + np.uint64(settings.seed << 20)
         self._noise = mix64(positives.key[:, None] + mix64(nth))  # uint64 [P, number]
         self.items = np.full(self._noise.shape, -1)
@@ -206,8 +206,8 @@ class Draws:
                 return
         self._draw_left()
 
-    def _bits(self, attempt: int, place: np.ndarray, nth: np.ndarray) -> np.ndarray:
-        noise = mix64(self._noise[place, nth] + np.uint64(attempt))
+    def _bits(self, attempt: int, index: np.ndarray, nth: np.ndarray) -> np.ndarray:
+        noise = mix64(self._noise[index, nth] + np.uint64(attempt))
         return (noise >> np.uint64(1)).astype(np.int64)
 
     def _is_item(
@@ -221,34 +221,34 @@ class Draws:
     def _draw_open(self, attempt: int) -> bool:
         """Try each open draw once; return whether there was an open draw."""
         is_any = self._num_events + self._smoothing * self._num_items > 0
-        place, nth = np.nonzero((self.items < 0) & is_any[:, None])
-        bits = self._bits(attempt, place, nth)
-        num_events, num_items = self._num_events[place], self._num_items[place]
+        index, nth = np.nonzero((self.items < 0) & is_any[:, None])
+        bits = self._bits(attempt, index, nth)
+        num_events, num_items = self._num_events[index], self._num_items[index]
         is_item = self._is_item(bits, num_events, num_items)
         drawn = bits % np.where(is_item, num_items, num_events)
         if self._events is not None:
             drawn[~is_item] = self._events.item[drawn[~is_item]]
-        positives, time = self.positives, self.positives.time[place]
-        refused = drawn == positives.item[place]
-        refused |= self._taken.among(positives.user[place], drawn, time)
-        refused |= self._held_out.among(self._split_user[place], drawn, time)
-        self.items[place[~refused], nth[~refused]] = drawn[~refused]
+        positives, time = self.positives, self.positives.time[index]
+        refused = drawn == positives.item[index]
+        refused |= self._taken.among(positives.user[index], drawn, time)
+        refused |= self._held_out.among(self._split_user[index], drawn, time)
+        self.items[index[~refused], nth[~refused]] = drawn[~refused]
         # Of equal items of a positive, keep the first.
         order = np.argsort(self.items, axis=1, kind="stable")
         ordered = np.take_along_axis(self.items, order, axis=1)
         repeated = np.zeros(ordered.shape, bool)
         repeated[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
         np.put_along_axis(self.items, order, np.where(repeated, -1, ordered), axis=1)
-        return len(place) > 0
+        return len(index) > 0
 
     def _draw_left(self) -> None:
         """Draw for each open draw from an exact list of the remaining items."""
-        place, nth = np.nonzero(self.items < 0)
-        bits = self._bits(ATTEMPTS, place, nth)
+        index, nth = np.nonzero(self.items < 0)
+        bits = self._bits(ATTEMPTS, index, nth)
         counts, counted = np.zeros(self._size, np.int64), 0
         ends = counts  # cumulative numbers of events of the remaining items
-        for draw in np.argsort(self.positives.time[place], kind="stable"):
-            p, n = place[draw], nth[draw]
+        for draw in np.argsort(self.positives.time[index], kind="stable"):
+            p, n = index[draw], nth[draw]
             refused = self._refused(p)
             if self._events is not None:
                 new = self._events.item[counted : self._num_events[p]]
@@ -267,28 +267,28 @@ class Draws:
             elif ends[-1]:
                 self.items[p, n] = np.searchsorted(ends, bits[draw] % ends[-1], side="right")
 
-    def _refused(self, place: int) -> np.ndarray:
-        positives, time = self.positives, self.positives.time[place]
+    def _refused(self, index: int) -> np.ndarray:
+        positives, time = self.positives, self.positives.time[index]
         refused = [
-            self.items[place][self.items[place] >= 0],
-            [positives.item[place]],
-            self._taken.items_of(positives.user[place], time),
-            self._held_out.items_of(self._split_user[place], time),
+            self.items[index][self.items[index] >= 0],
+            [positives.item[index]],
+            self._taken.items_of(positives.user[index], time),
+            self._held_out.items_of(self._split_user[index], time),
         ]
         return np.unique(np.concatenate(refused).astype(np.int64))
 
 
 def add_negatives(
-    engine: SqlEngine, config: EventsConfig, datasets: Conditions, past: PastItems | None = None
+    engine: SqlEngine, config: EventsConfig, datasets: Conditions, pool: ItemPool | None = None
 ) -> tuple[Conditions, dict[str, int]]:
     """Make the stage `drawn`: `rows`, and drawn samples for rows whose first label is 1.
 
-    With `past`, the stage `catalogue` exists; otherwise both are made from the log. Returns the
+    With `pool`, the stage `catalogue` exists; otherwise both are made from the log. Returns the
     conditions of the splits with their draws, and how many draws found no item left.
     """
     settings = config.negatives
     assert settings is not None
-    past = past or _past_items(engine, config)
+    pool = pool or _item_pool(engine, config)
     schema = engine.schema("rows")
     columns = [name for name in schema.names if name != "iid"]
     values: dict[str, float | None] = {f"l_{name}": 0.0 for name in config.labels}
@@ -297,9 +297,9 @@ def add_negatives(
         values[WEIGHT] = config.weight.drawn
     added_columns = [pa.field("inumber", pa.int64()), pa.field(DRAWN_AS, pa.int64())]
     draw_schema = pa.schema([*map(schema.field, columns), *added_columns])
-    draw = DrawNegatives(settings, past, values, columns, draw_schema)
+    draw = DrawNegatives(settings, pool, values, columns, draw_schema)
     positive_rows = _positive_rows(next(iter(values)), datasets)
-    query = _chunk_query(columns, positive_rows, datasets, past)
+    query = _chunk_query(columns, positive_rows, datasets, pool)
     engine.add_mapped("draws", query, ["uid"], ["kind", "position"], draw)
     engine.add(
         "drawn",
@@ -317,20 +317,20 @@ def add_negatives(
     return conditions, {"no item left to draw": missing} if missing else {}
 
 
-def _past_items(engine: SqlEngine, config: EventsConfig) -> PastItems:
-    """Make the stage `catalogue` of numbered items; return the past items of the log."""
+def _item_pool(engine: SqlEngine, config: EventsConfig) -> ItemPool:
+    """Make the stage `catalogue` of numbered items; return the item pool of the log."""
     engine.add("catalogue", numbered_items(item_times(config, "clean_events")))
     events = None
     if config.negatives is not None and config.negatives.by == "popularity":
         events = KnownItems(engine.work / "known_events")
         events.append_events(engine, config, "clean_events")
     pairs = f"SELECT uid, iid, min({config.arrival}) AS since FROM clean_events GROUP BY uid, iid"
-    return PastItems(KnownItems.of_catalogue(engine), events, pairs)
+    return ItemPool(KnownItems.of_catalogue(engine), events, pairs)
 
 
 def item_times(config: EventsConfig, events: str) -> str:
-    """Return SQL of `iid` and `since`: its first event or time of a valid snapshot, if earlier."""
-    since = f"SELECT iid, min({config.arrival}) AS since FROM {events} GROUP BY iid"
+    """Return SQL of `iid` and `times`: its first event or time of a valid snapshot, if earlier."""
+    times = f"SELECT iid, min({config.arrival}) AS since FROM {events} GROUP BY iid"
     has_snapshots = config.items is not None and config.items.valid_from is not None
     available = "valid_from" if has_snapshots else None
     if config.available_from is not None:
@@ -338,21 +338,21 @@ def item_times(config: EventsConfig, events: str) -> str:
         if has_snapshots:  # a snapshot without a value says that the item exists
             available = "greatest(valid_from, coalesce(available_from, valid_from))"
     if available is not None:
-        since += (
+        times += (
             f" UNION ALL SELECT id AS iid, {available} AS since FROM item_snapshots "
             f"WHERE {available} < valid_until"
         )
-    return f"SELECT iid, min(since) AS since FROM ({since}) GROUP BY iid"
+    return f"SELECT iid, min(since) AS since FROM ({times}) GROUP BY iid"
 
 
 def numbered_items(items: str, first: int = 0) -> str:
-    """Return SQL of items in the order of `since`, with numbers `inumber` from `first` on."""
+    """Return SQL of items in the order of `times`, with numbers `inumber` from `first` on."""
     number = f"CAST(row_number() OVER (ORDER BY since, iid) + {first - 1} AS BIGINT)"
     return f"SELECT iid, since, {number} AS inumber FROM ({items})"
 
 
 def _chunk_query(
-    columns: list[str], positive_rows: tuple[str, str], datasets: Conditions, past: PastItems
+    columns: list[str], positive_rows: tuple[str, str], datasets: Conditions, pool: ItemPool
 ) -> str:
     """Return SQL of each user's own items, held-out positives, and positives to draw for."""
     train_rows, held_out_rows = positive_rows
@@ -372,9 +372,9 @@ def _chunk_query(
         )
 
     queries = [
-        rows_of(train_rows, row, POSITIVE, past.block, 1),
+        rows_of(train_rows, row, POSITIVE, pool.block, 1),
         rows_of(held_out_rows, row, POSITIVE, block, 2),
-        rows_of(f"({past.taken})", pair, TAKEN_ITEM, "0", 0),
+        rows_of(f"({pool.taken})", pair, TAKEN_ITEM, "0", 0),
         rows_of(f"({later})", pair, HELD_OUT, "r.block", 0),
     ]
     return " UNION ALL ".join(queries)

@@ -13,7 +13,7 @@ from recsys.data.events.samples import make_rows, split_conditions
 from recsys.data.events.settings import EventsConfig
 from recsys.data.events.snapshots import read_snapshots
 from recsys.data.events.sql import SqlEngine, open_engine
-from recsys.storage.files import whole_folder
+from recsys.storage.files import atomic_folder
 
 
 def prepare_events(
@@ -38,7 +38,7 @@ def prepare_events(
         return report
     settings = load_events_config(config, source)
     with (
-        whole_folder(unused_folder(out)) as partial,
+        atomic_folder(unused_folder(out)) as partial,
         open_engine(partial, temp, memory, threads, spark_master) as engine,
     ):
         return write_datasets(engine, settings, partial)
@@ -78,12 +78,12 @@ def format_report(report: dict[str, Any]) -> str:
     lines += [f"left out: {count:,} {reason}" for reason, count in report["left_out"].items()]
     if "days" not in report:
         return "\n".join([*lines, format_splits(report["splits"], "positive")])
-    days = {f"date={day}": figures for day, figures in report["days"].items()}
+    days = {f"date={day}": stats for day, stats in report["days"].items()}
     width = max(map(len, ["partition", *days])) + 1
     head = f"{'partition':<{width}}{'rows':>12}{'positive':>10}"
     rows = [
-        f"{name:<{width}}{figures['rows']:>12,}{figures['positive']:>10.2%}"
-        for name, figures in days.items()
+        f"{name:<{width}}{stats['rows']:>12,}{stats['positive']:>10.2%}"
+        for name, stats in days.items()
     ]
     return "\n".join([*lines, head, *rows])
 

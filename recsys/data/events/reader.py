@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from recsys.data.events.file_columns import (
     Field,
-    Parts,
+    Hive,
     Types,
     canonical,
     canonical_type,
@@ -39,8 +39,8 @@ from recsys.storage.location import Location
 ROWS_PER_BATCH = 1 << 16
 TEXTS = ("id", "text", "words")  # kinds that are texts in text files
 FILE_BITS = 36  # a row's position is its file's number, shifted by this, and its row in the file
-PLACE_BITS = 12  # bits of a position for the item's place in its row, if rows hold several items
-MOST_ITEMS, MOST_ROWS = 1 << PLACE_BITS, 1 << 24  # items of a row, and rows of a file
+ITEM_BITS = 12  # bits of a position for the item's number in its row, if rows hold several items
+MAX_ITEMS, MAX_ROWS = 1 << ITEM_BITS, 1 << 24  # items of a row, and rows of a file
 
 # A row group of a Parquet file, or a text file: its number, URL, row group (-1: all) and first row.
 ReadTask = tuple[int, str, int, int]
@@ -65,19 +65,19 @@ class Reader:
         """Yield the rows of a task; a file or column that cannot be read is a ValueError."""
         number, url, group, first_row = task
         file = Location.of(url)
-        parts = partition_values(self.roots, url)
-        for batch in self._batches(file, group, parts):
-            rows, positions = selected_rows(batch, self.source, file, first_row, parts)
+        hive = partition_values(self.roots, url)
+        for batch in self._batches(file, group, hive):
+            rows, positions = selected_rows(batch, self.source, file, first_row, hive)
             rows = self._with_split_ids(rows, file)
             arrays = [pa.array((number << FILE_BITS) + positions)]
             has_several = isinstance(self.source, EventTable) and self.source.several is not None
-            file_rows = positions >> PLACE_BITS if has_several else positions
+            file_rows = positions >> ITEM_BITS if has_several else positions
             for field, kind in zip(self.fields, self.schema.types[1:], strict=True):
                 if field.kind == "missing":
                     arrays.append(pa.nulls(rows.num_rows, kind))
                     continue
                 has_form = field.kind == "time" and self.source.time_format is not None
-                values = column_values(rows, field, parts, pa.string() if has_form else kind)
+                values = column_values(rows, field, hive, pa.string() if has_form else kind)
                 arrays.append(canonical(values, field, self.source, kind, file, file_rows))
             yield pa.record_batch(arrays, schema=self.schema)
             first_row += batch.num_rows
@@ -108,8 +108,8 @@ class Reader:
         schema = pa.schema([("position", pa.int64()), *types.items()])
         return replace(self, fields=all_fields, schema=schema)
 
-    def _batches(self, file: Location, group: int, parts: Parts) -> Iterator[pa.RecordBatch]:
-        columns = _columns_to_read(self.source, self.fields, parts)
+    def _batches(self, file: Location, group: int, hive: Hive) -> Iterator[pa.RecordBatch]:
+        columns = _columns_to_read(self.source, self.fields, hive)
         if group < 0:
             types = {
                 field.column: kind
@@ -179,13 +179,13 @@ def open_source(
     return Reader(source, fields, schema, untyped, tasks, folders)
 
 
-def _columns_to_read(source: Source, fields: list[Field], parts: Parts) -> list[str]:
+def _columns_to_read(source: Source, fields: list[Field], hive: Hive) -> list[str]:
     names = [field.column for field in fields if field.constant is None and field.kind != "missing"]
     split_column = None
     if isinstance(source, EventTable):
         names += source.where
         split_column = source.several.column if source.several is not None else None
-    return [name for name in dict.fromkeys(names) if name not in parts and name != split_column]
+    return [name for name in dict.fromkeys(names) if name not in hive and name != split_column]
 
 
 def _texts_of_times(source: Source, fields: list[Field], columns: list[str]) -> Types:
@@ -207,9 +207,9 @@ def _schema(
             break
     if not types:
         raise NoRows(f"{files[0]}: no rows; write some or remove the file")
-    parts_of_files = [partition_values(roots, str(file)) for file in files]
+    hive_by_file = [partition_values(roots, str(file)) for file in files]
     for field in fields:
-        texts = {parts.get(field.column) for parts in parts_of_files} - {None}
+        texts = {hive.get(field.column) for hive in hive_by_file} - {None}
         if texts and field.kind in ("id", "any"):
             is_number = id_type(pa.array(list(texts))) == pa.int64()
             types[field.name] = pa.int64() if is_number else pa.string()
@@ -224,8 +224,8 @@ def _is_untyped(kind: pa.DataType) -> bool:
 
 def _types(source: Source, fields: list[Field], roots: list[str], file: Location) -> Types:
     """Return the types of fields in one file; empty for a text file without rows."""
-    parts = partition_values(roots, str(file))
-    columns = _columns_to_read(source, fields, parts)
+    hive = partition_values(roots, str(file))
+    columns = _columns_to_read(source, fields, hive)
     is_parquet = file.path.endswith(".parquet")
     if is_parquet:
         with open_parquet(file) as parquet:
@@ -240,10 +240,10 @@ def _types(source: Source, fields: list[Field], roots: list[str], file: Location
             return {}
         sample = first_batch
     if isinstance(source, EventTable) and source.several is not None:
-        sample = selected_rows(sample, replace(source, where={}), file, 0, parts)[0]
+        sample = selected_rows(sample, replace(source, where={}), file, 0, hive)[0]
     types = {}
     for field in fields:
-        if field.constant is not None or field.column in parts:
+        if field.constant is not None or field.column in hive:
             types[field.name] = pa.float64() if field.kind == "number" else pa.string()
             continue
         kind = sample.schema.field(field.column).type
@@ -255,11 +255,11 @@ def _types(source: Source, fields: list[Field], roots: list[str], file: Location
 
 
 def selected_rows(
-    batch: pa.RecordBatch, source: Source, file: Location, first_row: int, parts: Parts
+    batch: pa.RecordBatch, source: Source, file: Location, first_row: int, hive: Hive
 ) -> tuple[pa.RecordBatch, np.ndarray]:  # batch [N] -> [M], int64 [M]
     """Return the rows that `where` selects, each with one item, and their positions in the file.
 
-    `first_row` is the batch's first row, `parts` are values of the file's folders. A column that
+    `first_row` is the batch's first row, `hive` are values of the file's folders. A column that
     cannot be split, or whose type differs from the values in `where`, is a ValueError.
     """
     positions = np.arange(first_row, first_row + batch.num_rows)
@@ -269,20 +269,20 @@ def selected_rows(
         batch, positions = _split(batch, source.item, source.several, file, positions)
     for name, values in source.where.items():
         values = values if isinstance(values, list) else [values]
-        is_selected = _has_value(batch, name, values, parts, file)
+        is_selected = _has_value(batch, name, values, hive, file)
         batch = batch.filter(is_selected)
         positions = positions[np.asarray(is_selected)]
     return batch, positions
 
 
 def _has_value(
-    batch: pa.RecordBatch, name: str, values: list[Value], parts: Parts, file: Location
+    batch: pa.RecordBatch, name: str, values: list[Value], hive: Hive, file: Location
 ) -> pa.Array:  # bool [N]
     """Return which rows have one of `values` in a column; another type is a ValueError."""
     kind = None
     try:
         allowed = pa.array(values)
-        column = column_values(batch, Field(name, name, "any"), parts, allowed.type)
+        column = column_values(batch, Field(name, name, "any"), hive, allowed.type)
         column = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
         kind = column.type
         if pa.types.is_null(kind):  # a column without any value
@@ -313,20 +313,20 @@ def _split(
     lengths = list_lengths(lists)
     counts = np.maximum(lengths, 1)  # a row without items remains, with a null item
     parents = np.repeat(np.arange(len(lists)), counts)
-    places = np.arange(len(parents)) - np.repeat(np.cumsum(counts) - counts, counts)
-    if len(parents) and (places.max() >= MOST_ITEMS or rows.max() >= MOST_ROWS):
+    item_numbers = np.arange(len(parents)) - np.repeat(np.cumsum(counts) - counts, counts)
+    if len(parents) and (item_numbers.max() >= MAX_ITEMS or rows.max() >= MAX_ROWS):
         raise ValueError(
-            f"{where}: a row has at most {MOST_ITEMS} items, and a file at most {MOST_ROWS} rows; "
+            f"{where}: a row has at most {MAX_ITEMS} items, and a file at most {MAX_ROWS} rows; "
             "write more rows, or more files"
         )
     is_item = pa.array(lengths[parents] > 0)
-    item_places = pc.if_else(is_item, pa.array(np.cumsum(np.asarray(is_item)) - 1), None)
-    items = pc.list_flatten(lists).take(item_places)
+    item_indices = pc.if_else(is_item, pa.array(np.cumsum(np.asarray(is_item)) - 1), None)
+    items = pc.list_flatten(lists).take(item_indices)
     columns = dict(zip(batch.schema.names, batch.take(pa.array(parents)).columns, strict=True))
     if several.column is not None:
         items, columns[several.column] = _with_number(items, several, where, rows[parents])
     columns[item] = items
-    return pa.record_batch(columns), (rows[parents] << PLACE_BITS) + places
+    return pa.record_batch(columns), (rows[parents] << ITEM_BITS) + item_numbers
 
 
 def _item_lists(texts: pa.Array, between: str) -> pa.Array:  # [N] -> lists [N]
@@ -347,10 +347,10 @@ def _with_number(
     pattern = pc.split_pattern(items, several.separator, max_splits=1, reverse=True)
     has_both = pc.equal(pc.list_value_length(pattern), 2)
     has_item = pc.invert(pc.starts_with(items, several.separator))
-    place = first_row(pc.invert(pc.and_(has_both, has_item)))
-    if place is not None:
+    index = first_row(pc.invert(pc.and_(has_both, has_item)))
+    if index is not None:
         raise ValueError(
-            f"{where}, row {rows[place]}: '{items[place]}' is no item with a number after "
+            f"{where}, row {rows[index]}: '{items[index]}' is no item with a number after "
             f"'{several.separator}'; write both, or leave `column` out"
         )
     try:

@@ -12,7 +12,7 @@ import numpy as np
 from recsys.data.events.settings import IMPRESSION, EventsConfig, Label, Split, Weight
 from recsys.data.events.sql import FOREVER, SqlEngine, aligned, filled, listed, literal, quoted
 from recsys.data.events.times import duration, moment
-from recsys.data.transforms.steps import least_equal
+from recsys.data.transforms.steps import limits_in_float32
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ Conditions = dict[str, dict[str, str]]  # dataset -> split -> SQL
 def split_conditions(engine: SqlEngine, config: EventsConfig) -> tuple[Conditions, dict[str, int]]:
     """Return SQL conditions by dataset and split, and the number of rows in no split by reason."""
     datasets = _cuts(engine, config)
-    conditions = {name: _until(*cuts) for name, cuts in datasets.items()}
+    conditions = {name: _consecutive_splits(*cuts) for name, cuts in datasets.items()}
     reasons: dict[str, int] = {}
     if config.split.by in ("time", "dates") and len(config.split.at) == 3:
         ends, test = datasets[""]
@@ -91,11 +91,11 @@ def user_columns(rows: str, split: Split) -> str:
     return f"SELECT *, {begins} FROM ({ordered})"
 
 
-def _until(ends: list[str], test: str) -> dict[str, str]:
+def _consecutive_splits(ends: list[str], test: str) -> dict[str, str]:
     """Return conditions of consecutive splits; without a third end, test has all later rows."""
     conditions, not_earlier = dict[str, str](), ""
-    for place, name in enumerate(SPLITS):
-        condition = test.format(ends[place]) if place < len(ends) else "1 = 1"
+    for number, name in enumerate(SPLITS):
+        condition = test.format(ends[number]) if number < len(ends) else "1 = 1"
         conditions[name] = f"{condition}{not_earlier}"
         not_earlier = f" AND NOT ({condition})"
     return conditions
@@ -107,26 +107,26 @@ def quantiles(engine: SqlEngine, shares: list[float]) -> list[str]:
     earliest, latest, num_rows = (limits[name][0].as_py() for name in ("low", "high", "n"))
     histograms: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}  # bins and rows by limits
 
-    def time_at(place: int) -> int:
-        low, high, before = earliest, latest, 0  # `before`: number of rows earlier than `low`
-        while low < high:
-            width = (high - low) // BINS + 1
-            if (low, high) not in histograms:
+    def time_at(rank: int) -> int:
+        begin, end, num_earlier = earliest, latest, 0  # rows earlier than `begin`
+        while begin < end:
+            step = (end - begin) // BINS + 1
+            if (begin, end) not in histograms:
                 table = engine.table(
-                    f"SELECT CAST((ts - {low} - (ts - {low}) % {width}) / {width} AS BIGINT) AS "
-                    f"bin, count(*) AS n FROM rows WHERE ts BETWEEN {low} AND {high} GROUP BY 1 "
+                    f"SELECT CAST((ts - {begin} - (ts - {begin}) % {step}) / {step} AS BIGINT) AS "
+                    f"bin, count(*) AS n FROM rows WHERE ts BETWEEN {begin} AND {end} GROUP BY 1 "
                     "ORDER BY 1"
                 )
-                histograms[low, high] = table["bin"].to_numpy(), table["n"].to_numpy()
-            bins, counts = histograms[low, high]
-            ends = before + np.cumsum(counts)
-            bin_index = int(np.searchsorted(ends, place, side="right"))
-            before, number = int(ends[bin_index] - counts[bin_index]), int(bins[bin_index])
-            low, high = low + number * width, min(high, low + (number + 1) * width - 1)
-        return low
+                histograms[begin, end] = table["bin"].to_numpy(), table["n"].to_numpy()
+            bins, counts = histograms[begin, end]
+            ends = num_earlier + np.cumsum(counts)
+            bin_index = int(np.searchsorted(ends, rank, side="right"))
+            num_earlier, number = int(ends[bin_index] - counts[bin_index]), int(bins[bin_index])
+            begin, end = begin + number * step, min(end, begin + (number + 1) * step - 1)
+        return begin
 
-    places = [math.floor(share * (num_rows - 1)) for share in shares]
-    return [str(latest if place == num_rows - 1 else time_at(place)) for place in places]
+    ranks = [math.floor(share * (num_rows - 1)) for share in shares]
+    return [str(latest if rank == num_rows - 1 else time_at(rank)) for rank in ranks]
 
 
 WEIGHT = "/weight"  # a column; the / avoids names of the dataset's columns
@@ -229,8 +229,8 @@ def _weight(weight: Weight, labels: dict[str, Label]) -> str:
     cases = {f"{_label(name, labels[name])} = 1": value for name, value in weight.labels.items()}
     cases |= {f"action = {literal(name)}": value for name, value in weight.actions.items()}
     text = " ".join(f"WHEN {test} THEN {value}" for test, value in cases.items())
-    rest = "NULL" if weight.fill is None else weight.fill
-    return f"CAST(CASE {text} ELSE {rest} END AS DOUBLE)"
+    default = "NULL" if weight.fill is None else weight.fill
+    return f"CAST(CASE {text} ELSE {default} END AS DOUBLE)"
 
 
 def _label(name: str, label: Label) -> str:
@@ -241,7 +241,7 @@ def _label(name: str, label: Label) -> str:
     column = quoted(f"c_{label.column}")
     if label.at_least is None:
         return column
-    limit = least_equal(np.array(label.at_least, np.float64))  # a column may be float32
+    limit = limits_in_float32(np.array(label.at_least, np.float64))  # a column may be float32
     return f"CASE WHEN {column} >= {limit} THEN 1 WHEN {column} IS NOT NULL THEN 0 END"
 
 
@@ -352,6 +352,6 @@ def _check_values(engine: SqlEngine, config: EventsConfig) -> None:
             )
     weight = config.weight
     if weight is not None and weight.column is not None:
-        least = engine.value(f"min({quoted(WEIGHT)})", "labelled")
-        if least is not None and least < 0:
-            raise ValueError(f"weight: column '{weight.column}' has {least}; a weight is 0 or more")
+        value = engine.value(f"min({quoted(WEIGHT)})", "labelled")
+        if value is not None and value < 0:
+            raise ValueError(f"weight: column '{weight.column}' has {value}; a weight is 0 or more")

@@ -18,7 +18,7 @@ from recsys.data.events.sql import FOREVER, SqlEngine, aligned, filled, listed, 
 from recsys.data.events.times import is_text
 from recsys.data.items.images import check_first_image
 from recsys.data.parquet.values import is_list
-from recsys.storage.files import whole_file
+from recsys.storage.files import atomic_file
 from recsys.storage.location import Location
 
 
@@ -180,9 +180,9 @@ def _check_pictures(engine: SqlEngine, items: ItemTable) -> None:
         path = quoted(f"t_{name}")
         rows = f"SELECT DISTINCT id, {path} AS path FROM item_snapshots WHERE {path} <> ''"
         ids, paths = engine.table(f"{rows} ORDER BY 1, 2").columns
-        for place, (item, path) in enumerate(zip(ids.to_pylist(), paths.to_pylist())):
+        for number, (item, path) in enumerate(zip(ids.to_pylist(), paths.to_pylist())):
             file = _location(content, path)
-            if place == 0:
+            if number == 0:
                 where = f"{file}: the picture of item {item}"
                 check_first_image([(pa.array([_read(content, item, path)]), where)])
             elif file.is_local and not file.exists():
@@ -195,7 +195,7 @@ def add_pictures(folder: Path, items: ItemTable, id_column: str) -> None:
     if not contents:
         return
     for file in sorted(folder.glob("*.parquet")):
-        with pq.ParquetFile(file) as source, whole_file(file) as new_file:
+        with pq.ParquetFile(file) as source, atomic_file(file) as new_file:
             schema = source.schema_arrow
             for name in contents:
                 schema = schema.set(schema.get_field_index(name), pa.field(name, pa.binary()))

@@ -69,7 +69,7 @@ class _Results:
 
     def count_by_reason(self, cases: dict[str, str], source: str) -> dict[str, int]:
         """Count the rows of a stage by the first condition in `cases` that holds, "" for none."""
-        tests = " ".join(f"WHEN {test} THEN {place}" for place, test in enumerate(cases.values()))
+        tests = " ".join(f"WHEN {test} THEN {number}" for number, test in enumerate(cases.values()))
         table = self.table(
             f"SELECT CASE {tests} ELSE {len(cases)} END AS r, count(*) AS n FROM {source} "
             "GROUP BY 1 ORDER BY 1"
@@ -165,13 +165,13 @@ class DuckDBEngine(_Results):
 
     def write_by(self, query: str, column: str, folder: Path, complete: Complete) -> None:
         """Write rows that are sorted by a column into a folder for each of its values."""
-        for value, parts in groupby(slices_by(self._batches(query), column), itemgetter(0)):
-            batches = (batch for _, batch in parts)
+        for value, slices in groupby(slices_by(self._batches(query), column), itemgetter(0)):
+            batches = (batch for _, batch in slices)
             with self._explained():
                 write_parts(batches, folder / value, GROUP_ROWS, self._threads, complete)
 
     @staticmethod
-    def least_of_last(column: str, number: int, condition: str) -> str:
+    def min_of_last(column: str, number: int, condition: str) -> str:
         """Return SQL of the least of a column's `number` largest values in rows that qualify."""
         return f"list_min(max({column}, {number}) FILTER (WHERE {condition}))"
 
@@ -294,7 +294,7 @@ class SparkEngine(_Results):
             self._spark.read.parquet(*urls).createOrReplaceTempView(name)
 
     @staticmethod
-    def least_of_last(column: str, number: int, condition: str) -> str:
+    def min_of_last(column: str, number: int, condition: str) -> str:
         values = f"sort_array(collect_list({column}) FILTER (WHERE {condition}), false)"
         return f"array_min(slice({values}, 1, {number}))"
 

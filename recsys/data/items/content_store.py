@@ -17,7 +17,7 @@ from recsys.data.items.item_table import ItemColumnReader, ItemTable, digest_of
 from recsys.data.items.kind import ContentInput, ModalityKind, make_kinds
 from recsys.data.items.ragged_array import RaggedArray, stored_hashes
 from recsys.data.schema_columns import Items
-from recsys.storage.files import home_expanded, whole_folder
+from recsys.storage.files import atomic_folder, home_expanded
 
 SKIPPED = "skipped.json"  # file in an array's folder with the unusable rows that it lacks
 
@@ -60,14 +60,14 @@ class ContentStore:
         key = digest_of(column.fingerprint(), kind.modality.kind, settings)
         folder = self.cache / f"{type(kind).__name__.lower()}-{key}"
         if not folder.exists():
-            with whole_folder(folder, may_exist=True) as partial:
+            with atomic_folder(folder, may_exist=True) as partial:
                 if not kind.write(column, partial) and not self.may_be_empty:
                     raise column.empty()
                 bad_rows = self.items.bad_rows.counts.items()
-                skipped = [[*place, *rows] for place, rows in bad_rows if place[1] == column.name]
+                skipped = [[*cause, *rows] for cause, rows in bad_rows if cause[1] == column.name]
                 (partial / SKIPPED).write_text(json.dumps(skipped))
-        for *place, rows, first in json.loads((folder / SKIPPED).read_text()):
-            self.items.bad_rows.counts[tuple(place)] = (rows, first)
+        for *cause, rows, first in json.loads((folder / SKIPPED).read_text()):
+            self.items.bad_rows.counts[tuple(cause)] = (rows, first)
         self.hashes[name] = stored_hashes(folder)
         self.use(name, folder)
         assert len(self.arrays[name]) == self.items.num_rows
@@ -83,8 +83,8 @@ class ContentStore:
 
     def rows_of(self, item_ids: np.ndarray) -> np.ndarray:  # [U] -> int64 [U]
         """Return the rows of items in the arrays, -1 for an unknown item."""
-        place = np.searchsorted(self._ids, item_ids).clip(max=len(self._ids) - 1)
-        return np.where(self._ids[place] == item_ids, self._rows[place], -1)
+        index = np.searchsorted(self._ids, item_ids).clip(max=len(self._ids) - 1)
+        return np.where(self._ids[index] == item_ids, self._rows[index], -1)
 
     def item_hashes(self) -> tuple[np.ndarray, np.ndarray]:  # int64 [N], uint64 [N]
         """Return the ids of all items, ascending, and a hash of the content of each."""

@@ -49,8 +49,8 @@ def decode_image(
     # A decoder may raise an error of any class for damaged bytes.
     except Exception as error:
         cause, fix = _cause_and_fix(error, encoded)
-        place = f"{where}: " if where else ""
-        raise ValueError(f"{place}not a readable image ({cause}); {fix}") from error
+        prefix = f"{where}: " if where else ""
+        raise ValueError(f"{prefix}not a readable image ({cause}); {fix}") from error
     preparation = preparation or ImagePreparation()
     width, height = image.size
     visible = (min(width, height),) * 2 if preparation.keeps_aspect else (width, height)
@@ -113,19 +113,19 @@ def decoded_images(
     """
     has_lists = is_list(chunk.type)
     lengths = np.zeros(len(chunk), np.int64)
-    most = sum(len(select(count)) for count in num_images(chunk, where).tolist())
-    pixels = np.empty((most, 3, size, size), np.uint8)
+    max_images = sum(len(select(count)) for count in num_images(chunk, where).tolist())
+    pixels = np.empty((max_images, 3, size, size), np.uint8)
     causes: dict[int, list[str]] = defaultdict(list)
     cut = 0
     for row, value in enumerate(chunk):
         images = (value.values if has_lists else [value]) if value.is_valid else []
         encoded = [image for image in images if image.is_valid]
-        places = select(len(encoded))
-        cut += len(places) < len(encoded)
-        for place in places:
-            which_image = f"image {place} of its {len(encoded)}" if has_lists else ""
+        positions = select(len(encoded))
+        cut += len(positions) < len(encoded)
+        for position in positions:
+            which_image = f"image {position} of its {len(encoded)}" if has_lists else ""
             try:
-                image = encoded[place].as_py()
+                image = encoded[position].as_py()
                 pixels[lengths.sum()] = decode_image(image, size, which_image, preparation)
                 lengths[row] += 1
             except ValueError as error:

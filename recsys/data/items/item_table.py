@@ -62,17 +62,17 @@ class ItemTable:
         self._read_ids()
 
     def _read_ids(self) -> None:
-        ids, rows, chunks, place = [], [], [], 0
+        ids, rows, chunks, position = [], [], [], 0
         for file, first_row, chunk in self.chunks(self.items.id):
             table_rows = self._rows_of_ids(file, chunk)
             usable = self._usable_rows(file, first_row, chunk, table_rows)
             ids.append(table_rows[usable].astype(np.int64))
-            rows.append(place + usable)
-            chunks.append((file, first_row, place))
-            place += len(chunk)
-        if not place:
+            rows.append(position + usable)
+            chunks.append((file, first_row, position))
+            position += len(chunk)
+        if not position:
             raise ValueError(f"{self.folder}: its files have no rows; write one row per item")
-        self.ids, self.rows, self.num_rows = np.concatenate(ids), np.concatenate(rows), place
+        self.ids, self.rows, self.num_rows = np.concatenate(ids), np.concatenate(rows), position
         if not len(self.ids):
             raise ValueError(f"{self.folder}: no id in column '{self.items.id}' can be used")
         self._leave_out_repeated(chunks)
@@ -121,12 +121,12 @@ class ItemTable:
         return np.flatnonzero(~null & ~outside)
 
     def _leave_out_repeated(self, chunks: list[tuple[Location, int, int]]) -> None:
-        """Report all but the first row of each item; chunks: (file, first row, first place)."""
+        """Report all but the first row of each item; chunks: (file, first row, first position)."""
         again = np.ones(len(self.ids), bool)
         again[np.unique(self.ids, return_index=True)[1]] = False
         repeated = np.full(self.num_rows, -1)
         repeated[self.rows[again]] = self.ids[again]
-        stops = [place for _, _, place in chunks[1:]]
+        stops = [position for _, _, position in chunks[1:]]
         vocabulary = self.schema.vocabulary_of(self.schema.target_item)
         item = "item {}" if vocabulary is None else "this item"
         message = f"{item} has a row already; keep one row per item"
@@ -170,7 +170,7 @@ class ItemTable:
                         "rows; write the file again"
                     )
 
-    def places_of(self, ids: np.ndarray, file: Location) -> np.ndarray:  # [n] -> [n]
+    def positions_of(self, ids: np.ndarray, file: Location) -> np.ndarray:  # [n] -> [n]
         """Return each id's position among the rows of all item files, or -1; `file` has the ids."""
         table_rows = self._rows_of_ids(file, pa.array(ids))
         order = np.argsort(self.ids)
@@ -200,7 +200,7 @@ def plain_values(values: pa.Array) -> pa.Array:
     return without_views(values)
 
 
-BYTES_PER_PIECE = 2**24
+BYTES_PER_BLOCK = 2**24
 FLOATS = ("float16", "float32", "float64")
 
 
@@ -230,10 +230,10 @@ class FeatureFile:
         self.num_rows, self.width, self.dtype = shape[0], shape[-1], dtype
         self.row_shape = (shape[1] if len(shape) == 3 else 1, shape[-1])
 
-    def pieces(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield consecutive pieces as (first row, values float32 [n, T, W])."""
+    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield consecutive blocks as (first row, values float32 [n, T, W])."""
         row_bytes = int(np.prod(self.row_shape)) * self.dtype.itemsize
-        step = max(BYTES_PER_PIECE // row_bytes, 1)
+        step = max(BYTES_PER_BLOCK // row_bytes, 1)
         with self.file.filesystem.open(self.file.path, "rb") as stream:
             stream.seek(self._start)
             for first in range(0, self.num_rows, step):
@@ -249,7 +249,7 @@ class FeatureFile:
 
     def fingerprint(self) -> str:
         shape = self.num_rows, *self.row_shape
-        return digest_of(shape, *(values.data.cast("B") for _, values in self.pieces()))
+        return digest_of(shape, *(values.data.cast("B") for _, values in self.blocks()))
 
 
 def _read_ids(file: Location, features: FeatureFile) -> np.ndarray:  # [R]
@@ -296,24 +296,24 @@ class ItemColumnReader:
         message = f"{reason}; write NaN throughout for a missing token or item"
         report = partial(self.table.bad_rows.add, features.file, self.name)
         rows, lengths = self._rows_of(features, ids), np.zeros(self.table.num_rows, np.int64)
-        for first, values in features.pieces():
-            places = rows[first : first + len(values)]  # a view, so that -1 is stored in `rows`
+        for first, values in features.blocks():
+            item_rows = rows[first : first + len(values)]  # a view, so that -1 is stored in `rows`
             is_token = ~np.isnan(values).all(axis=2)
-            bad = (is_token & ~np.isfinite(values).all(axis=2)).any(axis=1) & (places >= 0)
+            bad = (is_token & ~np.isfinite(values).all(axis=2)).any(axis=1) & (item_rows >= 0)
             report(first, bad, reason, lambda row: message)
-            places[bad] = -1
-            lengths[places[places >= 0]] = is_token[places >= 0].sum(axis=1)
+            item_rows[bad] = -1
+            lengths[item_rows[item_rows >= 0]] = is_token[item_rows >= 0].sum(axis=1)
         with closing(RowWriter(folder, lengths, (features.width,), "float32")) as writer:
-            for first, values in features.pieces():
-                places = rows[first : first + len(values)]
-                values = values[places >= 0]
-                writer.write(places[places >= 0], values[~np.isnan(values).all(axis=2)])
+            for first, values in features.blocks():
+                item_rows = rows[first : first + len(values)]
+                values = values[item_rows >= 0]
+                writer.write(item_rows[item_rows >= 0], values[~np.isnan(values).all(axis=2)])
         return int(lengths.sum())
 
     def _rows_of(self, features: FeatureFile, ids: np.ndarray | None) -> np.ndarray:  # [R]
         """Return the item row of each row of a feature file, or -1."""
         if ids is not None:
-            return self.table.places_of(ids, self.table.root / str(self.settings.ids))
+            return self.table.positions_of(ids, self.table.root / str(self.settings.ids))
         if features.num_rows != self.table.num_rows:
             raise ValueError(
                 f"{features.file}: has {features.num_rows} rows, the items' files "

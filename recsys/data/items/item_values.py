@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from recsys.data.items.kind import ContentInput
 
 CHARACTERS_PER_TOKEN = 16  # texts are cut to this length per token; words are mostly shorter
-MOST = 0.5  # a larger share of items with equal content is reported
+MAJORITY = 0.5  # a larger share of items with equal content is reported
 
 
 def category_lists(values: pa.Array, where: str) -> tuple[np.ndarray, pa.Array]:
@@ -82,9 +82,9 @@ def usable_features(
     values = flat.reshape(len(tokens), width)
     wrong = ~np.isfinite(values).all(axis=1)
     not_finite = np.bincount(rows[wrong], minlength=len(lengths)) > 0
-    flaw = "a value that is null or not finite"
-    unusable = f"a feature has {flaw}; write null for an item without"
-    report(not_finite, f"a feature with {flaw}", lambda row: unusable)
+    problem = "a value that is null or not finite"
+    unusable = f"a feature has {problem}; write null for an item without"
+    report(not_finite, f"a feature with {problem}", lambda row: unusable)
     usable = ~not_finite[rows]
     return np.bincount(rows[usable], minlength=len(lengths)), values[usable]
 
@@ -161,13 +161,13 @@ def share_of_most_common(values: Sequence[Hashable]) -> float:
 
 def is_mostly_equal(share: float, num_items: int) -> bool:
     """Return whether too many items have equal content, which cannot distinguish them."""
-    return num_items > 1 and share > MOST
+    return num_items > 1 and share > MAJORITY
 
 
 def shared_beginning(texts: Sequence[str]) -> int:
-    """Return the length of the longest prefix that more than `MOST` of the texts share."""
+    """Return the length of the longest prefix that more than `MAJORITY` of the texts share."""
     ordered = sorted(texts)
-    distance = int(MOST * len(ordered))  # texts between the first and the last of such a majority
+    distance = int(MAJORITY * len(ordered))  # texts between the first and the last of them
     if not distance:
         return 0
     return max(len(commonprefix(pair)) for pair in zip(ordered, ordered[distance:]))  # noqa: RUF071

@@ -13,7 +13,7 @@ from typing import cast
 import numpy as np
 from numpy.lib import format as npy
 
-from recsys.storage.files import flush, whole_file
+from recsys.storage.files import atomic_file, flush
 
 RESIDENT_BYTES = 2**30
 MAPPED_AROUND = 2**16  # bytes that the operating system maps around each page that is read
@@ -125,13 +125,13 @@ class RowWriter(RaggedWriter):
         self._file.truncate(self._first_byte + self.num_entries * self._entry_bytes)
 
     def write(self, rows: np.ndarray, values: np.ndarray) -> None:  # [n], [their entries, ...]
-        place = 0
+        start = 0
         for row in rows.tolist():
-            entries = values[place : place + self.lengths[0][row]]
+            entries = values[start : start + self.lengths[0][row]]
             self._file.seek(self._first_byte + int(self._starts[row]) * self._entry_bytes)
             self._file.write(np.ascontiguousarray(entries, self.dtype).data)
-            place += len(entries)
-        assert place == len(values)
+            start += len(entries)
+        assert start == len(values)
 
 
 def share_rows(folder: Path, distinct: np.ndarray) -> None:  # distinct [N], in [-1, S)
@@ -149,6 +149,6 @@ def stored_hashes(folder: Path) -> np.ndarray:  # [N], memory-mapped
         for rows in np.split(filled, range(ROWS_PER_HASHING, len(filled), ROWS_PER_HASHING)):
             for row, entries, is_entry in zip(rows, *array.gather(rows), strict=True):
                 hashes[row] = hashlib.blake2b(entries[is_entry].tobytes(), digest_size=16).digest()
-        with whole_file(path) as partial, partial.open("wb") as file:
+        with atomic_file(path) as partial, partial.open("wb") as file:
             np.save(file, hashes)
     return np.load(path, "r", allow_pickle=False)

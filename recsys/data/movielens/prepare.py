@@ -23,7 +23,7 @@ from recsys.data.events.prepare import unused_folder, write_datasets
 from recsys.data.events.settings import Content, Source, SplitBy
 from recsys.data.events.sql import open_engine
 from recsys.data.items.images import check_first_image
-from recsys.storage.files import whole_folder
+from recsys.storage.files import atomic_folder
 from recsys.storage.location import Location
 
 EVENTS = Path(__file__).parent / "events.yaml"
@@ -58,7 +58,7 @@ def prepare_movielens(
         raise ValueError(f"history_length is {history_length}; it must be at least 1")
     out = unused_folder(out)
     movies, ratings = read_movielens(source)
-    with whole_folder(out) as folder:
+    with atomic_folder(out) as folder:
         tables = folder / "source"
         tables.mkdir()
         _write_tables(tables, movies, ratings)
@@ -221,5 +221,5 @@ def _refuse(path: Path, table: pa.Table, column: str, wrong: np.ndarray, reason:
         row = int(wrong.argmax())
         value, first = table[column][row].as_py(), {".csv": 2, ".dat": 1}.get(path.suffix, 0)
         header = " (the header is row 1)" if path.suffix == ".csv" else ""
-        place = f"column '{column}', row {row + first}{header}"
-        raise ValueError(f"{path}: {place}: {reason.format(value)}")
+        location = f"column '{column}', row {row + first}{header}"
+        raise ValueError(f"{path}: {location}: {reason.format(value)}")

@@ -23,7 +23,7 @@ LINES = 20  # largest number of lines of the printed report; `metrics.json` has 
 # Takes the mask of bad rows in a part of a file, their reason, and a function from row to message.
 Report = Callable[[np.ndarray, str, Callable[[int], str]], None]
 # File, column, first row of the part, reason.
-Place = tuple[str, str, int, str]
+BadRowKey = tuple[str, str, int, str]
 
 
 class BadRows:
@@ -31,7 +31,7 @@ class BadRows:
 
     def __init__(self, on_bad_row: OnBadRow = "error") -> None:
         self.on_bad_row = on_bad_row
-        self.counts: dict[Place, tuple[int, int]] = {}  # number of bad rows, and the first one
+        self.counts: dict[BadRowKey, tuple[int, int]] = {}  # number of bad rows, and the first one
 
     def add(
         self,
@@ -54,14 +54,14 @@ class BadRows:
             raise ValueError(f"{file}: {where}{message(row)}")
         self.counts[str(file), column, first_row, reason] = (int(bad.sum()), first_row + row)
 
-    def summary(self, ranks: Ranks, what: str) -> dict[str, Any]:
+    def summary(self, ranks: Ranks, subject: str) -> dict[str, Any]:
         """Return `by_reason` of all ranks as `rows` and `found`; rank 0 prints it. A collective."""
-        merged: dict[Place, tuple[int, int]] = {}
+        merged: dict[BadRowKey, tuple[int, int]] = {}
         for bad_rows in ranks.gather(self.counts):
             merged |= bad_rows
         total, entries = by_reason(merged)
         if entries and ranks.is_first:
-            lines = [f"skipped {_rows(total)} of {what}:"]
+            lines = [f"skipped {_rows(total)} of {subject}:"]
             lines += [f"  {_entry(entry)}" for entry in entries[:LINES]]
             if len(entries) > LINES:
                 lines.append(f"  and {len(entries) - LINES:,} more")
@@ -69,7 +69,7 @@ class BadRows:
         return {"rows": total, "found": entries}
 
 
-def by_reason(bad_rows: dict[Place, tuple[int, int]]) -> tuple[int, list[dict[str, Any]]]:
+def by_reason(bad_rows: dict[BadRowKey, tuple[int, int]]) -> tuple[int, list[dict[str, Any]]]:
     """Return the number of bad rows, and an entry for each file, column and reason."""
     entries: dict[tuple[str, str, str], dict[str, Any]] = {}
     for (file, column, _, reason), (rows, first) in sorted(bad_rows.items()):
@@ -78,10 +78,10 @@ def by_reason(bad_rows: dict[Place, tuple[int, int]]) -> tuple[int, list[dict[st
     return sum(rows for rows, _ in bad_rows.values()), list(entries.values())
 
 
-def no_row_left(rows: int, what: str, entries: list[dict[str, Any]]) -> ValueError:
-    """Return the error to raise if every row of `what` was skipped, with the first reasons."""
+def no_row_left(rows: int, subject: str, entries: list[dict[str, Any]]) -> ValueError:
+    """Return the error to raise if every row of `subject` was skipped, with the first reasons."""
     return ValueError(
-        f"none of the {_rows(rows)} of {what} can be used; fix the data, or the schema: "
+        f"none of the {_rows(rows)} of {subject} can be used; fix the data, or the schema: "
         + ", ".join(map(_entry, entries[:2]))
     )
 

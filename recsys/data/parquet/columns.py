@@ -25,10 +25,10 @@ class ListColumns:
         starts = self.offsets[rows]
         lengths = self.offsets[rows + 1] - starts
         ends = np.cumsum(lengths)
-        places = np.repeat(starts - ends + lengths, lengths)
-        places += np.arange(len(places))
+        indices = np.repeat(starts - ends + lengths, lengths)
+        indices += np.arange(len(indices))
         offsets = np.concatenate([[0], ends])
-        selected = {name: values.take(places) for name, values in self.values.items()}
+        selected = {name: values.take(indices) for name, values in self.values.items()}
         return ListColumns(offsets, selected)
 
 
@@ -81,16 +81,16 @@ class RowColumns:
         )
 
     @staticmethod
-    def concat(parts: Sequence[RowColumns]) -> RowColumns:
-        if len(parts) == 1:
-            return parts[0]
+    def concat(chunks: Sequence[RowColumns]) -> RowColumns:
+        if len(chunks) == 1:
+            return chunks[0]
 
         def joined(name: str) -> np.ndarray:
-            return np.concatenate([part.values(name) for part in parts])
+            return np.concatenate([chunk.values(name) for chunk in chunks])
 
-        # Columns with equal lengths in one part may differ in another, so each has its own offsets.
+        # Columns with equal lengths in one chunk may differ in another: each has its own offsets.
         lists = []
-        for name in (name for columns in parts[0].lists for name in columns.values):
-            ends = np.cumsum(np.concatenate([part.lengths(name) for part in parts]))
+        for name in (name for columns in chunks[0].lists for name in columns.values):
+            ends = np.cumsum(np.concatenate([chunk.lengths(name) for chunk in chunks]))
             lists.append(ListColumns(np.concatenate([[0], ends]), {name: joined(name)}))
-        return RowColumns({name: joined(name) for name in parts[0].numbers}, tuple(lists))
+        return RowColumns({name: joined(name) for name in chunks[0].numbers}, tuple(lists))

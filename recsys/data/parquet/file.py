@@ -64,8 +64,8 @@ def rows_digest(file: Location, parquet: pq.ParquetFile, names: Collection[str] 
     columns = [group.column(leaf) for group in groups for leaf in leaves]
     starts = [column.dictionary_page_offset or column.data_page_offset for column in columns]
     ends = [start + column.total_compressed_size for start, column in zip(starts, columns)]
-    places = [file.path] * len(columns)
-    pages = system.cat_ranges(places, starts, ends, on_error="raise") if columns else []
+    files = [file.path] * len(columns)
+    pages = system.cat_ranges(files, starts, ends, on_error="raise") if columns else []
     return digest_of(*map(bytes, (footer, *pages)))
 
 

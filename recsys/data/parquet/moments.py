@@ -22,7 +22,7 @@ def time_unit(moments: np.ndarray) -> str | None:  # float64 [N], NaN for none
     if np.isnan(moments).all():
         return None
     median = float(np.nanmedian(moments))
-    return next((name for name, (low, high) in UNITS.items() if low <= median < high), None)
+    return next((name for name, (lower, upper) in UNITS.items() if lower <= median < upper), None)
 
 
 Chunk = tuple[Location, pa.Array | pa.ChunkedArray]
@@ -49,7 +49,7 @@ def moments_of(chunks: Iterable[Chunk], name: str) -> tuple[np.ndarray, bool | N
     The second value is None if all values are null. Files with times and files with numbers, or
     numbers in two units, are a ValueError.
     """
-    parts: list[np.ndarray] = []
+    arrays: list[np.ndarray] = []
     first: tuple[bool, Location] | None = None  # whether the first value is a time, and its file
     first_unit: tuple[str, Location] | None = None
     for file, column in chunks:
@@ -65,15 +65,15 @@ def moments_of(chunks: Iterable[Chunk], name: str) -> tuple[np.ndarray, bool | N
             if is_time:  # pandas writes nanoseconds, which are truncated
                 column = column.cast(pa.timestamp("us"), safe=False).cast(pa.int64())
             # In float64, microseconds are exact up to the year 2255, nanoseconds only to 256 ns.
-            parts.append(column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False))
+            arrays.append(column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False))
         except pa.ArrowException as error:
             problem = f"has no times or numbers ({error})"
             raise ValueError(f"{file}: column '{name}': {problem}") from error
-        if not is_time and (unit := time_unit(parts[-1])):
+        if not is_time and (unit := time_unit(arrays[-1])):
             first_unit = first_unit or (unit, file)
             if unit != first_unit[0]:
                 raise ValueError(
                     f"{file}: column '{name}' seems to be in {unit} since 1970, but in "
                     f"{first_unit[1]} in {first_unit[0]}; write all files in one unit"
                 )
-    return np.concatenate(parts), None if first is None else first[0]
+    return np.concatenate(arrays), None if first is None else first[0]

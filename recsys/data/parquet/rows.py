@@ -83,8 +83,8 @@ class ParquetRows(RowSource):
                 raise OSError(f"{table.num_rows} rows instead of {group.num_rows}")
         except READ_ERRORS as error:
             bad, reason = np.ones(group.num_rows, bool), "row group that cannot be read"
-            place = f"row group {group.index} (rows from {group.first_row})"
-            message = f"{place} cannot be read ({error}); write the file again"
+            location = f"row group {group.index} (rows from {group.first_row})"
+            message = f"{location} cannot be read ({error}); write the file again"
             self.bad_rows.add(group.place, "", group.first_row, bad, reason, lambda row: message)
             return self.padding(group.num_rows)
         return self.usable(number, table)
@@ -106,6 +106,6 @@ def _row_groups(
     for index in range(metadata.num_row_groups):
         group = metadata.row_group(index)
         size = group.total_byte_size
-        place = str(file), group.num_rows, first_row, size, digest
-        yield RowGroup(*place, file=file, index=index, footer=footer)
+        chunk = str(file), group.num_rows, first_row, size, digest
+        yield RowGroup(*chunk, file=file, index=index, footer=footer)
         first_row += group.num_rows

@@ -15,19 +15,19 @@ from recsys.data.transforms.steps import DATE_TEXT, fill
 from recsys.storage.location import errors_at
 
 
-def read_columns(table: pa.Table, schema: Schema, names: Sequence[str], place: str) -> pa.Table:
+def read_columns(table: pa.Table, schema: Schema, names: Sequence[str], where: str) -> pa.Table:
     """Return columns `names`, filled and transformed, from a table of the file's columns."""
     if not {*schema.transforms, *schema.fills} & set(names):
         return table.select(names)
-    rows = TransformedRows(table, schema, place)
+    rows = TransformedRows(table, schema, where)
     return pa.table([rows.column(name) for name in names], names=list(names))
 
 
 class TransformedRows:
     """Columns of a schema, each computed when it is first asked for; see `read_columns`."""
 
-    def __init__(self, table: pa.Table, schema: Schema, place: str) -> None:
-        self.table, self.chains, self.place = table, schema.transforms, place
+    def __init__(self, table: pa.Table, schema: Schema, where: str) -> None:
+        self.table, self.chains, self.where = table, schema.transforms, where
         self._fills = schema.fills
         self._computed: dict[str, pa.Array] = {}
 
@@ -39,7 +39,7 @@ class TransformedRows:
         return self._computed[name]
 
     def _filled(self, name: str) -> pa.Array:
-        with errors_at(f"{self.place}: column '{name}': fill", pa.ArrowException):
+        with errors_at(f"{self.where}: column '{name}': fill", pa.ArrowException):
             return filled(one_chunk(self.table[name]), name, self._fills)
 
     def before_step(self, name: str, number: int) -> pa.Array:
@@ -52,7 +52,7 @@ class TransformedRows:
             self._filled(source) if source == name else self.column(source)
             for source in chain.sources
         ]
-        with errors_at(f"{self.place}: column '{name}'"):
+        with errors_at(f"{self.where}: column '{name}'"):
             if len(columns) > 1 or not is_list(columns[0].type):
                 return chain(columns)
             return _with_values(columns[0], chain([columns[0].flatten()]))
@@ -87,32 +87,32 @@ def _with_values(lists: pa.Array, values: pa.Array) -> pa.Array:
 
 
 def check_types(
-    schema: Schema, names: Iterable[str], column_type: Callable[[str], pa.DataType], place: str
+    schema: Schema, names: Iterable[str], column_type: Callable[[str], pa.DataType], where: str
 ) -> None:
     """Raise a ValueError if a column's type, from `column_type(name)`, differs from the schema."""
     for name in names:
         if name not in schema.transforms and name not in schema.fills:
-            check_type(schema, name, column_type(name), place)
+            check_type(schema, name, column_type(name), where)
             continue
         kinds = {source: column_type(source) for source in schema.file_columns([name])}
         empty = pa.table({source: pa.array([], kind) for source, kind in kinds.items()})
-        check_type(schema, name, read_columns(empty, schema, [name], place)[name].type, place)
+        check_type(schema, name, read_columns(empty, schema, [name], where)[name].type, where)
         for source, kind in kinds.items() if name in schema.transforms else ():
             kind = kind.value_type if is_list(kind) else kind
             if pa.types.is_timestamp(kind):
-                _refuse_date(schema.transforms[name], schema.fills.get(source), name, place)
+                _refuse_date(schema.transforms[name], schema.fills.get(source), name, where)
             if is_id_type(kind) or (pa.types.is_boolean(kind) and _is_crossed(name, schema)):
-                schema.require_id_type(source, kind, place, source)
+                schema.require_id_type(source, kind, where, source)
 
 
-def _refuse_date(chain: Chain, fill: object, name: str, place: str) -> None:
+def _refuse_date(chain: Chain, fill: object, name: str, where: str) -> None:
     """Raise a ValueError if a date fills times: files read it in UTC, requests in the zone."""
     zone = next((step.settings["zone"] for step in chain.steps if "zone" in step.settings), "UTC")
     values = [fill, *(step.settings["value"] for step in chain.steps if step.name == "fill")]
     dates = [value for value in values if re.match(DATE_TEXT, str(value))]
     if dates and zone != "UTC":
         raise ValueError(
-            f"{place}: column '{name}': its fill '{dates[0]}' is a date, and the column has times; "
+            f"{where}: column '{name}': its fill '{dates[0]}' is a date, and the column has times; "
             f"write a time, such as '{dates[0]}T00:00'"
         )
 

@@ -133,17 +133,17 @@ def bucketize(
         raise ValueError("needs boundaries, or a number of quantiles to fit them")
     if quantiles is not None and not 2 <= quantiles <= 100_000:
         raise ValueError(f"quantiles is {quantiles}; set 2 to 100000")
-    places = np.array(boundaries or [], np.float64)
-    if not (np.diff(places) > 0).all():
+    bounds = np.array(boundaries or [], np.float64)
+    if not (np.diff(bounds) > 0).all():
         raise ValueError(f"boundaries are {boundaries}; sort them, each once")
     if quantiles is None:  # fitted boundaries are already rounded like values of files
-        places = least_equal(places)
+        bounds = limits_in_float32(bounds)
     values = _numbers(values)
-    buckets = np.searchsorted(places, values.fill_null(0).to_numpy(False), side="right")
+    buckets = np.searchsorted(bounds, values.fill_null(0).to_numpy(False), side="right")
     return _with_nulls(buckets, values)
 
 
-def least_equal(limits: np.ndarray) -> np.ndarray:  # float64 [N] -> float64 [N]
+def limits_in_float32(limits: np.ndarray) -> np.ndarray:  # float64 [N] -> float64 [N]
     """Return the smaller of each limit and its value rounded to float32; integers are unchanged.
 
     Values are read as float32, in which 0.7 is less than a limit of 0.7 in the settings.

@@ -24,13 +24,13 @@ from recsys.diagnostics.dataset.summary import (
     to_json,
 )
 from recsys.distributed.log import print_table
-from recsys.storage.files import write_whole
+from recsys.storage.files import atomic_write
 from recsys.storage.output_file import check_output
 
 logger = logging.getLogger(__name__)
 
 # A share above one of these thresholds is reported.
-FEW, MANY, MOST = 0.001, 0.1, 0.5
+SMALL_SHARE, LARGE_SHARE, HALF = 0.001, 0.1, 0.5
 MINUTES = "%Y-%m-%d %H:%M"
 LONG_BEGINNING = 80  # characters, about 20 tokens
 
@@ -46,8 +46,8 @@ class Finding:
 def find(summary: DatasetSummary) -> list[Finding]:
     """Return all findings; those that prevent training come first."""
     splits = [_split_findings(summary, split) for split in summary.splits.values()]
-    parts = (_bad_rows(summary), _times(summary), *splits, _new_groups(summary), _tables(summary))
-    return list(chain(*parts, _items(summary)))
+    groups = (_bad_rows(summary), _times(summary), *splits, _new_groups(summary), _tables(summary))
+    return list(chain(*groups, _items(summary)))
 
 
 def _bad_rows(summary: DatasetSummary) -> Iterator[Finding]:
@@ -64,12 +64,12 @@ def _bad_rows(summary: DatasetSummary) -> Iterator[Finding]:
 
 
 def _times(summary: DatasetSummary) -> Iterator[Finding]:
-    for before, after in pairwise(SPLITS):
-        for column, (_, end) in summary.splits[before].times.items():
-            begin = summary.splits[after].times.get(column, (end, end))[0]
+    for first, second in pairwise(SPLITS):
+        for column, (_, end) in summary.splits[first].times.items():
+            begin = summary.splits[second].times.get(column, (end, end))[0]
             if begin < end:
                 yield Finding(
-                    f"{before} goes on until {end:{MINUTES}} by column '{column}', but {after} "
+                    f"{first} goes on until {end:{MINUTES}} by column '{column}', but {second} "
                     f"begins at {begin:{MINUTES}}",
                     "split by time; else training has seen the future of these rows",
                 )
@@ -80,29 +80,29 @@ def _split_findings(summary: DatasetSummary, split: SplitSummary) -> Iterator[Fi
         return
     shares = split.shares
     yield from _labels_and_numbers(summary, split)
-    if shares["repeated_rows"] > FEW:
+    if shares["repeated_rows"] > SMALL_SHARE:
         yield Finding(
             f"{shares['repeated_rows']:.1%} of the {split.split} rows are exact repeats of others",
             "remove them, unless each is a separate event",
         )
-    if split.split != "train" and shares["in_train"] > FEW:
+    if split.split != "train" and shares["in_train"] > SMALL_SHARE:
         yield Finding(
             f"{shares['in_train']:.1%} of the {split.split} rows are exact copies of training rows",
             "remove them from one split; else metrics measure rows that training has seen",
         )
-    if shares["target_in_history"] > MANY:
+    if shares["target_in_history"] > LARGE_SHARE:
         yield Finding(
             f"{shares['target_in_history']:.1%} of the {split.split} rows have their own target "
             "in their history",
             "remove the row's own event from its history, unless users take an item repeatedly",
         )
-    if shares.get("without_item_row", 0.0) > FEW:
+    if shares.get("without_item_row", 0.0) > SMALL_SHARE:
         yield Finding(
             f"{shares['without_item_row']:.1%} of the {split.split} rows are of items without a "
             "row in items/",
             "write one row per item; without a row an item has no content",
         )
-    if split.split != "train" and shares["unseen"] > MANY:
+    if split.split != "train" and shares["unseen"] > LARGE_SHARE:
         yield Finding(
             f"{shares['unseen']:.1%} of the {split.split} rows are of items that no training row "
             f"has, {shares['cold']:.1%} of items with fewer than five",
@@ -125,7 +125,7 @@ def _labels_and_numbers(summary: DatasetSummary, split: SplitSummary) -> Iterato
                 f"label '{label}' is {rate:.4g} in all {split.split} rows",
                 "a model cannot learn from one value; write rows with other labels, too",
             )
-        elif is_binary and min(rate, 1 - rate) < FEW:
+        elif is_binary and min(rate, 1 - rate) < SMALL_SHARE:
             yield Finding(
                 f"label '{label}' is 1 in {rate:.4%} of the {split.split} rows",
                 "keep only a share of the frequent label's rows, and calibrate predictions",
@@ -140,7 +140,7 @@ def _new_groups(summary: DatasetSummary) -> Iterator[Finding]:
     group = summary.schema.group
     for name, split in summary.splits.items():
         share = split.shares.get("of_known_groups", 1.0)
-        if share < MOST:
+        if share < HALF:
             yield Finding(
                 f"{1 - share:.1%} of the {name} rows have a '{group}' without a training row "
                 f"({split.distinct[GROUPS]:,} different ones in all)",
@@ -151,7 +151,7 @@ def _new_groups(summary: DatasetSummary) -> Iterator[Finding]:
 
 def _tables(summary: DatasetSummary) -> Iterator[Finding]:
     for name, use in summary.tables.items():
-        if use.vocabulary is None and use.unused_share > MOST:
+        if use.vocabulary is None and use.unused_share > HALF:
             yield Finding(
                 f"table '{name}' has {use.rows:,} rows, of which {use.ids:,} are ever used",
                 "number the ids without gaps, or give the column a vocabulary",
@@ -165,7 +165,7 @@ def _tables(summary: DatasetSummary) -> Iterator[Finding]:
     for split in summary.splits.values():
         for name, ids in split.ids.items():
             share = ids["unknown"] / max(ids["count"], 1)
-            if share > MANY:
+            if share > LARGE_SHARE:
                 fix = "they share the row of unknown ids; train on rows closer to these"
                 if split.split == "train":
                     table = summary.schema.table_of(name)
@@ -183,7 +183,7 @@ def _items(summary: DatasetSummary) -> Iterator[Finding]:
         return
     rows = max(summary.items.rows, 1)
     for name, column in summary.items.columns.items():
-        if (missing := column.missing_share(rows)) is not None and missing > MANY:
+        if (missing := column.missing_share(rows)) is not None and missing > LARGE_SHARE:
             yield Finding(
                 f"{missing:.1%} of the items have no '{name}'",
                 "the model masks them; cover them by another modality",
@@ -228,7 +228,7 @@ def explain_data(
     findings = find(summary)
     print_table(format_dataset(summary, findings))
     if json_file is not None:
-        write_whole(json_file, to_json(summary, findings))
+        atomic_write(json_file, to_json(summary, findings))
         logger.info("written to %s", json_file)
     if summary.has_bad_rows and on_bad_row == "error":
         _raise_first(summary)
@@ -265,10 +265,10 @@ SHARES = {
 
 def format_dataset(summary: DatasetSummary, findings: Sequence[Finding]) -> str:
     """Return all tables, the findings last."""
-    parts = (_splits, _columns, _table_text, _item_text)
+    tables = (_splits, _columns, _table_text, _item_text)
     lines = [f"warning: {finding.what}; fix: {finding.fix}" for finding in findings]
     warnings = "\n".join(lines or ["no warnings"])
-    blocks = [str(summary.root), *(part(summary) for part in parts), warnings]
+    blocks = [str(summary.root), *(table(summary) for table in tables), warnings]
     return "\n\n".join(block for block in blocks if block)
 
 
@@ -288,7 +288,7 @@ def _splits(summary: DatasetSummary) -> str:
     for label in summary.schema.of_kind("label"):
         is_rate = summary.schema.columns[label].loss in (None, "bce")
         name, style = ("rate", ".2%") if is_rate else ("mean", ".4g")
-        add(f"{name} of label {label}", lambda split: _figure(split.numbers[label]["mean"], style))  # noqa: B023
+        add(f"{name} of label {label}", lambda split: _number(split.numbers[label]["mean"], style))  # noqa: B023
         if summary.schema.columns[label].nullable:
             add(
                 f"rows without label {label}",
@@ -308,10 +308,10 @@ def _splits(summary: DatasetSummary) -> str:
 
 
 def _percent(share: float | None) -> str:
-    return _figure(share, ".1%")
+    return _number(share, ".1%")
 
 
-def _figure(value: float | None, style: str) -> str:
+def _number(value: float | None, style: str) -> str:
     return "-" if value is None else f"{value:{style}}"
 
 
@@ -325,8 +325,8 @@ def _columns(summary: DatasetSummary) -> str:
             mean, empty = f"{lengths['mean']:.1f}", _percent(lengths["empty_share"])
             lists.append((name, split.split, mean, *quantiles, empty))
         elif name in split.numbers:
-            figures = [split.numbers[name][key] for key in numbers[0][2:]]
-            cells = [_figure(figure, ".4g") for figure in figures]
+            values = [split.numbers[name][key] for key in numbers[0][2:]]
+            cells = [_number(value, ".4g") for value in values]
             numbers.append((name, split.split, *cells))
     return "\n\n".join(align_columns(rows) for rows in (lists, numbers) if len(rows) > 1)
 

@@ -64,7 +64,7 @@ def footer_statistics(metadata: pq.FileMetaData, name: str) -> Iterator[pq.Stati
 def _time(value: Any) -> datetime | None:
     """Return an integer, date or time as UTC time; None for an integer outside of `UNITS`."""
     if isinstance(value, int):
-        units = (unit for low, high, unit in UNITS if low <= value < high)
+        units = (unit for lower, upper, unit in UNITS if lower <= value < upper)
         return next((datetime.fromtimestamp(value / unit, UTC) for unit in units), None)
     if not isinstance(value, datetime):
         value = datetime(value.year, value.month, value.day)
@@ -160,7 +160,7 @@ def _summarize_file(file: Location, num_items: int) -> ColumnSummary:
     features, summary = FeatureFile(file), ColumnSummary("feature")
     summary.widths[features.width] = features.num_rows
     sample: list[bytes] = []
-    for first, values in features.pieces():
+    for first, values in features.blocks():
         is_token = ~np.isnan(values).all(axis=2)
         lengths = is_token.sum(axis=1)
         bad = (is_token & ~np.isfinite(values).all(axis=2)).any(axis=1)

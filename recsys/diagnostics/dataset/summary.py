@@ -31,13 +31,13 @@ SPLITS = ("train", "valid", "test")
 GROUPS, PAIRS, ROWS = "groups", "group and item", "rows"
 NUMBERS = ("label", "dense", "extra", "weight", "sampled")  # kinds of columns
 Database = duckdb.DuckDBPyConnection
-Figures = dict[str, Any]
+Statistics = dict[str, Any]
 TOP_SHARE = 0.01  # share of the items that count as most frequent
 
 
 @dataclass
 class SplitSummary:
-    """Figures of a split; fields after `bad_rows` cover only rows that training can use."""
+    """Statistics of a split; fields after `bad_rows` cover only rows that training can use."""
 
     split: str
     rows: int
@@ -159,8 +159,8 @@ def _summarize_split(
         times=time_ranges(rows, schema),
         bad_rows=by_reason(rows.bad_rows.counts)[1],
         usable_rows=counts["usable_rows"],
-        numbers=_number_figures(database, schema, split),
-        ids={name: _id_figures(database, schema, split, name) for name in id_columns},
+        numbers=_number_statistics(database, schema, split),
+        ids={name: _id_statistics(database, schema, split, name) for name in id_columns},
         lists=_list_lengths(database, schema, split),
         distinct={kind: counts[kind] for kind in (GROUPS, PAIRS, ROWS)},
         target_in_history=counts["target_in_history"],
@@ -204,7 +204,7 @@ def _row(database: Database, query: str) -> dict[str, Any]:
     return dict(row)
 
 
-def _number_figures(database: Database, schema: Schema, split: str) -> dict[str, Figures]:
+def _number_statistics(database: Database, schema: Schema, split: str) -> dict[str, Statistics]:
     query = (
         "SELECT count(x) AS count, min(x) AS min, max(x) AS max, avg(x) AS mean, stddev_pop(x) AS "
         "deviation FROM (SELECT CAST({} AS DOUBLE) AS x FROM {}) WHERE NOT isnan(x)"
@@ -218,7 +218,7 @@ def _ids(schema: Schema, split: str, name: str) -> str:
     return f"SELECT {f'unnest({_column(name)})' if is_list else _column(name)} AS id FROM {split}"
 
 
-def _id_figures(database: Database, schema: Schema, split: str, name: str) -> Figures:
+def _id_statistics(database: Database, schema: Schema, split: str, name: str) -> Statistics:
     vocabulary = schema.vocabulary_of(name)
     is_exact = vocabulary is not None and vocabulary.kind == "exact"
     is_unknown = f"id = {schema.limit(name) - 1}" if is_exact else "false"
@@ -261,12 +261,12 @@ def _shares(
 ) -> dict[str, float]:
     """Return shares of a split's rows by name, the keys of `findings.SHARES`."""
     counts = split.item_counts.counts
-    parts = frequency_masks(train_counts)
+    masks = frequency_masks(train_counts)
     logged_rows, rows = max(int(counts.sum()), 1), max(split.usable_rows, 1)
     known_counts = np.sort(counts[is_known])[::-1]
     top_counts = known_counts[: max(1, round(TOP_SHARE * len(known_counts)))]
     shares = {
-        **{part: float(counts[parts[part]].sum() / logged_rows) for part in ("cold", "unseen")},
+        **{name: float(counts[masks[name]].sum() / logged_rows) for name in ("cold", "unseen")},
         "repeated_rows": (split.known_rows - split.distinct[ROWS]) / rows,
         "repeated_pairs": (split.known_rows - split.distinct[PAIRS]) / rows,
         "target_in_history": split.target_in_history / rows,
@@ -299,8 +299,8 @@ def _table_uses(database: Database, schema: Schema) -> dict[str, TableUse]:
 
 def to_json(summary: DatasetSummary, findings: list[Any]) -> str:
     """Return summary and findings as JSON, without arrays and item counts."""
-    parts = {"splits": summary.splits, "tables": summary.tables, "items": summary.items}
-    content = {"data": str(summary.root), **parts, "findings": findings}
+    sections = {"splits": summary.splits, "tables": summary.tables, "items": summary.items}
+    content = {"data": str(summary.root), **sections, "findings": findings}
     return json.dumps(content, default=_plain, indent=2) + "\n"
 
 

@@ -84,15 +84,15 @@ def _table_part(memory: TableMemory, averages: int) -> ModelPart:
     table, ranks = memory.table, sorted({shard.rank for shard in memory.shards})
     fullest = max(ranks, key=lambda rank: sum(memory.on_rank(rank)))
     weights, state = memory.on_rank(fullest)
-    place = f"{memory.sharding} on "
-    place += f"rank {ranks[0]}" if len(ranks) == 1 else f"{len(ranks)} ranks"
+    location = f"{memory.sharding} on "
+    location += f"rank {ranks[0]}" if len(ranks) == 1 else f"{len(ranks)} ranks"
     if table.kernel != "fused":
-        place += ", in host memory"
+        location += ", in host memory"
     size = table.num_embeddings * table.embedding_dim
     trainer = "nothing" if table.frozen else table.optimizer
     # Table gradients take no memory: the backward pass applies them row by row.
     state += averages * weights
-    return ModelPart(f"table {table.name}", size, trainer, place, weights, 0, state)
+    return ModelPart(f"table {table.name}", size, trainer, location, weights, 0, state)
 
 
 def _dense_parts(em3: EM3, world_size: int, optimizer: OptimizerSettings) -> Iterator[ModelPart]:
@@ -172,8 +172,8 @@ def describe(
     root = Location.of(data)
     schema = load_schema(root)
     _resize(schema, rows or {})
-    figures = planner_hardware(config.embedding.hardware).or_else(cluster.device.hardware)
-    cluster = replace(cluster, device=replace(cluster.device, hardware=figures))
+    hardware = planner_hardware(config.embedding.hardware).or_else(cluster.device.hardware)
+    cluster = replace(cluster, device=replace(cluster.device, hardware=hardware))
     device, world_size = cluster.device, cluster.world_size
     check_placement(config.embedding, schema, device.kind, world_size, cluster.ranks_per_node)
     tables = table_configs(config, schema, mean_list_lengths(root, schema))
@@ -323,13 +323,13 @@ def _plan(
     settings, batch_size, device = config.embedding, config.batch_size, cluster.device
     copies, senders = settings.parallel.copies, sharders(*astuple(settings.communication))
 
-    def plan_on(where: Cluster) -> ShardingPlan:
+    def plan_on(target: Cluster) -> ShardingPlan:
         return plan_sharding(
             em3,
             tables,
             device=device.kind,
             batch_size=batch_size,
-            topology=where.topology(copies),
+            topology=target.topology(copies),
             module_sharders=senders,
             prefetch=settings.prefetch,
             copies=copies,

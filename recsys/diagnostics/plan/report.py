@@ -16,12 +16,12 @@ from recsys.diagnostics.plan.description import Description, describe
 from recsys.distributed.log import print_table
 from recsys.doctor import unusable_gpu
 from recsys.kernels.choice import COSTS
-from recsys.storage.files import write_whole
+from recsys.storage.files import atomic_write
 from recsys.storage.output_file import check_output
 
 logger = logging.getLogger(__name__)
 
-MOST_RANKS_SHOWN = 16
+MAX_RANKS_SHOWN = 16
 
 
 def describe_run(
@@ -33,20 +33,20 @@ def describe_run(
     description = describe(config, data, cluster, rows)
     print_table(format_description(description))
     if json_file is not None:
-        write_whole(json_file, json.dumps(description.to_json(), indent=2) + "\n")
+        atomic_write(json_file, json.dumps(description.to_json(), indent=2) + "\n")
         logger.info("written to %s", json_file)
 
 
-def parse_rows(words: list[str]) -> dict[str, int]:
+def parse_rows(arguments: list[str]) -> dict[str, int]:
     """Return rows by table from arguments TABLE=NUMBER; another form is a ValueError."""
     rows = {}
-    for word in words:
-        name, _, number = word.partition("=")
+    for argument in arguments:
+        name, _, number = argument.partition("=")
         try:
             rows[name] = int(float(number.replace("_", "")))
         except ValueError as error:
             raise ValueError(
-                f"rows: '{word}' is not TABLE=NUMBER; write for instance item=4000000000"
+                f"rows: '{argument}' is not TABLE=NUMBER; write for instance item=4000000000"
             ) from error
     return rows
 
@@ -78,12 +78,12 @@ def find_cluster(
     for name, number in (("nodes", nodes), ("gpus_per_node", ranks_per_node)):
         if not 1 <= number <= 10_000:
             raise ValueError(f"{name} is {number}; give 1 to 10000")
-    figures = DEVICES.get(device) or _this_machine(device, ranks_per_node)
+    machine = DEVICES.get(device) or _this_machine(device, ranks_per_node)
     if memory_bytes is not None:
         if not memory_bytes > 0:
             raise ValueError(f"memory_bytes is {memory_bytes}; give a positive number")
-        figures = replace(figures, memory_bytes=int(memory_bytes))
-    return Cluster(nodes, ranks_per_node, figures)
+        machine = replace(machine, memory_bytes=int(memory_bytes))
+    return Cluster(nodes, ranks_per_node, machine)
 
 
 def _this_machine(device: str, ranks_per_node: int) -> Device:
@@ -91,8 +91,8 @@ def _this_machine(device: str, ranks_per_node: int) -> Device:
     if device == "cpu":
         return Device("cpu of this machine", "cpu", share)
     properties = torch.cuda.get_device_properties(0)
-    name, figures = f"{properties.name} of this machine", hardware_of(properties.name)
-    return Device(name, "cuda", properties.total_memory, share, figures)
+    name, hardware = f"{properties.name} of this machine", hardware_of(properties.name)
+    return Device(name, "cuda", properties.total_memory, share, hardware)
 
 
 def format_description(description: Description) -> str:
@@ -158,9 +158,9 @@ def _shortened(plan: str) -> str:
     """Return the plan with shortened lines for tables of many shards."""
     lines = []
     for line in plan.splitlines():
-        pieces = line.split(", ")
-        if len(pieces) > MOST_RANKS_SHOWN:
-            line = ", ".join(pieces[:4]) + f", ... {len(pieces):,} shards"
+        shards = line.split(", ")
+        if len(shards) > MAX_RANKS_SHOWN:
+            line = ", ".join(shards[:4]) + f", ... {len(shards):,} shards"
         lines.append(line[:200].rstrip())
     return "\n".join(lines)
 

@@ -10,7 +10,7 @@ from recsys.checkpoint.partitions import ContinualFolder
 from recsys.checkpoint.run_folder import check_metrics, read_item_counts
 from recsys.checkpoint.run_schema import PARTITION
 from recsys.config.ranking import softmax_settings
-from recsys.data.item_frequency import PARTS
+from recsys.data.item_frequency import SUBSETS
 from recsys.diagnostics.run_report.page import Section, html_page, metrics_table
 from recsys.diagnostics.run_report.projector import (
     category_column,
@@ -30,10 +30,10 @@ from recsys.evaluation.evaluate import (
     split_interactions,
     split_scores,
 )
-from recsys.evaluation.metrics import LEAST_USERS
+from recsys.evaluation.metrics import MIN_USERS
 from recsys.evaluation.predict import data_of, load_run
 from recsys.evaluation.scores import SplitScores, read_scores
-from recsys.storage.files import read_json, write_whole
+from recsys.storage.files import atomic_write, read_json
 from recsys.storage.location import Location
 from recsys.storage.output_file import check_output
 
@@ -76,7 +76,7 @@ def report_run(
                 _item_vectors(projector, num_items),
                 settings,
             ]
-            write_whole(out, html_page(f"Run {tracked_run.resolve().name}", sections))
+            atomic_write(out, html_page(f"Run {tracked_run.resolve().name}", sections))
             logger.info("report written to %s", out)
 
 
@@ -141,9 +141,9 @@ def summary(metrics: dict[str, Any], has_probabilities: bool) -> Section:
     tables = []
     for label, report in test.get("labels", {"items": test}).items():
         names = _names(report, has_probabilities)
-        tables.append(metrics_table(label, names, _parts(report)))
+        tables.append(metrics_table(label, names, _by_subset(report)))
     undefined = {} if has_probabilities else dict.fromkeys(PROBABILITIES)
-    defined = {part: values | undefined for part, values in _parts(test).items()}
+    defined = {subset: values | undefined for subset, values in _by_subset(test).items()}
     verdicts = findings(defined) if "auc" in test else _compared_with_mean("RMSE", test["nrmse"])
     return Section("Test metrics", tables=tables, verdicts=verdicts)
 
@@ -162,17 +162,17 @@ def _compared_with_mean(name: str, ratio: float | None) -> list[str]:
     return [f"{name} is {order} by {abs(gain):.1f} % than that of always predicting the mean."]
 
 
-def _parts(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {part: report if part == "all" else report[part] for part in PARTS}
+def _by_subset(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {subset: report if subset == "all" else report[subset] for subset in SUBSETS}
 
 
-def findings(metrics_by_part: dict[str, dict[str, Any]]) -> list[str]:
+def findings(metrics: dict[str, dict[str, Any]]) -> list[str]:
     """Return sentences on the test metrics of all, warm and unseen items."""
-    every, warm, unseen = metrics_by_part["all"], metrics_by_part["warm"], metrics_by_part["unseen"]
+    every, warm, unseen = metrics["all"], metrics["warm"], metrics["unseen"]
     sentences = _compared_with_mean("Log loss", every["ne"])
     if warm["gauc"] is not None and unseen["gauc"] is not None:
-        num_users = min(part.get("gauc_users", LEAST_USERS) for part in (warm, unseen))
-        few = f" One of them rests on {num_users} users alone." * (num_users < LEAST_USERS)
+        num_users = min(subset.get("gauc_users", MIN_USERS) for subset in (warm, unseen))
+        few = f" One of them rests on {num_users} users alone." * (num_users < MIN_USERS)
         sentences.append(
             f"Within a user, items never seen in training are ranked with a GAUC of "
             f"{unseen['gauc']:.4f}, items seen often with {warm['gauc']:.4f}: a difference of "

@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from recsys.evaluation.metrics import marked_cell
+from recsys.evaluation.metrics import metric_cell
 
 BLUE, ORANGE, GREY = "#2a6f97", "#d9722e", "#8a8f98"
 _DRAWING: dict[Any, Any] = {  # matplotlib settings; Any, as matplotlib's type of names is strict
@@ -43,10 +43,10 @@ class Table:
 
 @dataclass
 class Section:
-    """A section: title, paragraphs `words`, figures, tables and plain text, in this order."""
+    """A section: title, paragraphs, figures, tables and plain text, in this order."""
 
     title: str
-    words: list[str] = field(default_factory=list)
+    paragraphs: list[str] = field(default_factory=list)
     drawings: list[Drawing] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     text: str = ""
@@ -73,12 +73,12 @@ def drawn(name: str, figure: Figure, caption: str) -> Drawing:
     return Drawing(name, output.getvalue(), caption)
 
 
-def metrics_table(title: str, names: dict[str, str], parts: dict[str, dict[str, Any]]) -> Table:
-    """Return a table with a row of metrics per part; `names` maps metrics to column headings."""
+def metrics_table(title: str, names: dict[str, str], by_subset: dict[str, dict[str, Any]]) -> Table:
+    """Return a table with a row of metrics per subset; `names` maps metrics to column headings."""
     rows = []
-    for part, values in parts.items():
-        cells = (marked_cell(values, name, "–") for name in names)
-        rows.append((part, *cells, f"{values['num_samples']:,}"))
+    for subset, values in by_subset.items():
+        cells = (metric_cell(values, name, "–") for name in names)
+        rows.append((subset, *cells, f"{values['num_samples']:,}"))
     return Table((title, *names.values(), "rows"), rows)
 
 

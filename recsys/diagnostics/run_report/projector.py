@@ -30,7 +30,7 @@ from recsys.storage.location import Location
 
 CATEGORY_COLUMNS = ("genres", "genre", "category", "categories")  # default: the first existing one
 NAME_COLUMNS = ("title", "name")
-MOST_CHARACTERS = 60
+MAX_CHARACTERS = 60
 PICTURE_SIZE = 48  # pixels
 
 
@@ -136,7 +136,7 @@ def item_names(table: ItemTable | None, items: np.ndarray) -> list[str]:  # int6
 
 def _beginning(value: Any) -> str:
     text = " ".join(value.split()) if isinstance(value, str) else ""
-    return text if len(text) <= MOST_CHARACTERS else text[: MOST_CHARACTERS - 1].rstrip() + "…"
+    return text if len(text) <= MAX_CHARACTERS else text[: MAX_CHARACTERS - 1].rstrip() + "…"
 
 
 def item_pictures(table: ItemTable | None, items: np.ndarray) -> Tensor | None:
@@ -165,7 +165,7 @@ def small_picture(encoded: bytes | list[bytes | None] | None) -> Tensor:
     return torch.from_numpy(np.array(square)).permute(2, 0, 1) / 255
 
 
-MOST_ITEMS, ITEMS_PER_CALL = 2000, 256
+MAX_ITEMS, ITEMS_PER_CALL = 2000, 256
 CONFIG = "projector_config.pbtxt"  # of TensorBoard's projector
 
 
@@ -209,7 +209,7 @@ def frequent_items(job: Job, counts: ItemCounts) -> np.ndarray:  # int64 [I]
     items = counts.items
     if job.store is not None:
         items = np.intersect1d(items, job.store.items.ids)
-    return items[np.argsort(-counts.of(items), kind="stable")][:MOST_ITEMS]
+    return items[np.argsort(-counts.of(items), kind="stable")][:MAX_ITEMS]
 
 
 @torch.no_grad()

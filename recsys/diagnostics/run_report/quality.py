@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from recsys.checkpoint.partitions import ContinualFolder
 from recsys.config import BestModelBy
-from recsys.data.item_frequency import PARTS
+from recsys.data.item_frequency import SUBSETS
 from recsys.diagnostics.run_report.page import (
     BLUE,
     GREY,
@@ -29,7 +29,7 @@ from recsys.evaluation.metrics import ScoredRows
 from recsys.evaluation.model_selection import (
     METRICS,
     selection_score,
-    selection_words,
+    selection_text,
     tracked_name,
 )
 from recsys.evaluation.scores import SplitScores
@@ -101,7 +101,7 @@ def learning_curves(run: Path, best_model_by: BestModelBy, best_step: int | None
     if steps:
         best = steps[scores.index(max(scores))] if best_step is None else best_step
         all_axes[-1].axvline(best, color=GREY, linestyle="--", label="best model")
-        paragraphs = [_best_in_words(best, steps, scores, selection_words(best_model_by))]
+        paragraphs = [_best_text(best, steps, scores, selection_text(best_model_by))]
         verdicts = [_trend(best, steps)]
     for axes in all_axes:
         axes.legend()
@@ -120,7 +120,7 @@ def _trend(best: int, steps: list[int]) -> str:
     )
 
 
-def _best_in_words(best: int, steps: list[int], scores: list[float], name: str) -> str:
+def _best_text(best: int, steps: list[int], scores: list[float], name: str) -> str:
     best_score = dict(zip(steps, scores)).get(best, float("-inf"))
     if best_score < max(scores) - ROUNDING:
         return (
@@ -143,7 +143,7 @@ def _style(num_points: int) -> dict[str, Any]:
 
 
 SHOWN = {"auc": "AUC", "gauc": "GAUC", "ne": "normalised entropy", "rmse": "RMSE", "mae": "MAE"}
-COLOURS = dict(zip(PARTS, (BLUE, GREY, ORANGE, "#7a4f9a")))
+COLOURS = dict(zip(SUBSETS, (BLUE, GREY, ORANGE, "#7a4f9a")))
 
 
 def prequential(run: Path, has_probabilities: bool) -> Section:
@@ -159,8 +159,8 @@ def prequential(run: Path, has_probabilities: bool) -> Section:
     head = ("partition", *names.values(), "GAUC cold", "GAUC unseen", "rows")
     rows = []
     for line in lines:
-        part_gaucs = [_of(line, part).get("gauc") for part in ("cold", "unseen")]
-        numbers = (*map(line.get, names), *part_gaucs)
+        gaucs = [_of(line, subset).get("gauc") for subset in ("cold", "unseen")]
+        numbers = (*map(line.get, names), *gaucs)
         cells = ["–" if number is None else f"{number:,.4f}" for number in numbers]
         rows.append([line["partition"], *cells, f"{line['rows']:,}"])
     paragraphs = [
@@ -177,20 +177,20 @@ def _by_partition(lines: list[dict[str, Any]], names: dict[str, str]) -> list[Dr
         return []
     figure, all_axes = new_figure(len(shown))
     for axes, name in zip(all_axes, shown):
-        for part in PARTS:
-            values = [_of(line, part).get(name) for line in lines]
-            points = [(place, value) for place, value in enumerate(values) if value is not None]
+        for subset in SUBSETS:
+            values = [_of(line, subset).get(name) for line in lines]
+            points = [(index, value) for index, value in enumerate(values) if value is not None]
             if points:
                 style = _style(len(points))
-                axes.plot(*zip(*points), label=part, color=COLOURS[part], **style)
+                axes.plot(*zip(*points), label=subset, color=COLOURS[subset], **style)
         axes.set(title=f"Does {names[name]} hold on new partitions?", xlabel="partition")
         axes.legend()
     caption = "Metrics of each partition by the model that was trained on all before it."
     return [drawn("prequential", figure, caption)]
 
 
-def _of(line: dict[str, Any], part: str) -> dict[str, Any]:
-    metrics: dict[str, Any] = line if part == "all" else line[part]
+def _of(line: dict[str, Any], subset: str) -> dict[str, Any]:
+    metrics: dict[str, Any] = line if subset == "all" else line[subset]
     return metrics
 
 
@@ -207,8 +207,8 @@ UNTRAINED = (
 def metrics_by_count(rows: ScoredRows, counts: np.ndarray) -> dict[str, dict[str, Any]]:
     """Return metrics by bucket; `counts`, int64 [N], are training impressions of rows' items."""
     return {
-        name: rows.metrics((counts >= least) & (counts <= most))
-        for name, (least, most) in BUCKETS.items()
+        name: rows.metrics((counts >= lower) & (counts <= upper))
+        for name, (lower, upper) in BUCKETS.items()
     }
 
 
@@ -233,17 +233,17 @@ def item_popularity(scores: SplitScores, split: str, has_probabilities: bool) ->
 
 def _bars(buckets: dict[str, dict[str, Any]], split: str) -> Drawing:
     figure, (axes,) = new_figure(1)
-    places = np.arange(len(buckets))
+    positions = np.arange(len(buckets))
     for shift, name, colour in ((-0.2, "auc", BLUE), (0.2, "gauc", ORANGE)):
         heights = np.array([values[name] for values in buckets.values()], np.float64)
-        axes.bar(places + shift, heights, 0.38, color=colour, label=name.upper())
-        for place, height in zip(places + shift, heights):
+        axes.bar(positions + shift, heights, 0.38, color=colour, label=name.upper())
+        for x, height in zip(positions + shift, heights):
             if not np.isnan(height):
                 inside = "white" if height > 0.1 else "black"
-                axes.text(place, 0.03, f"{height:.3f}", ha="center", color=inside)
+                axes.text(x, 0.03, f"{height:.3f}", ha="center", color=inside)
     axes.axhline(0.5, color="black", linewidth=1)
     names = [f"{name}\n{values['num_samples']:,} rows" for name, values in buckets.items()]
-    axes.set_xticks(places, names)
+    axes.set_xticks(positions, names)
     title = "Are rare and new items ranked as well as frequent ones?"
     axes.set(title=title, xlabel="training impressions of the item", ylim=(0, 1))
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)

@@ -206,14 +206,14 @@ class ExtraSequences(nn.Module):
 
     def forward(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> IDVectors:
         """Append the vectors [B, width] of extra sequences. A collective with content."""
-        histories = zip(self.encoders, ids.further, batch.history.further, strict=True)
+        histories = zip(self.encoders, ids.further, batch.history.extras, strict=True)
         encoded = [
             encode(ids.target, events, history.jagged(), history.values)
             for encode, events, history in histories
         ]
         for place, encode in zip(self.content_places, self.content_encoders):
             assert content is not None
-            history = batch.history.further[place]
+            history = batch.history.extras[place]
             vectors, jagged = history.content_of(content, batch.history.items.shape[0])
             if isinstance(encode, MeanOfEvents):
                 items = vectors.read_history()[0]

@@ -173,7 +173,7 @@ class SequenceEncoder(nn.Module):
 
     def forward(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> Tensor:
         """Return the target's state [B, D] after the last layer. A collective with content."""
-        if batch.history.whole is not None:
+        if batch.history.full is not None:
             return self._at_all_positions(ids, content, batch)
         history = batch.history.jagged()
         sequences = sequences_of(history)
@@ -204,7 +204,7 @@ class SequenceEncoder(nn.Module):
         self, ids: IDVectors, content: ContentVectors | None, batch: Batch
     ) -> Tensor:  # [B, D]
         """Return the result of `forward`, by one causal pass over each whole history."""
-        history, whole = batch.history.jagged(), batch.history.whole
+        history, whole = batch.history.jagged(), batch.history.full
         assert whole is not None
         source = whole.jagged(history.num_items)
         sequences = sequences_of(source)
@@ -212,7 +212,7 @@ class SequenceEncoder(nn.Module):
         tokens, target = self.tokens(ids, content, source, sequences, lists)
         events, target = Events(sequences, sequences.ages(), None), target.float()
         states = self.dropout(self._positioned(tokens.float(), events))
-        prefixes = replace(history, index=whole.places, num_items=len(whole.index))
+        prefixes = replace(history, index=whole.positions, num_items=len(whole.index))
         prefix_events = Events(sequences_of(prefixes), prefixes.ages, None)
         *lower, last = cast(Any, self.layers)
         for layer in lower:

@@ -28,7 +28,7 @@ from recsys.serving.features.source import FeatureSource, joined_keys, value_col
 from recsys.serving.new_items.added_items import FEATURES, AddedItems
 from recsys.serving.new_items.added_items import FOLDER as ADDED
 from recsys.serving.package import MANIFEST, Manifest, read_manifest
-from recsys.storage.files import link_or_copy, whole_folder
+from recsys.storage.files import atomic_folder, link_or_copy
 from recsys.storage.location import Location, errors_at
 from recsys.storage.manifest import describe_all, write_signed
 
@@ -197,7 +197,7 @@ def refresh_features(package: Path, data: str, out: Path) -> Manifest:
     unchanged_files = {
         name: file for name, file in manifest.files.items() if not name.startswith(f"{FOLDER}/")
     }
-    with whole_folder(out) as partial:
+    with atomic_folder(out) as partial:
         for name in unchanged_files:
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             link_or_copy(package / name, partial / name)

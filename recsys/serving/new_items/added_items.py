@@ -26,7 +26,7 @@ from recsys.data.items.item_table import ItemTable
 from recsys.data.schema import Schema
 from recsys.serving.package import Manifest
 from recsys.serving.vector_file import VectorFile, VectorFileShape, write_vectors
-from recsys.storage.files import flush, whole_folder
+from recsys.storage.files import atomic_folder, flush
 from recsys.storage.manifest import describe_all
 
 FOLDER = "added"
@@ -110,7 +110,7 @@ class AddedItems:
         for path in root.glob("*"):
             if path.name != str(self.number):
                 shutil.rmtree(path)
-        with whole_folder(root / str(number)) as partial:
+        with atomic_folder(root / str(number)) as partial:
             np.save(partial / INDEX, index)
             pq.write_table(pa.table({"id": ids}), partial / IDS)
             if shape is not None:

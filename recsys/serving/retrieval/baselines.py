@@ -33,7 +33,7 @@ from recsys.data.row_source import RowSource, open_rows
 from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.ranks import Ranks
 from recsys.evaluation.bootstrap import effective_users, interval_stretch
-from recsys.evaluation.metrics import LEAST_USERS
+from recsys.evaluation.metrics import MIN_USERS
 from recsys.evaluation.predict import load_run
 from recsys.evaluation.retrieval import catalogue_vectors, retrieval_metrics, row_gains
 from recsys.serving.retrieval import nearest_items
@@ -295,14 +295,14 @@ def interval(
     """Return the mean over rows, and the ends of its 95 % interval over users.
 
     Errors of a user's rows are correlated: the standard error is that of sums by user (Liang and
-    Zeger 1986). Fewer than `LEAST_USERS` have no interval.
+    Zeger 1986). Fewer than `MIN_USERS` have no interval.
     """
     shares = np.ones(len(users)) if weights is None else weights.double().numpy()
     shares = shares / shares.sum()
     mean = float(shares @ differences.numpy())
     _, place = np.unique(users, return_inverse=True)
     user_shares = np.bincount(place, shares)
-    if (user_shares > 0).sum() < LEAST_USERS:
+    if (user_shares > 0).sum() < MIN_USERS:
         return [mean, None, None]
     errors = np.bincount(place, shares * (differences.numpy() - mean))
     stretch = interval_stretch(effective_users(user_shares))

@@ -42,7 +42,7 @@ from recsys.serving.ranking_graph import CandidateBatch
 from recsys.serving.requests import request_columns
 from recsys.serving.retrieval.catalogue import ItemVectors, VectorKind, item_vectors, raw_ids, unit
 from recsys.serving.scorer import Scorer
-from recsys.storage.files import whole_folder
+from recsys.storage.files import atomic_folder
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class UserTower(Scorer):
         user, history = request_columns(schema, manifest.pooled, manifest.dense)
         return (
             [name for name in user if name in names or not schema.lookup_of(name)],
-            [name for name in history if name in names or not schema.lookup_beside(name)],
+            [name for name in history if name in names or not schema.lookup_of_list(name)],
         )
 
     def query(
@@ -281,7 +281,7 @@ def export_vectors(
             "index are blended; give a run of two_tower, and --index flat or hnsw"
         )
     tower: dict[str, Any] = {}
-    with whole_folder(out) as partial:
+    with atomic_folder(out) as partial:
         if kind != "content":
             (partial / QUERIES).mkdir()
             tower = write_user_tower(run, job, partial / QUERIES).files[GRAPH]

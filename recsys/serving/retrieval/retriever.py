@@ -33,7 +33,7 @@ from recsys.serving.retrieval.item_vectors import (
     search_index,
 )
 from recsys.serving.retrieval.semantic_ids import read_codes
-from recsys.storage.files import whole_file
+from recsys.storage.files import atomic_file
 from recsys.storage.location import Location, errors_at
 from recsys.storage.output_file import check_output
 
@@ -249,7 +249,7 @@ def retrieve_files(
     check_output(out, [Location.of(name) for name in inputs])
     out.parent.mkdir(parents=True, exist_ok=True)
     types = pa.schema({"items": pa.list_(retriever.ids.type), "scores": pa.list_(pa.float32())})
-    with whole_file(out) as partial, pq.ParquetWriter(partial, types) as writer:
+    with atomic_file(out) as partial, pq.ParquetWriter(partial, types) as writer:
         for block in blocks:
             writer.write_table(pa.Table.from_pylist(block, types))
             total += len(block)

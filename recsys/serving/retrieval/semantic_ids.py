@@ -36,7 +36,7 @@ from recsys.serving.export import load_for_export
 from recsys.serving.package import BaseManifest, read_manifest_of, write_manifest
 from recsys.serving.retrieval.catalogue import VectorKind, item_vectors, raw_ids, unit
 from recsys.serving.retrieval.item_vectors import require_faiss
-from recsys.storage.files import link_or_copy, whole_folder
+from recsys.storage.files import atomic_folder, link_or_copy
 from recsys.storage.location import Location
 
 logger = logging.getLogger(__name__)
@@ -237,7 +237,7 @@ def export_semantic_ids(
     report = collision_report(ids % codes, items.ids.to_pylist(), codes)
     target_item = job.schema.target_item
     table = pa.table({target_item: items.ids, COLUMN: pa.array(list(ids))})
-    with whole_folder(out) as partial:
+    with atomic_folder(out) as partial:
         pq.write_table(table, partial / ITEMS)
         np.save(partial / CODEBOOKS, books.centres)
         np.save(partial / PRICES, books.prices)
@@ -298,7 +298,7 @@ def write_dataset_with(
     """
     content = _schema_without(root, column)
     content["columns"][column] = {"kind": "ids", "num_embeddings": num_ids}
-    with whole_folder(out) as partial:
+    with atomic_folder(out) as partial:
         for entry in sorted(Path(root.path).iterdir()):
             if entry.name == STATE:
                 continue  # of `prepare events`, which does not know the column

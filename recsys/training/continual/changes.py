@@ -14,7 +14,7 @@ from recsys.checkpoint.warm_start.source import Source
 from recsys.config import Config
 from recsys.data.prepare import fit_chains, new_ids
 from recsys.data.schema import Schema, build_hashes, format_growth, read_schema, vocabulary_file
-from recsys.data.schema_columns import MOST_ROWS
+from recsys.data.schema_columns import MAX_ROWS
 from recsys.data.transforms.chain import set_chain
 from recsys.distributed.ranks import Ranks
 from recsys.storage.location import Location
@@ -58,7 +58,7 @@ def new_schema(
             schema, maps = read_schema(root), {}
             for table in schema.tables_with("exact"):
                 if (file := vocabulary_file(root, table)).exists():
-                    maps[table] = ExactVocabulary.load(file.path, MOST_ROWS, file.arrow)
+                    maps[table] = ExactVocabulary.load(file.path, MAX_ROWS, file.arrow)
         else:
             schema, maps = previous[0], exact_maps(previous[1])
             # The dataset's own fits may be of later partitions.
@@ -66,8 +66,8 @@ def new_schema(
                 if schema.transforms[name] != previous[1].transforms.get(name):
                     schema.transforms[name] = chain
         for table in schema.tables_with("exact"):
-            vocabulary = maps.get(table, ExactVocabulary(MOST_ROWS))
-            schema.vocabularies[table] = vocabulary.resized(MOST_ROWS)
+            vocabulary = maps.get(table, ExactVocabulary(MAX_ROWS))
+            schema.vocabularies[table] = vocabulary.resized(MAX_ROWS)
         build_hashes(schema)
         if ranks.is_first:
             fit_chains(root, schema, partition.folder)

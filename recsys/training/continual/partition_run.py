@@ -24,7 +24,7 @@ from recsys.checkpoint.warm_start.plan import plan_warm_start
 from recsys.checkpoint.warm_start.source import Source, WarmStart
 from recsys.config import Config, ContinualSettings, RankingSettings, softmax_settings
 from recsys.data.interactions import Interactions
-from recsys.data.item_frequency import PARTS, ItemCounts
+from recsys.data.item_frequency import SUBSETS, ItemCounts
 from recsys.data.row_source import RowSource, open_rows
 from recsys.data.schema import Schema
 from recsys.data.vocabularies import UnknownIds, format_unknown
@@ -36,7 +36,7 @@ from recsys.evaluation.blend_fit import fit_blend
 from recsys.evaluation.further_metrics import make_metrics
 from recsys.evaluation.model_selection import require_useful, slack_for
 from recsys.evaluation.scores import SplitScores, read_scores, write_scores
-from recsys.storage.files import write_whole
+from recsys.storage.files import atomic_write
 from recsys.storage.location import Location
 from recsys.training import initial_state
 from recsys.training.continual import changes
@@ -180,7 +180,7 @@ class PartitionRun:
         reporter = Reporter(job, self.folder.path, progress, counts_all_steps=True)
         if line is not None:
             reporter.evaluation("prequential", 0, {**line, "rows": None})
-            for part in PARTS[1:]:
+            for part in SUBSETS[1:]:
                 reporter.evaluation(f"prequential/{part}", 0, line[part])
         lockstep = self.continual.lockstep
         return PartitionTrainer(
@@ -245,7 +245,7 @@ class PartitionRun:
         ranks.on_first(run_folder.describe_run, run, job, self.continual.data)
         if plan is not None:
             ranks.on_first(initial_state.describe_start, run, plan)
-        ranks.on_first(write_whole, run / PARTITION, json.dumps({"name": current.name}) + "\n")
+        ranks.on_first(atomic_write, run / PARTITION, json.dumps({"name": current.name}) + "\n")
         return progress
 
     def _write_scores(
@@ -285,7 +285,7 @@ class PartitionRun:
             trainer.checkpoints.save_best(progress)
         metrics = {"partition": self.partition.name, **training_figures(progress, self.ranks)}
         file, text = self.run / run_folder.METRICS, json.dumps(metrics, indent=2) + "\n"
-        self.ranks.on_first(write_whole, file, text)
+        self.ranks.on_first(atomic_write, file, text)
         self.ranks.on_first(run_folder.finish_run, self.run)
 
     def require_useful_scores(self) -> None:

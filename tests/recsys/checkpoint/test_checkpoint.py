@@ -216,7 +216,7 @@ def test_a_result_that_cannot_be_stored_is_printed_first(
     def read_only(*_: Any, **__: Any) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    for name in ("predict.tempfile.TemporaryFile", "evaluate.write_scores", "predict.write_whole"):
+    for name in ("predict.tempfile.TemporaryFile", "evaluate.write_scores", "predict.atomic_write"):
         monkeypatch.setattr(f"recsys.evaluation.{name}", read_only, raising=False)
     configure_logging()
     with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match=r"evaluation_valid\.json"):

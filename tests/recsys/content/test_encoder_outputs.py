@@ -93,7 +93,7 @@ def test_places_chosen_ahead_of_the_step_are_those_that_the_step_would_choose() 
     ahead.step = plain.step = 8
     assert ahead.outputs is not None
     encoded = ahead.outputs.choose(batch.content.items, 8)()
-    assert torch.equal(encoded.places, sampled_places(batch.content.items, 1, 8))
+    assert torch.equal(encoded.positions, sampled_places(batch.content.items, 1, 8))
     with_places = replace(batch, content=replace(batch.content, encoded=encoded))
     with patch.object(encoder_outputs, "sampled_places", side_effect=AssertionError):
         vectors = ahead(with_places).target

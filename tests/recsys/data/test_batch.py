@@ -19,14 +19,14 @@ from recsys.data.batch import (
     Batch,
     BatchContent,
     ContentInput,
-    EncodedPlaces,
-    FurtherHistory,
+    EncodedItems,
+    ExtraHistory,
+    FullHistories,
     History,
     ItemExchange,
     Negatives,
     Rows,
     TargetItems,
-    WholeHistories,
 )
 from recsys.data.batch_builder import UniqueItems, keyed_jagged, unique_by_hashing
 from recsys.data.parquet.columns import RowColumns
@@ -55,7 +55,7 @@ def a_batch() -> Batch:
         with_gradient=1,
         bank_reads=BankRoute(torch.tensor([0, 1]), [2], torch.tensor([3, 4]), [2]),
         bank_writes=BankRoute(torch.tensor([1, 0]), [2], torch.tensor([5, 6]), [2]),
-        encoded=EncodedPlaces(torch.tensor([0]), None, None),
+        encoded=EncodedItems(torch.tensor([0]), None, None),
         exchange=ItemExchange(torch.tensor([1, 0]), send_counts=[2], receive_counts=[2]),
     )
     return part(
@@ -68,8 +68,8 @@ def a_batch() -> Batch:
             History,
             longest=2,
             host_lengths=np.ones(2),
-            further=[part(FurtherHistory, longest=1)],
-            whole=part(WholeHistories, longest=2, host_lengths=np.ones(2)),
+            extras=[part(ExtraHistory, longest=1)],
+            full=part(FullHistories, longest=2, host_lengths=np.ones(2)),
         ),
         content=content,
         negatives=part(Negatives),
@@ -181,13 +181,13 @@ def assert_like_numpy(actual: tuple[np.ndarray, np.ndarray], items: np.ndarray) 
         assert one.flags.writeable
 
 
-@pytest.mark.parametrize("most_marks", [0, 1 << 22])
+@pytest.mark.parametrize("max_flags", [0, 1 << 22])
 @pytest.mark.parametrize("count", [0, 1, 7, 1000])
 @pytest.mark.parametrize("num_items", [1, 2, 50, 2000])
 def test_unique_items_are_those_of_numpy(
-    num_items: int, count: int, most_marks: int, monkeypatch: pytest.MonkeyPatch
+    num_items: int, count: int, max_flags: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch_builder, "MOST_MARKS", most_marks)
+    monkeypatch.setattr(batch_builder, "MAX_FLAGS", max_flags)
     rng = np.random.default_rng((num_items, count))
     unique = UniqueItems(num_items)
     for _ in range(3):  # nothing stays of a call before

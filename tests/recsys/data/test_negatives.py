@@ -157,7 +157,7 @@ def test_items_are_counted_over_all_ranks_without_memory_for_all_ids(
     first, *other_ranks = run_on_ranks(add_up, world_size, root)
     assert first == (whole.items.tolist(), whole.counts.tolist())
     assert all(result == ([], []) for result in other_ranks)
-    monkeypatch.setattr(recsys.data.item_frequency, "LEAST_MERGED", 1)  # after each chunk
+    monkeypatch.setattr(recsys.data.item_frequency, "MIN_MERGED", 1)  # after each chunk
     assert counted(root, 0, 1).counts.tolist() == whole.counts.tolist()
 
 

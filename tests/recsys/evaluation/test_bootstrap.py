@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 import recsys.evaluation.bootstrap
-from recsys.data.item_frequency import PARTS, frequency_masks
+from recsys.data.item_frequency import SUBSETS, frequency_masks
 from recsys.evaluation.bootstrap import (
     Interval,
     effective_users,
@@ -72,7 +72,7 @@ def metric_of_duplicated_rows(
     return np.average(actual, weights=[len(table[0]) for table in tables])
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", SUBSETS)
 @pytest.mark.parametrize("metric", METRICS)
 def test_value_and_resamples_are_those_of_really_duplicated_rows(
     metric: str, part: str, monkeypatch: pytest.MonkeyPatch
@@ -153,7 +153,7 @@ def test_what_fewer_than_five_users_define_has_no_interval(metric: str) -> None:
     assert paired_difference(*pair, metric, "all") == Interval(0, 0, 0)
     assert paired_difference(*pair, metric, "cold") is not None
     assert paired_difference(*pair, metric, "warm") is None
-    assert [metric_users([scores], metric, part) for part in PARTS] == [9, 4, 5, 0]
+    assert [metric_users([scores], metric, part) for part in SUBSETS] == [9, 4, 5, 0]
     assert pooled_metric([scores], metric, "warm") == 0.5
     assert paired_difference(*pair, metric, "unseen") is None
     assert pooled_metric([scores], metric, "unseen") is None

@@ -12,7 +12,7 @@ import pytest
 
 from recsys.cli import main
 from recsys.config import load_config
-from recsys.data.item_frequency import PARTS
+from recsys.data.item_frequency import SUBSETS
 from recsys.evaluation.bootstrap import METRICS, paired_difference
 from recsys.evaluation.compare import compare_runs, format_comparison
 from recsys.evaluation.metrics import evaluation_report
@@ -52,7 +52,7 @@ def test_a_comparison_holds_the_metrics_of_each_run_and_the_paired_differences(
     assert report["rows"]["all"] == ROWS and report["rows"]["unseen"] == 0
     for run, scores in zip(report["runs"], (weak, strong), strict=True):
         expected = evaluation_report(scores)
-        for part in PARTS:
+        for part in SUBSETS:
             part_metrics = expected if part == "all" else expected[part]
             assert report["rows"][part] == part_metrics["num_samples"]
             for metric in METRICS:
@@ -108,7 +108,7 @@ def test_the_command_prints_a_line_per_part_and_run_and_writes_the_numbers(
     assert json.loads(out.read_text()) == report
     assert [path.name for path in out.parent.iterdir()] == ["comparison.json"]
     table = [line for line in lines if line.endswith(("/weak", "/strong"))]
-    assert [line.split()[0] for line in table] == [part for part in PARTS for _ in range(3)]
+    assert [line.split()[0] for line in table] == [part for part in SUBSETS for _ in range(3)]
     strong_metrics = report["runs"][1]["all"]
     assert table[1].split()[1:3] == [
         f"{strong_metrics['auc']:.4f}",

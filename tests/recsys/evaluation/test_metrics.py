@@ -18,7 +18,7 @@ from recsys.distributed.gather import gather_rows, gather_rows_to_first
 from recsys.evaluation.evaluate import format_evaluation
 from recsys.evaluation.further_metrics import PrecisionAtK, make_metrics
 from recsys.evaluation.metrics import SHOWN, ScoredRows, evaluation_report, format_report
-from recsys.evaluation.model_selection import selection_score, selection_words
+from recsys.evaluation.model_selection import selection_score, selection_text
 from recsys.evaluation.scores import SplitScores
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
@@ -195,7 +195,7 @@ def test_a_model_is_chosen_by_the_mean_of_the_metrics_named(
     metric: BestModelBy, score: float, words: str
 ) -> None:
     assert selection_score(REPORT, metric) == score
-    assert selection_words(metric) == words
+    assert selection_text(metric) == words
 
 
 def test_auc_alone_stands_for_the_mean_where_gauc_is_not_defined() -> None:

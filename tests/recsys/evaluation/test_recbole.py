@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from recsys.evaluation.retrieval import SeenItems, retrieval_metrics, search_places
+from recsys.evaluation.retrieval import SeenItems, count_above, retrieval_metrics
 
 metrics = pytest.importorskip("recbole.evaluator.metrics", reason="RecBole is not installed")
 collector = pytest.importorskip("recbole.evaluator.collector", reason="RecBole is not installed")
@@ -73,7 +73,7 @@ def test_both_evaluators_agree_on_a_sasrec_of_recbole(
 
     seen = SeenItems(histories[histories > 0], lengths) if excludes_seen else None
     items = torch.arange(1, NUM_ITEMS + 1)
-    above, tied = search_places(
+    above, tied = count_above(
         queries, vectors[targets - 1], targets, items, vectors, excluded=[seen] if seen else []
     )
     ours = retrieval_metrics(above, tied, depths=DEPTHS)

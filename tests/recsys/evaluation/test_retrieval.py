@@ -20,7 +20,7 @@ from recsys.data.vocabularies import UnknownIds
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.availability import later_items
 from recsys.evaluation.predict import evaluate, load_run
-from recsys.evaluation.retrieval import retrieval_metrics, search_places
+from recsys.evaluation.retrieval import count_above, retrieval_metrics
 from recsys.training.train import train
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
@@ -57,7 +57,7 @@ def test_recall_and_ndcg_of_places_written_out() -> None:
 
 def test_no_list_has_an_item_that_the_catalogue_lacks_though_it_is_longer() -> None:
     items, targets, vectors = torch.tensor([2, 5]), torch.tensor([5, 7]), torch.eye(2)
-    places = search_places(vectors.flip(0), vectors.flip(0), targets, items, vectors)
+    places = count_above(vectors.flip(0), vectors.flip(0), targets, items, vectors)
     metrics = retrieval_metrics(*places, depths=[3])
     assert [metrics[f"{name}@3"] for name in ("recall", "ndcg", "mrr")] == [0.5] * 3
 

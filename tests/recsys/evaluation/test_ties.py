@@ -17,7 +17,7 @@ from recsys.cli import main
 from recsys.evaluation import further_metrics
 from recsys.evaluation.bootstrap import pooled_metric
 from recsys.evaluation.metrics import evaluation_report
-from recsys.evaluation.retrieval import retrieval_metrics, search_places
+from recsys.evaluation.retrieval import count_above, retrieval_metrics
 from recsys.evaluation.scores import SplitScores, check_same_rows, read_scores, write_scores
 from tests.recsys.command_runs import NUM_ROWS, TrainedRun, assert_same_metrics
 
@@ -111,7 +111,7 @@ def test_recall_and_ndcg_are_their_means_over_random_tie_breaks(
     seed: int,
 ) -> None:
     queries, targets, target_items, items, vectors = random_search(seed)
-    places_of_items = search_places(queries, targets, target_items, items, vectors)
+    places_of_items = count_above(queries, targets, target_items, items, vectors)
     actual = retrieval_metrics(*places_of_items, depths=DEPTHS)
     scores = (queries @ vectors.T).numpy()[:, None] + ORDERS / 10  # [9, 720, 6]
     by_user = np.take_along_axis(scores, (target_items // 3).numpy()[:, None, None], axis=2)
@@ -129,7 +129,7 @@ def test_a_tower_that_gives_all_items_one_vector_scores_as_chance(value: float) 
     items, generator = torch.arange(1000), torch.Generator().manual_seed(0)
     vectors, queries = torch.full((1000, 33), value), torch.randn(40, 33, generator=generator)
     targets = torch.randint(1000, (40,), generator=generator)
-    actual = retrieval_metrics(*search_places(queries, vectors[:40], targets, items, vectors))
+    actual = retrieval_metrics(*count_above(queries, vectors[:40], targets, items, vectors))
     gains = 1 / np.log2(2 + np.arange(100))
     for depth in (10, 50, 100):
         assert actual[f"recall@{depth}"] == pytest.approx(depth / 1000)

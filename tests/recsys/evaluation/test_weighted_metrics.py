@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from recsys.checkpoint.run_schema import schema_of_data
-from recsys.data.item_frequency import PARTS
+from recsys.data.item_frequency import SUBSETS
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.parquet.values import ROW_POSITION
 from recsys.data.schema import load_schema
@@ -68,12 +68,12 @@ def report_of(scores: SplitScores) -> dict[str, Any]:
 
 def assert_same_metrics(report: dict[str, Any], expected: dict[str, Any]) -> None:
     """All but the numbers of rows are equal to rounding, in each part of the items."""
-    for part in PARTS:
+    for part in SUBSETS:
         rows, reference = (
             (scores if part == "all" else scores[part]) for scores in (report, expected)
         )
         assert rows["sum_of_weights"] == reference["num_samples"]
-        for name in reference.keys() - {*PARTS, *COUNTS, "ids"}:
+        for name in reference.keys() - {*SUBSETS, *COUNTS, "ids"}:
             assert rows[name] == pytest.approx(reference[name], abs=1e-6), (part, name)
 
 
@@ -82,7 +82,7 @@ def test_integer_weights_are_repeated_rows_in_every_metric(seed: int) -> None:
     scores = random_scores(seed)
     assert_same_metrics(report_of(scores), report_of(repeated(scores)))
     for metric in METRICS:
-        for part in PARTS:
+        for part in SUBSETS:
             pair = [pooled_metric([scores], metric, part) for scores in (scores, repeated(scores))]
             assert pair[0] == pytest.approx(pair[1], abs=1e-12)
 
@@ -145,7 +145,7 @@ def test_rows_to_predict_need_no_weights_and_a_run_goes_on_with_its_own_alone(
         assert pq.read_table(out).num_rows == rows.num_rows
         root = Location.of(str(folder / "repeated"))
         with pytest.raises(ValueError, match="'times'"):
-            schema_of_data(folder / "run", root, ranks, goes_on=True)
+            schema_of_data(folder / "run", root, ranks, is_resumed=True)
         assert schema_of_data(folder / "run", root, ranks).weight is None
 
 

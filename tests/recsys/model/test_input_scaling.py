@@ -12,7 +12,7 @@ import torch
 from recsys.build import build_job
 from recsys.checkpoint.warm_start.source import WarmStart
 from recsys.config import load_config
-from recsys.data.batch import Batch, FurtherHistory
+from recsys.data.batch import Batch, ExtraHistory
 from recsys.data.batch_builder import BatchBuilder
 from recsys.data.item_frequency import NumberRange, NumberRanges
 from recsys.data.parquet.values import ROW_POSITION
@@ -41,9 +41,9 @@ def batch_of(dense: list[list[float]], values: list[list[float]]) -> Batch:
     columns = {"item": Column("id", num_embeddings=9), "liked": Column("label")}
     rows = pa.table({"item": [7], "liked": pa.array([1], pa.float32()), ROW_POSITION: [0]})
     lists = torch.tensor(values)
-    further = FurtherHistory(torch.tensor([len(values)]), lists, len(values), torch.zeros(0))
+    further = ExtraHistory(torch.tensor([len(values)]), lists, len(values), torch.zeros(0))
     batch = BatchBuilder(Schema("item", "item", columns), [])(rows)
-    history = replace(batch.history, values=lists, further=[further])
+    history = replace(batch.history, values=lists, extras=[further])
     return replace(batch, dense_features=torch.tensor(dense), history=history)
 
 
@@ -62,7 +62,7 @@ def test_wide_numbers_are_standardized_and_others_stay_to_the_last_bit() -> None
     assert torch.equal(scaled.dense_features[0, 1], torch.tensor(0.1))
     torch.testing.assert_close(scaled.history.values, torch.tensor([[-1.0], [1.0], [-0.15]]))
     assert torch.equal(scaled.history.recorded_values, torch.tensor([[0.0], [4.0], [1.7]]))
-    assert torch.equal(scaled.history.further[0].values, torch.tensor([[0.0], [4.0], [1.7]]))
+    assert torch.equal(scaled.history.extras[0].values, torch.tensor([[0.0], [4.0], [1.7]]))
 
 
 def test_far_outliers_are_clamped() -> None:

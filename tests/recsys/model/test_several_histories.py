@@ -95,7 +95,7 @@ def test_a_further_history_is_encoded_as_plain_attention_encodes_it(data: Path) 
     em3, batch = unsharded(data, config_of("dlrm"))
     ids, further = encoded(em3, batch), em3.further_histories
     assert further is not None
-    encoder, history = further.encoders[0], batch.history.further[0]
+    encoder, history = further.encoders[0], batch.history.extras[0]
     start = 0
     for row, length in enumerate(history.lengths.tolist()):
         places = slice(start, start + length)
@@ -170,12 +170,12 @@ def test_items_of_further_histories_are_among_those_whose_content_is_read(data: 
     batch = BatchBuilder(schema, [], content_histories=["bought"])(rows)
     alone = BatchBuilder(schema, [])(rows)
     bought = batch.sequence_features["bought"].values()
-    assert batch.history.items[batch.history.further[0].index].equal(bought)
+    assert batch.history.items[batch.history.extras[0].index].equal(bought)
     assert len(batch.history.items) > len(alone.history.items)
     for built in (batch, alone):
         viewed = [item for items in rows["history"].to_pylist() for item in items or ()]
         assert built.history.items[built.history.index].tolist() == viewed
-    assert not len(batch.history.further[1].index)
+    assert not len(batch.history.extras[1].index)
 
 
 def test_settings_that_would_be_left_out_are_refused(data: Path) -> None:

@@ -66,7 +66,7 @@ def test_id_dropout_zeroes_vectors_of_its_feature_in_training() -> None:
     vectors = {name: torch.ones(100, 2) for name in ("user", "place", "item", "history")}
     pooled = SimpleNamespace(to_dict=lambda: vectors)
     sequences = {name: SimpleNamespace(values=lambda name=name: vectors[name]) for name in vectors}
-    batch: Any = SimpleNamespace(history=SimpleNamespace(whole=None))  # all that is read
+    batch: Any = SimpleNamespace(history=SimpleNamespace(full=None))  # all that is read
     ids = read(pooled, sequences, batch)
     assert 20 < int((ids.pooled[0] == 0).all(dim=1).sum()) < 80
     for whole in (ids.pooled[1], ids.target, ids.history):

@@ -205,8 +205,8 @@ def test_one_pass_has_the_loss_and_gradients_of_a_row_for_each_position(
     )
     rows = read(rows_in_time())
     batch, slow = batch_of(rows), reference(rows)
-    assert batch.history.whole is not None and slow.history.whole is None
-    assert len(batch.history.whole.index) < len(slow.history.index)
+    assert batch.history.full is not None and slow.history.full is None
+    assert len(batch.history.full.index) < len(slow.history.index)
     for actual, expected in zip(results(settings, batch), results(settings, slow), strict=True):
         torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-5)
         assert expected.abs().sum() > 0

@@ -14,7 +14,7 @@ from torchrec.models.dlrm import InteractionArch
 from recsys.config import ranking_settings
 from recsys.config.limits import check_settings
 from recsys.content.vectors import ContentVectors
-from recsys.data.batch import FurtherHistory
+from recsys.data.batch import ExtraHistory
 from recsys.data.jagged_history import JaggedHistory
 from recsys.data.schema_columns import HistoryColumns
 from recsys.kernels.choice import _KernelChoice
@@ -115,7 +115,7 @@ def further_of(encoder: Any) -> ExtraSequences:
 def test_content_is_read_as_that_of_a_history_of_these_items_alone(encoder: str) -> None:
     ids, content, batch = inputs()
     prices = torch.rand(3, 1)
-    batch.history.further.append(FurtherHistory(BOUGHT_LENGTHS, prices, 2, BOUGHT_PLACES))
+    batch.history.extras.append(ExtraHistory(BOUGHT_LENGTHS, prices, 2, BOUGHT_PLACES))
     further = further_of(encoder)
     ids = replace(ids, further=[torch.randn(3, ID_DIM)])
 

@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from recsys.storage.files import (
+    atomic_file,
+    atomic_folder,
+    atomic_write,
     recover_folder,
     replace_folder,
-    whole_file,
-    whole_folder,
-    write_whole,
 )
 from recsys.storage.location import Location
 from recsys.storage.output_file import check_output, check_run_folder
@@ -23,7 +23,7 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     page.write_text("old")
     with pytest.raises(UnicodeEncodeError):
-        write_whole(page, "new \ud800")  # a lone surrogate has no UTF-8
+        atomic_write(page, "new \ud800")  # a lone surrogate has no UTF-8
     assert page.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
 
@@ -57,7 +57,7 @@ def test_files_of_hive_partitions_are_those_of_the_folder(tmp_path: Path) -> Non
 
 
 def test_a_folder_appears_whole(tmp_path: Path) -> None:
-    with whole_folder(tmp_path / "new") as partial:
+    with atomic_folder(tmp_path / "new") as partial:
         (partial / "part").write_text("1")
         assert not (tmp_path / "new").exists()
     assert (tmp_path / "new" / "part").read_text() == "1"
@@ -65,7 +65,7 @@ def test_a_folder_appears_whole(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "new") as partial:
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "new") as partial:
         (partial / "part").write_text("1")
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
@@ -75,7 +75,7 @@ def test_a_folder_that_fails_leaves_nothing(tmp_path: Path) -> None:
 def test_of_two_folders_the_first_stays(tmp_path: Path, may_exist: bool) -> None:
     with (
         nullcontext() if may_exist else pytest.raises(OSError),
-        whole_folder(tmp_path / "new", may_exist) as partial,
+        atomic_folder(tmp_path / "new", may_exist) as partial,
     ):
         (partial / "part").write_text("second")
         (tmp_path / "new").mkdir()
@@ -107,7 +107,7 @@ def test_any_name_of_a_local_folder_is_that_folder(
         assert not location.exists()
     Path(name).mkdir()
     table = pa.table({"column": [1]})
-    with whole_file(Path(name, "x:y.parquet")) as partial:
+    with atomic_file(Path(name, "x:y.parquet")) as partial:
         pq.write_table(table, partial)
     (file,) = Location.of(name).files(".parquet")
     assert pq.read_table(file.path, filesystem=file.arrow).equals(table)
@@ -196,7 +196,7 @@ def test_a_pipe_or_device_is_neither_written_nor_replaced(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="pipe"):
         check_output(tmp_path / "pipe")
     with pytest.raises(ValueError, match="pipe"):
-        write_whole(tmp_path / "pipe", "text")
+        atomic_write(tmp_path / "pipe", "text")
     assert (tmp_path / "pipe").is_fifo()
     with pytest.raises(ValueError, match="/dev/null"):  # only checked, never written
         check_output(Path("/dev/null"))

@@ -198,10 +198,10 @@ def content_of(out: Path) -> dict[str, list[dict[str, Any]]]:
 def test_calls_day_by_day_make_the_rows_of_one_call(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(daily_state, "MOST_CALLS", 2)
+    monkeypatch.setattr(daily_state, "MAX_CALLS", 2)
     if case != "kept":
-        monkeypatch.setattr(daily_state, "MOST_APPENDED", 0)
-        monkeypatch.setattr(daily_state, "LEAST_DROPPED", 0)
+        monkeypatch.setattr(daily_state, "MAX_APPENDED", 0)
+        monkeypatch.setattr(daily_state, "MIN_DROPPED", 0)
     config = write_settings(tmp_path / "data", case)
     table = log(0, late=True)
     for number, day in enumerate(DAYS):
@@ -221,7 +221,7 @@ def test_calls_day_by_day_make_the_rows_of_one_call(
 def test_hours_whose_state_is_merged_make_the_rows_of_one_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(daily_state, "MOST_CALLS", 3)
+    monkeypatch.setattr(daily_state, "MAX_CALLS", 3)
     config = write_small(tmp_path, partition="hour", negatives={"per_positive": 1})
     days, out = f"{DAYS[0]}/{{:02}}", tmp_path / "out"
     for hour in range(2, 18):
@@ -242,7 +242,7 @@ def test_hours_whose_state_is_merged_make_the_rows_of_one_call(
 def test_a_clock_that_begins_before_1970_ends_no_call_that_merges_the_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(daily_state, "MOST_CALLS", 1)
+    monkeypatch.setattr(daily_state, "MAX_CALLS", 1)
     config = write_small(tmp_path, drop={"late_rows": "3000w"})
     for number, day in enumerate(DAYS[:3]):
         # In Berlin the first hour of 1970 is one of 1969 in UTC.
@@ -274,8 +274,8 @@ def test_without_late_events_the_rows_are_those_of_a_dataset_made_at_once(tmp_pa
 def test_spark_goes_on_from_days_of_duckdb_and_back_with_the_same_rows(
     open_spark: Callable[[Path], SqlEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(daily_state, "MOST_APPENDED", 0)
-    monkeypatch.setattr(daily_state, "LEAST_DROPPED", 0)
+    monkeypatch.setattr(daily_state, "MAX_APPENDED", 0)
+    monkeypatch.setattr(daily_state, "MIN_DROPPED", 0)
     config, table = write_settings(tmp_path / "data", "last"), log(0, late=True)
     masters = {1: "local[2]", 2: None, 3: "local[2]"}
     for number, day in enumerate(DAYS[:4]):
@@ -534,7 +534,7 @@ def kill_everywhere(config: Path, folder: Path, steps: list[int]) -> None:
 
 def in_child(config: Path, out: Path, kill_at: int | None) -> bool:
     """Return whether a process that gives the call was killed at a step."""
-    daily_state.LEAST_DROPPED = 0
+    daily_state.MIN_DROPPED = 0
     if (pid := os.fork()) == 0:
         steps = 0
 

@@ -21,7 +21,7 @@ from recsys.data.events import follow
 from recsys.data.events.daily import prepare_days
 from recsys.data.events.daily_state import PROGRESS, STATE
 from recsys.data.events.times import Calendar, moment
-from recsys.storage.files import read_json, write_whole
+from recsys.storage.files import atomic_write, read_json
 from tests.ranks import HANG_SECONDS, forking_server
 from tests.recsys.command_runs import run_rank
 from tests.recsys.data.events.test_events_daily import (
@@ -57,7 +57,7 @@ class Follower:
         return process
 
     def end_day(self, number: int) -> None:
-        write_whole(self.folder / "clock", str(moment(DAYS[number + 1], "UTC")))
+        atomic_write(self.folder / "clock", str(moment(DAYS[number + 1], "UTC")))
 
     def has_prepared(self, number: int) -> bool:
         file = self.folder / "out" / STATE / PROGRESS

@@ -216,7 +216,7 @@ def check_package(package: Path, predictions: pa.Table) -> None:
         scores = scorer.score(arguments.user, arguments.history, arguments.candidates)
         expected = [row[f"prediction_{label}"] for label in scorer.labels]
         np.testing.assert_allclose(scores[0], expected, rtol=1e-4, atol=1e-6)
-        looked_up = [name for name in columns.history if scorer.schema.lookup_beside(name)]
+        looked_up = [name for name in columns.history if scorer.schema.lookup_of_list(name)]
         assert looked_up == ["viewed_brand"]
         history = {name: row[name] for name in columns.history if name not in looked_up}
         again = scorer.score(arguments.user, history, arguments.candidates)

@@ -24,7 +24,7 @@ AUDIO = ModalitySettings(kind="feature", column="audio")
 
 @pytest.fixture(autouse=True)
 def pieces_of_three_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(item_table, "BYTES_PER_PIECE", 3 * 4 * 5 * 2)
+    monkeypatch.setattr(item_table, "BYTES_PER_BLOCK", 3 * 4 * 5 * 2)
 
 
 @pytest.fixture

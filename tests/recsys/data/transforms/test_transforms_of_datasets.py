@@ -105,7 +105,7 @@ def test_a_run_keeps_its_fitted_values_and_refuses_others_by_name(
     run_schema = load_run_schema(run)
     assert run_schema is not None and run_schema.transforms == schema.transforms
     assert (
-        schema_of_data(run, Location.of(data), RANKS, goes_on=True).transforms
+        schema_of_data(run, Location.of(data), RANKS, is_resumed=True).transforms
         == run_schema.transforms
     )
 

@@ -36,7 +36,7 @@ READY = "ready"  # the file that a walk makes when it begins
 STEPS = [passes * ceil(ceil(rows / 2) / 8) for passes, rows in zip(PASSES, ROWS, strict=True)]
 
 
-def words_of(data: Path, place: Path) -> list[str]:
+def arguments_of(data: Path, place: Path) -> list[str]:
     words = ["continual", "--config", str(TINY), "--data", str(data), "--out", str(place / "run")]
     words += [*WORDS, "--cache", str(data.parent / "cache"), "--checkpoint.every_steps", "2"]
     words += ["--continual.first_passes", str(PASSES[:1]), "--continual.passes", str(PASSES[-1])]
@@ -48,7 +48,7 @@ def start(data: Path, place: Path, port: int) -> list[BaseProcess]:
     processes = []
     for rank in range(2):
         env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", **rank_environment(rank, 2, port)}
-        arguments = (words_of(data, place), env, place, rank)
+        arguments = (arguments_of(data, place), env, place, rank)
         processes.append(forking_server().Process(target=traced_rank, args=arguments, daemon=True))
     for process in processes:
         process.start()

@@ -31,7 +31,7 @@ from tests.recsys.training.continual.walk_runs import (
 )
 
 
-def words_of(folder: Path, *extra: str) -> list[str]:
+def arguments_of(folder: Path, *extra: str) -> list[str]:
     words = ["continual", "--config", str(TINY), "--data", str(folder / "data")]
     return [*words, "--out", str(folder / "run"), *WORDS, *WITHOUT_CONTENT, *extra]
 
@@ -61,12 +61,12 @@ def test_a_walk_follows_partitions_until_it_is_asked_to_end(tmp_path: Path) -> N
 
     writer = threading.Thread(target=write, daemon=True)
     writer.start()
-    assert main(words_of(tmp_path, "--follow", "--continual.poll_seconds", "0.1")) == 0
+    assert main(arguments_of(tmp_path, "--follow", "--continual.poll_seconds", "0.1")) == 0
     writer.join()
     assert recorded == [NAMES[:1]]  # it has waited for the mark
     assert names_of(run) == NAMES[:2]
     # With a last partition it ends by itself.
-    assert main(words_of(tmp_path, "--follow", "--until", "2025-11-09")) == 0
+    assert main(arguments_of(tmp_path, "--follow", "--until", "2025-11-09")) == 0
 
 
 @pytest.mark.long
@@ -74,7 +74,7 @@ def test_ranks_of_torchrun_follow_partitions_and_end_on_its_sigterm(tmp_path: Pa
     """SIGTERM comes once between partitions, and once while one is trained on."""
     write_walk(tmp_path / "data", 1)
     run = tmp_path / "run"
-    words = words_of(tmp_path, "--follow", "--continual.poll_seconds", "0.1")
+    words = arguments_of(tmp_path, "--follow", "--continual.poll_seconds", "0.1")
     words = ["--standalone", "--nproc-per-node", "2", "-m", "--", "recsys.cli", *words]
     for number in (1, 2):
         with (tmp_path / "log").open("w") as log:
@@ -89,7 +89,7 @@ def test_ranks_of_torchrun_follow_partitions_and_end_on_its_sigterm(tmp_path: Pa
             followed.wait(HANG_SECONDS)
         assert f"asked to end; {run} " in (tmp_path / "log").read_text()
         assert names_of(run)[:2] == NAMES[:2]
-    assert main([*words_of(tmp_path), "--until", "2025-11-10"]) == 0
+    assert main([*arguments_of(tmp_path), "--until", "2025-11-10"]) == 0
     assert names_of(run) == NAMES[:3]
     assert [line["partition"] for line in lines_of(run)] == NAMES[1:3]
 

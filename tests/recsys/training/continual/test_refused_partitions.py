@@ -18,7 +18,7 @@ from recsys.cli import main
 from recsys.config import NeighbourSettings
 from recsys.training import neighbour_statistics
 from recsys.training.neighbour_statistics import Events
-from tests.recsys.training.continual.test_followed_walks import names_of, wait_for, words_of
+from tests.recsys.training.continual.test_followed_walks import arguments_of, names_of, wait_for
 from tests.recsys.training.continual.test_scores_first import assert_predicted_alike
 from tests.recsys.training.continual.walk_runs import (
     NAMES,
@@ -235,7 +235,7 @@ def test_a_walk_that_follows_names_it_and_goes_on_with_others(
 
     writer = threading.Timer(2.0, write)
     writer.start()
-    assert main(words_of(two, "--follow", "--continual.poll_seconds", "0.1")) == 0
+    assert main(arguments_of(two, "--follow", "--continual.poll_seconds", "0.1")) == 0
     writer.join()
     assert names_of(two / "run") == NAMES[:3]
     printed = capsys.readouterr().out
@@ -246,5 +246,5 @@ def test_a_late_partition_ends_a_walk_that_follows_with_its_name(
     two: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     add(two, LATE)
-    assert main(words_of(two, "--follow", "--continual.poll_seconds", "0.1")) == 1
+    assert main(arguments_of(two, "--follow", "--continual.poll_seconds", "0.1")) == 1
     assert f"train/{LATE}: is older than" in capsys.readouterr().err

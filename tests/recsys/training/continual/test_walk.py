@@ -237,10 +237,10 @@ def test_a_partition_that_is_begun_goes_on_when_its_tables_get_rows_for_later_da
     root = Location.of(tmp_path / "data")
     file.write_text(file.read_text().replace("num_embeddings: 40", "num_embeddings: 60"))
     with joined_ranks("cpu") as ranks:
-        assert schema_of_data(run, root, ranks, goes_on=True).limit("item") == 40
+        assert schema_of_data(run, root, ranks, is_resumed=True).limit("item") == 40
     file.write_text(file.read_text().replace("num_embeddings: 60", "num_embeddings: 39"))
     with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match="num_embeddings"):
-        schema_of_data(run, root, ranks, goes_on=True)
+        schema_of_data(run, root, ranks, is_resumed=True)
 
 
 def test_tables_grow_with_the_ids_of_partitions_and_items(
@@ -260,7 +260,7 @@ def test_tables_grow_with_the_ids_of_partitions_and_items(
         with caplog.at_level("INFO"):
             walk(tmp_path, tmp_path / "run", *WITHOUT_CONTENT, last=name)
         with joined_ranks("cpu") as ranks:
-            schema = schema_of_data(folder.run_of(name), root, ranks, goes_on=True)
+            schema = schema_of_data(folder.run_of(name), root, ranks, is_resumed=True)
             rows.append(schema.limit("item"))
             assert schema.grown == ({"item": 15} if number else {})
             assert load_run(folder.run_of(name), None, ranks, "cpu").schema.num_items == rows[-1]
