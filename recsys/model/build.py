@@ -53,7 +53,7 @@ def build_em3(
     pooled = pooled_features(config.embedding, schema)
     extra_sequences = _build_extra_sequences(config, schema, dims[schema.target_item])
     widths = extra_sequences.widths if extra_sequences is not None else {}
-    dimensions = InputDimensions.of(schema, pooled, dims, process_group, widths)
+    dimensions = InputDimensions.from_schema(schema, pooled, dims, process_group, widths)
     neighbours = None
     if config.neighbours is not None:
         neighbours = Neighbours(config.neighbours, dimensions, content)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torchrec.models.dlrm import InteractionArch, InteractionDCNArch, InteractionProjectionArch
 from torchrec.modules.crossnet import LowRankCrossNet
 
-from recsys.ranking.dlrm import dot_interaction, pair_places
+from recsys.ranking.dlrm import dot_interaction, pair_indices
 
 
 class WidenedLinear(nn.Linear):
@@ -87,7 +87,7 @@ class DotProducts(nn.Module):
         pairs = torch.triu_indices(num_original + num_vectors, num_original + num_vectors, offset=1)
         rows, columns = pairs[:, pairs[1] >= num_original]
         places = rows * num_vectors + columns - num_original
-        self.register_buffer("pairs", pair_places(num_original), persistent=False)
+        self.register_buffer("pairs", pair_indices(num_original), persistent=False)
         self.register_buffer("places", places, persistent=False)
         self.num_columns = len(rows)
 

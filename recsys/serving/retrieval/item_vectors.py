@@ -26,7 +26,7 @@ from recsys.evaluation.retrieval import catalogue_of
 from recsys.extras import require_extra
 from recsys.model.tables import pooled_features
 from recsys.ranking.generative import (
-    MOST_BEAMS,
+    MAX_BEAMS,
     CodeDecoder,
     CodeTrie,
     Generative,
@@ -183,7 +183,7 @@ class CodeIndex:
         width = max(count, self.beam_size)
         results = [
             beam_search(self.decoder, self.trie, states, width)
-            for states in torch.from_numpy(queries).split(max(1, MOST_BEAMS // width))
+            for states in torch.from_numpy(queries).split(max(1, MAX_BEAMS // width))
         ]
         scores, places = (torch.cat(parts)[:, :count].numpy() for parts in zip(*results))
         return scores, places
