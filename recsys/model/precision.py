@@ -115,7 +115,7 @@ def compiled_parts(em3: EM3) -> dict[str, nn.Module]:
         parts.append(em3.content.fusion)
         for encoder in em3.content.encoders.values():
             assert isinstance(encoder, Encoder)
-            parts += encoder.trained_parts
+            parts += encoder.trained_modules
     part_ids = {id(module) for module in parts}
     return {name: module for name, module in em3.named_modules() if id(module) in part_ids}
 

@@ -14,7 +14,7 @@ from recsys.build import Job, build_job, check_columns
 from recsys.checkpoint.warm_start.plan import plan_warm_start
 from recsys.checkpoint.warm_start.source import WarmStart
 from recsys.config import Config
-from recsys.content.item_vectors import start_projections
+from recsys.content.item_vectors import init_projections
 from recsys.data.batch import Batch
 from recsys.data.interactions import Interactions, loader
 from recsys.data.vocabularies import UnknownIds
@@ -87,7 +87,7 @@ def dry_run(config: Config, data: str, ranks: Ranks, warm_start: WarmStart | Non
         else:
             load_pretrained_tables(job)
             if job.em3.content is not None and job.store is not None:
-                start_projections(job.em3.content, job.store, ranks)
+                init_projections(job.em3.content, job.store, ranks)
         times.append(time.perf_counter())
         with watchdog.armed():
             losses, rows = _train_step(job, interactions, lockstep)

@@ -24,7 +24,7 @@ from recsys.checkpoint.run_schema import WARM_START, exact_maps
 from recsys.checkpoint.warm_start.plan import WarmStartPlan
 from recsys.checkpoint.warm_start.source import Source, WarmStart, open_source, reconciled_schema
 from recsys.config import InitFromSettings
-from recsys.content.item_vectors import start_projections
+from recsys.content.item_vectors import init_projections
 from recsys.data.item_frequency import ItemCounts, NumberRange
 from recsys.data.schema import Schema
 from recsys.distributed.log import print_table
@@ -48,7 +48,7 @@ def start_fresh(job: Job, checked: CheckedRows) -> Progress:
         job.em3.scaling.fit(checked.numbers)
     load_pretrained_tables(job)
     if job.em3.content is not None and job.store is not None:
-        start_projections(job.em3.content, job.store, job.ranks, trained=checked.item_counts)
+        init_projections(job.em3.content, job.store, job.ranks, trained=checked.item_counts)
         fill_bank(job)
     fit_neighbours(job)
     set_codes(job)
@@ -189,7 +189,7 @@ def take_over(job: Job, plan: WarmStartPlan, fills_bank: bool = True) -> Progres
     if content is not None and job.store is not None:
         weights = {name: f"content.projections.{name}.weight" for name in content.projections}
         if new := [name for name, weight in weights.items() if not plan.takes(weight)]:
-            start_projections(content, job.store, job.ranks, new, counts_before(job, plan))
+            init_projections(content, job.store, job.ranks, new, counts_before(job, plan))
         if not fills_bank:
             return progress
         if plan.items is None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from embeddings import MemoryBank
 from recsys.config import Config, content_settings, load_config
 from recsys.content.branch import ContentBranch
-from recsys.content.encoders.build import encoder_of
+from recsys.content.encoders.build import make_encoder
 from recsys.content.encoders.identity import check_identities
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.item_table import ItemTable
@@ -97,7 +97,7 @@ class ItemEncoder:
             return self._branch
         kinds = make_kinds(self.content.modalities)
         encoders = {
-            name: encoder_of(kind, tuple(self.shapes[name])) for name, kind in kinds.items()
+            name: make_encoder(kind, tuple(self.shapes[name])) for name, kind in kinds.items()
         }
         identities = {
             name: encoder.identity for name, encoder in encoders.items() if encoder.identity
