@@ -300,7 +300,7 @@ def _write_graph(job: Job, manifest: Manifest, ranking: nn.Module, path: Path) -
         content_dim=0 if branch is None else branch.dim,
         top_k=top_k(job),
         further_histories=job.em3.further_histories,
-        scaling=None if job.em3.scaling is None else job.em3.scaling.of_dense(manifest.dense),
+        scaling=None if job.em3.scaling is None else job.em3.scaling.select_dense(manifest.dense),
         neighbours=job.em3.neighbours,
         bfloat16=manifest.precision == "bf16",
     )

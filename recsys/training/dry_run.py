@@ -25,7 +25,7 @@ from recsys.distributed.torchrec_internals import require_pipelined
 from recsys.distributed.watchdog import Watchdog
 from recsys.evaluation.evaluate import check_data, split_interactions
 from recsys.evaluation.forward_pass import forward_pass
-from recsys.training.initial_state import load_pretrained_tables, open_warm_start, take_over
+from recsys.training.initial_state import load_pretrained_tables, load_source, open_warm_start
 from recsys.training.train import training_interactions
 from recsys.training.trainer import peak_bytes
 
@@ -83,7 +83,7 @@ def dry_run(config: Config, data: str, ranks: Ranks, warm_start: WarmStart | Non
             print_table(f"{job.plan}\n\n{job.parameters}\n\n{plan or ''}")
         # The steps whose time does not grow with the catalogue.
         if plan is not None:
-            take_over(job, plan, fills_bank=False)
+            load_source(job, plan, fills_bank=False)
         else:
             load_pretrained_tables(job)
             if job.em3.content is not None and job.store is not None:

@@ -23,7 +23,7 @@ from recsys.content.encoders.identity import check_identities
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.item_table import ItemTable
 from recsys.data.items.kind import make_kinds
-from recsys.model.precision import content_parts, use_bfloat16
+from recsys.model.precision import content_modules, use_bfloat16
 from recsys.serving.package import Manifest
 from recsys.storage.manifest import VerifiedFiles
 
@@ -107,7 +107,7 @@ class ItemEncoder:
         bank = None if mode == "full" else MemoryBank(1, width, "cpu")  # no history is read
         branch = ContentBranch(encoders, self.content, bank)
         if self.config.precision == "bf16":
-            use_bfloat16(content_parts(branch).values(), torch.device("cpu"))
+            use_bfloat16(content_modules(branch).values(), torch.device("cpu"))
         result = branch.load_state_dict(load_file(self.folder / WEIGHTS), strict=False)
         trained = {name for name, value in branch.named_parameters() if value.requires_grad}
         assert not result.unexpected_keys and not trained & set(result.missing_keys), result
