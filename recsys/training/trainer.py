@@ -160,7 +160,7 @@ class Trainer:
                 self.callbacks.step(progress, losses, lockstep)
                 if lockstep.stop or lockstep.save:
                     lockstep.end_stretch()  # the pipeline still trains on fetched batches
-                lockstep.watchdog.mark(f"step {progress.steps}")
+                lockstep.watchdog.record_progress(f"step {progress.steps}")
                 self.profile.step()
         lockstep.record_error(self.loss_watch.check())
         lockstep.sync_errors()  # so that no state after a bad loss is ever saved

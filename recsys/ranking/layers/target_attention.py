@@ -106,7 +106,7 @@ class TargetAttention(HistoryAttention):
             return shared_target_attention(
                 target, items, values, lists, self.score, self.rounds_shared
             )
-        weights = ScoreWeights.of(self.score)
+        weights = ScoreWeights.from_layers(self.score)
         may_be_native = isinstance(history, JaggedHistory) and not parallel.requires_grad
         if weights is not None and may_be_native and has_native(target, items, *weights):
             values = parallel[:, : lists.shape[1]]

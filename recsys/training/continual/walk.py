@@ -22,7 +22,7 @@ from recsys.checkpoint.warm_start.source import WarmStart
 from recsys.config import Config, ContinualSettings
 from recsys.data.row_source import open_rows
 from recsys.data.schema import Schema, load_schema
-from recsys.distributed.job import environment_of_no_rank
+from recsys.distributed.job import environment_without_rank
 from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks, sole_job
@@ -106,7 +106,7 @@ def _export(run: Path, package: Path, tables: str) -> None:
     command += ["--compile", "false"]  # machine code holds the weights, so each delta would too
     process = subprocess.run(
         command,
-        env=environment_of_no_rank(),
+        env=environment_without_rank(),
         capture_output=True,
         text=True,
         start_new_session=True,  # Ctrl-C ends the walk, once the package is whole
@@ -146,7 +146,7 @@ def train_continually(
         stack.enter_context(sole_job(run, ranks, run / LOCK))
         watchdog = stack.enter_context(Watchdog(ranks, config.stall_timeout))
         lockstep = stack.enter_context(Lockstep(ranks, config.checkpoint.every_seconds, watchdog))
-        writers, warm_start = ranks.apart(), options.warm_start
+        writers, warm_start = ranks.with_new_group(), options.warm_start
         continual = ContinualRun(config, data, folder, ranks, lockstep, writers, warm_start)
         return _walk(continual, options)
 
