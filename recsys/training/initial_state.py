@@ -108,7 +108,7 @@ def load_pretrained_tables(job: Job, num_old_ids: Mapping[str, int] | None = Non
                 job.model, name, files, rows_of_ids, may_be_empty=num_old_ids is not None
             )
         logger.info(
-            f"table '{name}': {loaded.num_set:,} rows set, {loaded.num_left_out:,} unknown ids "
+            f"table '{name}': {loaded.num_set:,} rows set, {loaded.num_skipped:,} unknown ids "
             f"left out, from {source.path}"
         )
 
