@@ -108,7 +108,7 @@ def build_sequences(history: Any) -> Sequences:
         return EqualSequences(history)
     rows, longest = history.num_rows, history.longest
     indices = torch.arange(rows * longest, device=history.device).view(rows, longest)
-    return EqualSequences(replace(history, num_items=rows * longest, places=indices))
+    return EqualSequences(replace(history, num_items=rows * longest, indices=indices))
 
 
 @dataclass
@@ -234,7 +234,7 @@ class EqualSequences:
         if not self.history.is_shared:
             numbers = torch.arange(self.count * length, device=self.history.device)
             indices = numbers.view(self.count, length)
-        return EqualSequences(replace(self.history, num_items=self.count * length, places=indices))
+        return EqualSequences(replace(self.history, num_items=self.count * length, indices=indices))
 
     def take_latest(self, tokens: Tensor, latest: Sequences) -> Tensor:
         older = self.history.longest - latest.history.longest
