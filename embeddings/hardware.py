@@ -25,7 +25,7 @@ class Hardware:
     reserved_share: float = RESERVED_SHARE
 
     def or_else(self, other: Hardware) -> Hardware:
-        """Return a copy whose missing figures come from `other`."""
+        """Return a copy whose missing bandwidths come from `other`."""
         names = "memory", "host_link", "intra_node", "inter_node"
         values = {name: getattr(self, name) or getattr(other, name) for name in names}
         return replace(self, **values)
@@ -36,7 +36,7 @@ class Hardware:
 
     def config(self, device_bytes: int | None, host_bytes: int) -> HardwareConfig:
         """Return TorchRec's `HardwareConfig` of a rank with this memory."""
-        figures = {
+        bandwidths = {
             "hbm_mem_bw": self.memory,
             "hbm_to_ddr_mem_bw": self.host_link,
             "intra_host_bw": self.intra_node,
@@ -45,7 +45,7 @@ class Hardware:
         return HardwareConfig(
             hbm_cap_bytes=device_bytes,
             ddr_cap_bytes=host_bytes,
-            **{name: figure * GB for name, figure in figures.items() if figure},
+            **{name: value * GB for name, value in bandwidths.items() if value},
         )
 
 
@@ -68,11 +68,11 @@ CARDS = {
 }
 
 
-def hardware_of(name: str) -> Hardware:
-    """Return the figures of a GPU such as `NVIDIA H100 80GB HBM3`; all None if it is unknown."""
-    words = re.split(r"[\s-]+", name.lower())
-    models = [word for word in words if word in CARDS]
+def find_hardware(name: str) -> Hardware:
+    """Return the bandwidths of a GPU such as `NVIDIA H100 80GB HBM3`; all None if it is unknown."""
+    tokens = re.split(r"[\s-]+", name.lower())
+    models = [token for token in tokens if token in CARDS]
     if not models:
         return Hardware()
-    variants = [f"{models[0]}-{word}" for word in ("pcie", "nvl", "40gb") if word in words]
+    variants = [f"{models[0]}-{token}" for token in ("pcie", "nvl", "40gb") if token in tokens]
     return next((CARDS[variant] for variant in variants if variant in CARDS), CARDS[models[0]])

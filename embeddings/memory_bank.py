@@ -30,9 +30,9 @@ class BankRoute:
     """Indices and counts with which ranks exchange the bank's rows of some ids."""
 
     order: Tensor  # int64 [U], sorts the ids by the rank that holds them
-    wanted_counts: list[int]  # number of these ids that each rank holds
+    owner_counts: list[int]  # number of these ids that each rank holds
     rows: Tensor  # int64, rows of this rank's block that each rank requests; distinct in a write
-    asked_counts: list[int]  # number of rows that each rank requests
+    requester_counts: list[int]  # number of rows that each rank requests
     # int64, only for a write: for each row, the index of its last vector among those received.
     # Without it a GPU would store an arbitrary one of several vectors.
     last: Tensor | None = None
@@ -117,15 +117,15 @@ class MemoryBank:
             read, *write = [
                 BankRoute(
                     order=owner[kind == index].argsort(stable=True),
-                    wanted_counts=counts[:, index].tolist(),
+                    owner_counts=counts[:, index].tolist(),
                     rows=received[received_kinds == index] - self._first,
-                    asked_counts=request_counts[:, index].tolist(),
+                    requester_counts=request_counts[:, index].tolist(),
                 )
                 for index in range(kinds)
             ]
             if not write:
                 return read, None
-            rows, last = _last_of_each(write[0].rows)
+            rows, last = _last_positions(write[0].rows)
             return read, replace(write[0], rows=rows, last=last)
 
         return finish
@@ -148,7 +148,7 @@ class MemoryBank:
         else:
             route = self._on_device(route or self.routes(item_ids)()[0])
             sent = self._rows.index_select(0, route.rows)
-            received = exchange(sent, route.asked_counts, route.wanted_counts, self.group)
+            received = exchange(sent, route.requester_counts, route.owner_counts, self.group)
             rows = torch.empty_like(received).index_copy_(0, route.order, received)
         return rows[:, : self.dim], rows[:, self.dim].long() - 1
 
@@ -163,8 +163,8 @@ class MemoryBank:
                 f"memory bank: vectors of shape {tuple(vectors.shape)} for {ids.numel()} ids; "
                 f"pass [{ids.numel()}, {self.dim}]"
             )
-        marks = torch.full((ids.numel(), 1), step + 1, dtype=torch.float32, device=self.device)
-        values = torch.cat([vectors.detach().to(self.device, torch.float32), marks], dim=1)
+        written = torch.full((ids.numel(), 1), step + 1, dtype=torch.float32, device=self.device)
+        values = torch.cat([vectors.detach().to(self.device, torch.float32), written], dim=1)
         if self.world_size == 1:
             self._rows[ids.to(self.device)] = values
         else:
@@ -175,16 +175,16 @@ class MemoryBank:
         route = self._on_device(route or self.routes(item_ids[:0], item_ids)()[1])
         assert route.last is not None
         sent = values[route.order]
-        received = exchange(sent, route.wanted_counts, route.asked_counts, self.group)
+        received = exchange(sent, route.owner_counts, route.requester_counts, self.group)
         self._rows[route.rows] = received.index_select(0, route.last)
 
     @torch.no_grad()
     def forget(self, item_ids: Tensor) -> None:
         """Mark ids [U], the same on all ranks, as never written; not a collective."""
         self._finish_write()
-        places = item_ids - self._start
-        inside = (places >= 0) & (places < len(self._rows))
-        self._rows[places[inside].to(self.device)] = 0
+        indices = item_ids - self._start
+        inside = (indices >= 0) & (indices < len(self._rows))
+        self._rows[indices[inside].to(self.device)] = 0
 
     def _checked(self, item_ids: Tensor) -> Tensor:  # [U] -> int64 [U]
         if item_ids.dim() != 1 or item_ids.dtype not in (torch.int32, torch.int64):
@@ -213,9 +213,9 @@ class MemoryBank:
     def _written_count_and_steps(self) -> tuple[float, float]:
         """Count written items and sum the steps of their last writes. A collective."""
         self._finish_write()
-        marks = self._block[:, self.dim].double()
-        count = (marks > 0).sum(dtype=torch.float64)
-        totals = torch.stack([count, marks.sum() - count])
+        written = self._block[:, self.dim].double()
+        count = (written > 0).sum(dtype=torch.float64)
+        totals = torch.stack([count, written.sum() - count])
         if self.group is not None:
             dist.all_reduce(totals, group=self.group)
         return float(totals[0]), float(totals[1])
@@ -252,8 +252,8 @@ def sharded_by_rows(
         return block
     placement = f"rank:{dist.get_rank()}/{block.device}"
     metadata = ShardMetadata([first_row, 0], list(block.shape), placement)
-    pieces = [Shard(block, metadata)] if len(block) else []
-    return init_from_local_shards(pieces, num_rows, block.shape[1], process_group=group)
+    shards = [Shard(block, metadata)] if len(block) else []
+    return init_from_local_shards(shards, num_rows, block.shape[1], process_group=group)
 
 
 class ReplicatedMemoryBank(MemoryBank):
@@ -267,7 +267,7 @@ class ReplicatedMemoryBank(MemoryBank):
     _capacity = 0  # number of ids that a rank sends in one message with their count
     # An all-gather in progress: its work handle, the rows sent [P, D + 1], which must stay alive
     # until it ends, the gathered rows [W * P, D + 1], and their route.
-    _under_way: tuple[Any, Tensor, Tensor, BankRoute] | None = None
+    _pending_write: tuple[Any, Tensor, Tensor, BankRoute] | None = None
 
     def routes(self, reads: Tensor, writes: Tensor | None = None) -> Callable[[], Routes]:
         """Start computing the route of `writes`; reads need none. Both calls are collectives."""
@@ -292,11 +292,11 @@ class ReplicatedMemoryBank(MemoryBank):
             padded = int(counts.max())
             if padded > gathered.shape[1]:
                 self._capacity = max(self._capacity, padded)
-                whole = torch.empty(self.world_size * padded, dtype=torch.int64)
-                dist.all_gather_into_tensor(whole, _padded(ids, padded), group=self.group)
-                gathered = whole.view(self.world_size, -1)
-            rows, places = _last_of_each(gathered[:, :padded].reshape(-1))
-            return BankRoute(places, [padded] * self.world_size, rows, counts.tolist())
+                complete = torch.empty(self.world_size * padded, dtype=torch.int64)
+                dist.all_gather_into_tensor(complete, _padded(ids, padded), group=self.group)
+                gathered = complete.view(self.world_size, -1)
+            rows, positions = _last_positions(gathered[:, :padded].reshape(-1))
+            return BankRoute(positions, [padded] * self.world_size, rows, counts.tolist())
 
         return finish
 
@@ -304,16 +304,16 @@ class ReplicatedMemoryBank(MemoryBank):
         """Start sending rows [U, D + 1] to all ranks. A collective."""
         self._finish_write()
         route = self._on_device(self._write_route(item_ids)() if route is None else route)
-        padded = values.new_zeros(route.wanted_counts[0], self.dim + 1)
+        padded = values.new_zeros(route.owner_counts[0], self.dim + 1)
         padded[: len(values)] = values
         gathered = values.new_empty(self.world_size * len(padded), self.dim + 1)
         work = dist.all_gather_into_tensor(gathered, padded, group=self.group, async_op=True)
-        self._under_way = work, padded, gathered, route
+        self._pending_write = work, padded, gathered, route
 
     def _finish_write(self) -> None:
-        if self._under_way is not None:
-            work, _, gathered, route = self._under_way
-            self._under_way = None
+        if self._pending_write is not None:
+            work, _, gathered, route = self._pending_write
+            self._pending_write = None
             work.wait()
             self._rows[route.rows] = gathered.index_select(0, route.order)
 
@@ -332,11 +332,11 @@ def _padded(ids: Tensor, length: int) -> Tensor:  # [U] -> [length]
     return padded
 
 
-def _last_of_each(ids: Tensor) -> tuple[Tensor, Tensor]:  # [N] -> [U], [U]
+def _last_positions(ids: Tensor) -> tuple[Tensor, Tensor]:  # [N] -> [U], [U]
     """Return the distinct ids in ascending order, without -1, and the last position of each."""
     unique, inverse = ids.unique(return_inverse=True)
-    places = torch.arange(len(ids))
-    last = torch.zeros_like(unique).scatter_reduce_(0, inverse, places, "amax")
+    positions = torch.arange(len(ids))
+    last = torch.zeros_like(unique).scatter_reduce_(0, inverse, positions, "amax")
     is_id = unique >= 0
     return unique[is_id], last[is_id]
 

@@ -57,7 +57,7 @@ class _Block:
     lists: pa.Array  # [N]
 
     def require(self, good: np.ndarray, column: str, fault: Callable[[int], str]) -> None:
-        """Raise a ValueError with the place of the first row that is not good [N]."""
+        """Raise a ValueError with the location of the first row that is not good [N]."""
         if not good.all():
             index = int((~good).argmax())
             where = f"{self.file}: column '{column}', row {self.positions[index]}"
@@ -153,7 +153,7 @@ class LoadedRows:
     """Number of table rows that were set, and of ids in the files that were skipped."""
 
     num_set: int
-    num_left_out: int
+    num_skipped: int
 
 
 def load_pretrained_rows(
@@ -182,7 +182,7 @@ def load_pretrained_rows(
         load_pretrained_rows(model, "item", PretrainedFiles(["item_vectors.parquet"]))
     """
     target, stored_name = _Target(model, table), files.table or table
-    num_set = num_left_out = 0
+    num_set = num_skipped = 0
     for id_column, block in _read_pretrained(files, stored_name, target.dim):
         rows = _rows(block, id_column, rows_of_ids)
         vectors = _vectors(block, files.vector_column, target.dim, target.type)
@@ -191,15 +191,15 @@ def load_pretrained_rows(
         for shard in target.shards:
             shard.write(torch.tensor(rows), torch.tensor(vectors))
         num_set += int(has_row.sum())
-        num_left_out += int((~has_row).sum())
+        num_skipped += int((~has_row).sum())
     if num_set == 0 and not may_be_empty:
         where = ", ".join(files.paths) or "no files"
-        fault = f"none of the {num_left_out} ids is known" if num_left_out else "none is there"
+        fault = f"none of the {num_skipped} ids is known" if num_skipped else "none is there"
         raise ValueError(
             f"{where}: no row for table '{table}': {fault} (of '{stored_name}' where the "
             "files have a column 'table'); name the files, or the table in them, that hold it"
         )
-    return LoadedRows(num_set, num_left_out)
+    return LoadedRows(num_set, num_skipped)
 
 
 class _Target:
@@ -239,12 +239,12 @@ class _Target:
                 f"'{self.name}'; raise num_embeddings or drop the row"
             ),
         )
-        is_here = (rows >= self._first) & (rows < self._first + len(self._is_set))
-        places = rows[is_here] - self._first
-        is_new = np.zeros(len(places), dtype=bool)
-        is_new[np.unique(places, return_index=True)[1]] = True
-        is_good = ~is_here
-        is_good[is_here] = is_new & ~self._is_set[places]
+        is_local = (rows >= self._first) & (rows < self._first + len(self._is_set))
+        indices = rows[is_local] - self._first
+        is_new = np.zeros(len(indices), dtype=bool)
+        is_new[np.unique(indices, return_index=True)[1]] = True
+        is_good = ~is_local
+        is_good[is_local] = is_new & ~self._is_set[indices]
         block.require(
             is_good,
             id_column,
@@ -253,4 +253,4 @@ class _Target:
                 "already; keep one per row"
             ),
         )
-        self._is_set[places] = True
+        self._is_set[indices] = True

@@ -29,11 +29,11 @@ from torchrec.distributed.types import CacheParams, ModuleSharder, ShardingPlan,
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.optim import RowWiseAdagrad
 
-from embeddings.hardware import Hardware, hardware_of
+from embeddings.hardware import Hardware, find_hardware
 from embeddings.table_sharders import sharders
 from embeddings.tables import Kernel, TableConfig, check_tables
 
-# Least width of column shards under sharding `auto`, because every column shard looks up all ids.
+# Minimal width of column shards under sharding `auto`, as every column shard looks up all ids.
 MIN_COLUMNS = 32
 
 KERNELS: dict[Kernel, EmbeddingComputeKernel] = {
@@ -55,9 +55,9 @@ def constraints(table: TableConfig, world_size: int, prefetch: bool) -> Paramete
     if table.kernel == "uvm_caching":
         cache = CacheParams(load_factor=table.cache_load_factor, prefetch_pipeline=prefetch)
     # Column shards have equal widths; there are as many as possible, up to one per rank.
-    dim, least = table.embedding_dim, MIN_COLUMNS if is_auto else 1
+    dim, min_width = table.embedding_dim, MIN_COLUMNS if is_auto else 1
     widths = (dim // shards for shards in range(world_size, 1, -1) if dim % (4 * shards) == 0)
-    width = next((width for width in widths if width >= least), dim)
+    width = next((width for width in widths if width >= min_width), dim)
     return ParameterConstraints(
         sharding_types=sharding_types,
         compute_kernels=[KERNELS[table.kernel].value],
@@ -159,8 +159,8 @@ def plan_sharding(
     if group is None or dist.get_rank(group) == 0:
         try:
             _check_module(module, tables, torch.device(device))
-            figures = hardware or Hardware()
-            topology = topology or _this_topology(group, torch.device(device), copies, figures)
+            resources = hardware or Hardware()
+            topology = topology or _this_topology(group, torch.device(device), copies, resources)
             num_ranks = topology.world_size
             if group is not None and dist.get_world_size(group) // copies != num_ranks:
                 raise ValueError(
@@ -171,7 +171,7 @@ def plan_sharding(
             planner = EmbeddingShardingPlanner(
                 topology=topology,
                 batch_size=batch_size,
-                storage_reservation=FixedPercentageStorageReservation(figures.reserved_share),
+                storage_reservation=FixedPercentageStorageReservation(resources.reserved_share),
                 constraints={t.name: constraints(t, num_ranks, prefetch) for t in tables},
                 stats=NoopEmbeddingStats(),
                 debug=False,
@@ -192,7 +192,7 @@ def _this_topology(
     world_size = 1 if group is None else dist.get_world_size(group)
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     if device.type == "cuda":
-        hardware = hardware.or_else(hardware_of(torch.cuda.get_device_name(device)))
+        hardware = hardware.or_else(find_hardware(torch.cuda.get_device_name(device)))
     return machine_topology(
         world_size // copies,
         max(local_world_size // copies, 1),
@@ -204,7 +204,7 @@ def _this_topology(
 
 def _check_module(module: nn.Module, tables: Sequence[TableConfig], device: torch.device) -> None:
     check_tables(tables)
-    parameters = parameters_of(module, tables)
+    parameters = find_parameters(module, tables)
     for table in tables:
         if not hasattr(parameters[table.name], "_optimizer_classes"):
             raise ValueError(
@@ -227,12 +227,12 @@ def table_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield name, cast(nn.Parameter, holder.weight)
 
 
-def parameters_of(module: nn.Module, tables: Sequence[TableConfig]) -> dict[str, nn.Parameter]:
+def find_parameters(module: nn.Module, tables: Sequence[TableConfig]) -> dict[str, nn.Parameter]:
     """Return each table's parameter; raise a ValueError if model and `tables` differ in tables."""
     parameters = dict(table_parameters(module))
     for name in sorted(parameters.keys() ^ {table.name for table in tables}):
-        place = "the model" if name in parameters else "the configuration"
-        raise ValueError(f"table '{name}' is only in {place}; configure every table once")
+        owner = "the model" if name in parameters else "the configuration"
+        raise ValueError(f"table '{name}' is only in {owner}; configure every table once")
     return parameters
 
 
@@ -261,19 +261,19 @@ def fuse_table_optimizers(module: nn.Module, tables: Sequence[TableConfig]) -> N
         fuse_table_optimizers(build_embedding_collection(tables), tables)
     """
     configured = {table.name: table for table in tables}
-    for name, parameter in parameters_of(module, tables).items():
+    for name, parameter in find_parameters(module, tables).items():
         optimizer_class, arguments = _table_optimizer(configured[name])
         _step_in_backward(parameter, optimizer_class, arguments)
 
 
 def _step_in_backward(
-    parameter: nn.Parameter, kind: type[torch.optim.Optimizer], arguments: dict[str, Any]
+    parameter: nn.Parameter, cls: type[torch.optim.Optimizer], arguments: dict[str, Any]
 ) -> None:
     """Give a table an optimizer that steps in backward, and tell TorchRec its class.
 
     It replaces torch's `_apply_optimizer_in_backward`, whose import compiles optimizers for 0.5 s.
     """
-    optimizer = kind([parameter], **arguments)
+    optimizer = cls([parameter], **arguments)
 
     def step(parameter: torch.Tensor) -> None:
         optimizer.step()
@@ -282,7 +282,7 @@ def _step_in_backward(
     parameter.register_post_accumulate_grad_hook(step)
     attributes: Any = parameter
     attributes._in_backward_optimizers = [optimizer]
-    attributes._optimizer_classes = [kind]  # sharded tables read these classes and arguments
+    attributes._optimizer_classes = [cls]  # sharded tables read these classes and arguments
     attributes._optimizer_kwargs = [arguments]
 
 
@@ -307,17 +307,17 @@ def _table_optimizer(table: TableConfig) -> tuple[type[torch.optim.Optimizer], d
 class CopiesMean:
     """Averages the copies of all tables every few steps. Each method is a collective."""
 
-    def __init__(self, model: DMPCollection, every: int) -> None:
-        self.model, self.every, self._since = model, every, 0
+    def __init__(self, model: DMPCollection, interval: int) -> None:
+        self.model, self.interval, self._steps = model, interval, 0
 
     def step(self) -> None:
-        """Count a training step, and average the copies if `every` steps have passed."""
-        self._since += 1
-        if self._since >= self.every:
-            self.settle()
+        """Count a training step, and average the copies if `interval` steps have passed."""
+        self._steps += 1
+        if self._steps >= self.interval:
+            self.average()
 
-    def settle(self) -> None:
+    def average(self) -> None:
         """Average the copies if there was a step since the last average. A collective."""
-        if self._since:
+        if self._steps:
             self.model.sync()
-            self._since = 0
+            self._steps = 0

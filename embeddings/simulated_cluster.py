@@ -14,7 +14,7 @@ from torchrec.distributed.planner import Topology
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
 
-from embeddings.hardware import RESERVED_SHARE, Hardware, hardware_of
+from embeddings.hardware import RESERVED_SHARE, Hardware, find_hardware
 from embeddings.sharding import constraints, machine_topology
 from embeddings.table_state import planned_sharding
 from embeddings.tables import TableConfig
@@ -42,18 +42,18 @@ class TableMemory:
     kernel: str
     shards: list[PlannedShard]
 
-    def on_rank(self, rank: int) -> tuple[int, int]:
+    def bytes_on_rank(self, rank: int) -> tuple[int, int]:
         """Return a rank's bytes of weights and of optimizer state."""
         sizes = self._sizes(rank)
         weights = self.table.bytes_of_weight * sum(rows * columns for rows, columns in sizes)
         return weights, sum(state_bytes(self.table, *size) for size in sizes)
 
-    def on_device_of(self, rank: int) -> int:
+    def bytes_on_device(self, rank: int) -> int:
         return sum(device_bytes(self.table, *size) for size in self._sizes(rank))
 
-    def on_host_of(self, rank: int) -> int:
+    def bytes_on_host(self, rank: int) -> int:
         """Return the bytes that a rank with a GPU holds in host memory."""
-        return 0 if self.table.kernel == "fused" else sum(self.on_rank(rank))
+        return 0 if self.table.kernel == "fused" else sum(self.bytes_on_rank(rank))
 
     def _sizes(self, rank: int) -> list[tuple[int, int]]:
         return [(shard.rows, shard.columns) for shard in self.shards if shard.rank == rank]
@@ -91,12 +91,12 @@ def _on_devices(table: TableConfig) -> int:
 def table_memory(table: TableConfig, plan: ShardingPlan) -> TableMemory:
     """Describe how a plan shards a table."""
     sharding = planned_sharding(plan, table.name)
-    pieces = sharding.sharding_spec.shards
-    shards = [PlannedShard(piece.placement.rank(), *piece.shard_sizes) for piece in pieces]
+    specs = sharding.sharding_spec.shards
+    shards = [PlannedShard(spec.placement.rank(), *spec.shard_sizes) for spec in specs]
     return TableMemory(table, sharding.sharding_type, sharding.compute_kernel, shards)
 
 
-def what_does_not_fit(
+def memory_problems(
     tables: Sequence[TableConfig],
     bytes_per_rank: int,
     world_size: int,
@@ -111,13 +111,13 @@ def what_does_not_fit(
     total = sum(map(_on_devices, tables))
     lines = []
     for table in sorted(tables, key=_on_devices, reverse=True):
-        size, pieces = _on_devices(table), _most_pieces(table, world_size)
-        if size > pieces * room:
-            where = "one rank" if pieces == 1 else f"{pieces:,} ranks"
+        size, num_shards = _on_devices(table), _max_shards(table, world_size)
+        if size > num_shards * room:
+            where = "one rank" if num_shards == 1 else f"{num_shards:,} ranks"
             lines.append(
                 f"table '{table.name}' ({table.num_embeddings:,} x {table.embedding_dim}, "
                 f"{table.optimizer}, {table.sharding}) takes {size:,} bytes; {where} can hold "
-                f"{pieces * room:,}"
+                f"{num_shards * room:,}"
             )
     if total > world_size * room and len(tables) > 1:
         lines.append(f"all tables take {total:,} bytes; the ranks can hold {world_size * room:,}")
@@ -125,7 +125,7 @@ def what_does_not_fit(
     return lines + [f"enough would be: {fix}" for fix in fixes]
 
 
-def _most_pieces(table: TableConfig, world_size: int) -> int:
+def _max_shards(table: TableConfig, world_size: int) -> int:
     if table.sharding == "table_wise":
         return 1
     if table.sharding == "column_wise":
@@ -151,11 +151,11 @@ def _fixes(tables: Sequence[TableConfig], room: int, world_size: int, host_bytes
     where, ranks = f"for table '{largest.name}'", -(-total // room)
     fixes = [f"{ranks:,} ranks"] if _fit(tables, room, ranks) else []
     for name, value in changes.items():
-        after = [replace(table, **{name: value}) if table is largest else table for table in tables]
-        if _fit(after, room, world_size):
+        tried = [replace(table, **{name: value}) if table is largest else table for table in tables]
+        if _fit(tried, room, world_size):
             fixes.append(f"{name} '{value}' {where}")
     room_left = world_size * room - (total - _on_devices(largest))
-    room_left = min(room_left, _most_pieces(largest, world_size) * room)
+    room_left = min(room_left, _max_shards(largest, world_size) * room)
     for dim in range(largest.embedding_dim // 4 * 4, 0, -4):
         if _on_devices(replace(largest, embedding_dim=dim)) <= room_left:
             fixes.append(f"embedding_dim {dim} {where}")
@@ -166,9 +166,9 @@ def _fixes(tables: Sequence[TableConfig], room: int, world_size: int, host_bytes
 
 
 def _fit(tables: Sequence[TableConfig], room: int, world_size: int) -> bool:
-    sizes = [(_on_devices(table), _most_pieces(table, world_size)) for table in tables]
+    sizes = [(_on_devices(table), _max_shards(table, world_size)) for table in tables]
     total = sum(size for size, _ in sizes)
-    return total <= world_size * room and all(size <= pieces * room for size, pieces in sizes)
+    return total <= world_size * room and all(size <= count * room for size, count in sizes)
 
 
 @dataclass(frozen=True)
@@ -184,10 +184,10 @@ class Device:
 
 # Memory that the driver reports, rounded down, in the manufacturers' eight-GPU machines.
 DEVICES = {
-    "a100": Device("a100", "cuda", 79 * GIB, 128 * GIB, hardware_of("a100")),
-    "h100": Device("h100", "cuda", 79 * GIB, 256 * GIB, hardware_of("h100")),
-    "h200": Device("h200", "cuda", 139 * GIB, 256 * GIB, hardware_of("h200")),
-    "b200": Device("b200", "cuda", 178 * GIB, 256 * GIB, hardware_of("b200")),
+    "a100": Device("a100", "cuda", 79 * GIB, 128 * GIB, find_hardware("a100")),
+    "h100": Device("h100", "cuda", 79 * GIB, 256 * GIB, find_hardware("h100")),
+    "h200": Device("h200", "cuda", 139 * GIB, 256 * GIB, find_hardware("h200")),
+    "b200": Device("b200", "cuda", 178 * GIB, 256 * GIB, find_hardware("b200")),
 }
 
 
@@ -245,10 +245,10 @@ def slowest_rank(
             if (option.name, option.sharding_type) == (table.name, memory.sharding)
             and [list(shard.size) for shard in option.shards] == sizes
         )
-        for place, shard in zip(memory.shards, option.shards, strict=True):
+        for planned, shard in zip(memory.shards, option.shards, strict=True):
             assert shard.perf is not None
-            times[place.rank][0] += shard.perf.total
+            times[planned.rank][0] += shard.perf.total
             if table.kernel != "fused":
                 work = shard.perf.fwd_compute + shard.perf.bwd_compute + shard.perf.prefetch_compute
-                times[place.rank][1] += work
+                times[planned.rank][1] += work
     return max(RankTime(*rank) for rank in times)

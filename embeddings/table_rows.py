@@ -33,8 +33,8 @@ class TableShard:
     def write(self, rows: Tensor, values: Tensor) -> None:  # int64 [N], [N, D]
         """Write those rows and columns of `values` that this shard holds."""
         inside = self.contains(rows)
-        places = (rows[inside] - self.row).to(self.weight.device)
-        self.weight[places] = values[inside, self.columns].to(self.weight)
+        indices = (rows[inside] - self.row).to(self.weight.device)
+        self.weight[indices] = values[inside, self.columns].to(self.weight)
 
     def is_trained(self) -> Tensor:  # bool [rows], on the host
         """Return which rows were updated: their optimizer state is not zero."""
@@ -86,8 +86,8 @@ class TableRows:
     def fill_untrained(self, value: Tensor) -> None:  # [D]
         """Write one vector into every row that was not trained; not a collective."""
         for shard, trained in zip(self.shards, self.trained, strict=True):
-            places = torch.nonzero(~trained).squeeze(1).to(shard.weight.device)
-            shard.weight[places] = value[shard.columns].to(shard.weight)
+            indices = torch.nonzero(~trained).squeeze(1).to(shard.weight.device)
+            shard.weight[indices] = value[shard.columns].to(shard.weight)
 
 
 class RowReset:
@@ -116,10 +116,10 @@ class RowReset:
             device = shard.weight.device
             stream = torch.cuda.default_stream(device) if device.type == "cuda" else None
             with torch.cuda.stream(stream):
-                places = (inside - shard.row).to(device)
-                shard.weight[places] = fresh.to(shard.weight)
+                indices = (inside - shard.row).to(device)
+                shard.weight[indices] = fresh.to(shard.weight)
                 for state in shard.states:
-                    state[places] = 0
+                    state[indices] = 0
 
 
 def _fresh_rows(table: TableConfig, seed: int) -> Tensor:

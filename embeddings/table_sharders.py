@@ -53,8 +53,8 @@ class _TableSharder:
         for name, tensor in sharded.state_dict().items():
             initializer = initializers[name.split(".")[-2]]
             assert isinstance(initializer, NormalInitializer), (name, initializer)
-            for piece, (row_offset, column_offset) in _local_pieces(tensor):
-                initializer.fill(piece, row_offset, column_offset)
+            for weight, (row_offset, column_offset) in _local_shards(tensor):
+                initializer.fill(weight, row_offset, column_offset)
         return sharded
 
 
@@ -96,16 +96,16 @@ def sharders(
     if not forward == backward == "fp32":
         types = QCommsConfig(CommType(forward), CommType(backward))
         codecs = {operation.name: get_qcomm_codecs(types) for operation in CommOp}
-    kinds: tuple[Any, ...] = BagSharder, SequenceSharder
-    return [kind(qcomm_codecs_registry=codecs) for kind in kinds]
+    sharder_types: tuple[Any, ...] = BagSharder, SequenceSharder
+    return [sharder(qcomm_codecs_registry=codecs) for sharder in sharder_types]
 
 
-def _local_pieces(table: ShardedTensor | DTensor) -> Iterator[tuple[torch.Tensor, Sequence[int]]]:
+def _local_shards(table: ShardedTensor | DTensor) -> Iterator[tuple[torch.Tensor, Sequence[int]]]:
     """Yield this rank's shards with their offsets; copies of tables are DTensors."""
     if isinstance(table, ShardedTensor):
         for shard in table.local_shards():
             yield shard.tensor, shard.metadata.shard_offsets
     else:
-        pieces = cast(LocalShardsWrapper, table.to_local())
+        local = cast(LocalShardsWrapper, table.to_local())
         # A rank without a shard may have offsets nevertheless, hence no strict zip.
-        yield from zip(pieces.local_shards(), pieces.local_offsets(), strict=False)
+        yield from zip(local.local_shards(), local.local_offsets(), strict=False)

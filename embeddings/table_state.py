@@ -17,7 +17,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.shards_wrapper import LocalShardsWrapper
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
 
-from embeddings.torchrec_internals import group_of_copies, table_kernels
+from embeddings.torchrec_internals import copies_group, table_kernels
 
 BLOCK_BYTES = 64 * 2**20
 MAX_BLOCKS = 64  # per shard, as torch's checks take time quadratic in the number of blocks
@@ -33,7 +33,7 @@ def current_state(model: nn.Module) -> dict[str, Any]:
         kernel.reset_cache_states()
     for name, value in state.items():
         if isinstance(value, DTensor):
-            plan, group = cast(DistributedModelParallel, model).plan, group_of_copies(model)
+            plan, group = cast(DistributedModelParallel, model).plan, copies_group(model)
             spec = planned_sharding(plan, name.split(".")[-2]).sharding_spec
             state[name] = _as_sharded_tensor(value, spec.shards, group)
     return state
@@ -81,31 +81,31 @@ class _Moment(NamedTuple):
 
 
 def sharded_in_blocks(
-    placed: Sequence[tuple[ShardMetadata, Tensor | None]],
+    shards: Sequence[tuple[ShardMetadata, Tensor | None]],
     size: Sequence[int],
     dtype: torch.dtype,
     group: dist.ProcessGroup | None,
 ) -> ShardedTensor:
     """Build a ShardedTensor of `size` by splitting the given shards into blocks of rows.
 
-    `placed` lists the shards of all ranks, each with its tensor if it is on this rank.
+    `shards` lists the shards of all ranks, each with its tensor if it is on this rank.
     """
     metadata: list[ShardMetadata] = []
     local: list[Shard] = []
-    for shard, tensor in placed:
+    for shard, tensor in shards:
         row_bytes = dtype.itemsize * max(1, shard.shard_sizes[-1] if len(size) > 1 else 1)
         rows = shard.shard_sizes[0]
         block = max(1, BLOCK_BYTES // row_bytes, -(-rows // MAX_BLOCKS))
         for start in range(0, rows, block):
             count = min(block, rows - start)
             offsets = [shard.shard_offsets[0] + start, *shard.shard_offsets[1:]]
-            piece = ShardMetadata(offsets, [count, *shard.shard_sizes[1:]], shard.placement)
-            metadata.append(piece)
+            spec = ShardMetadata(offsets, [count, *shard.shard_sizes[1:]], shard.placement)
+            metadata.append(spec)
             if tensor is not None:
-                local.append(Shard(_alone_in_storage(tensor[start : start + count]), piece))
-    whole = ShardedTensorMetadata(metadata, torch.Size(size), TensorProperties(dtype=dtype))
+                local.append(Shard(_alone_in_storage(tensor[start : start + count]), spec))
+    full = ShardedTensorMetadata(metadata, torch.Size(size), TensorProperties(dtype=dtype))
     return ShardedTensor._init_from_local_shards_and_global_metadata(
-        local, whole, process_group=group
+        local, full, process_group=group
     )
 
 
@@ -119,7 +119,7 @@ def _alone_in_storage(view: Tensor) -> Tensor:
     return torch.from_numpy(view.detach().view(torch.uint8).numpy()).view(view.dtype)
 
 
-def _placed(
+def _shard_tensors(
     tensor: ShardedTensor, local: Iterable[Tensor] | None = None
 ) -> list[tuple[ShardMetadata, Tensor | None]]:
     """Return the shards of all ranks, each with its tensor, or that of `local`, if it is here."""
@@ -138,19 +138,19 @@ def in_blocks(
 ) -> ShardedTensor:
     """Return a tensor in blocks of rows that share its memory, or that of `local` if given."""
     size, dtype = tensor.metadata().size, tensor.metadata().tensor_properties.dtype
-    return sharded_in_blocks(_placed(tensor, local), size, dtype, group)
+    return sharded_in_blocks(_shard_tensors(tensor, local), size, dtype, group)
 
 
 def copied_to_host(tensor: ShardedTensor, group: dist.ProcessGroup | None = None) -> ShardedTensor:
     """Return a copy of the tensor in host memory, on the same ranks."""
     size, dtype = tensor.metadata().size, tensor.metadata().tensor_properties.dtype
-    placed = []
-    for shard, local in _placed(tensor):
+    shards = []
+    for shard, local in _shard_tensors(tensor):
         assert shard.placement is not None
         on_host = f"rank:{shard.placement.rank()}/cpu"
         metadata = ShardMetadata(shard.shard_offsets, shard.shard_sizes, on_host)
-        placed.append((metadata, None if local is None else local.to("cpu", copy=True)))
-    return sharded_in_blocks(placed, size, dtype, group)
+        shards.append((metadata, None if local is None else local.to("cpu", copy=True)))
+    return sharded_in_blocks(shards, size, dtype, group)
 
 
 def table_weights(model: nn.Module) -> dict[str, ShardedTensor]:
@@ -189,10 +189,10 @@ class TableOptimizerState:
         self._unfinished = []
         state: State = {}
         for moment in self.moments:
-            weight, local = self.weights[moment.key], self._tensors_of(moment)
+            weight, local = self.weights[moment.key], self._local_moments(moment)
             if not moment.row_wise:
-                placed, size = _placed(weight, local), weight.metadata().size
-                blocks = sharded_in_blocks(placed, size, torch.float32, self.group)
+                located, size = _shard_tensors(weight, local), weight.metadata().size
+                blocks = sharded_in_blocks(located, size, torch.float32, self.group)
                 state[f"{moment.key}.{moment.name}"] = blocks
                 continue
             prefix = f"{moment.key}.{moment.name}.columns_"
@@ -204,9 +204,9 @@ class TableOptimizerState:
                 ranges = sorted((int(first), int(last)) for first, last in pairs)
             rows: dict[Columns, Tensor | ShardedTensor]
             if ranges == plan_ranges:
-                rows = {columns: self._rows_of(moment, columns, local) for columns in ranges}
+                rows = {columns: self._by_row(moment, columns, local) for columns in ranges}
             else:
-                rows = self._to_combine(moment, plan_ranges, ranges)
+                rows = self._stored_rows(moment, plan_ranges, ranges)
             state |= {f"{prefix}{first}_{last}": value for (first, last), value in rows.items()}
         return state
 
@@ -216,33 +216,33 @@ class TableOptimizerState:
             finish()
         self._unfinished = []
 
-    def _tensors_of(self, moment: _Moment) -> list[Tensor]:  # in the order of the table's shards
+    def _local_moments(self, moment: _Moment) -> list[Tensor]:  # in the order of the table's shards
         tensors = self.local.get(moment, [])
         shards = self.weights[moment.key].local_shards()
         assert all(len(shard.tensor) == len(tensor) for shard, tensor in zip(shards, tensors))
         return tensors
 
-    def _rows_of(self, moment: _Moment, columns: Columns, local: Sequence[Tensor]) -> ShardedTensor:
+    def _by_row(self, moment: _Moment, columns: Columns, local: Sequence[Tensor]) -> ShardedTensor:
         """Return the moment [R] of a range of columns of this plan."""
         weight = self.weights[moment.key]
-        placed = [
+        shards = [
             (ShardMetadata(shard.shard_offsets[:1], shard.shard_sizes[:1], shard.placement), tensor)
-            for shard, tensor in _placed(weight, local)
+            for shard, tensor in _shard_tensors(weight, local)
             if _columns(shard) == columns
         ]
-        return sharded_in_blocks(placed, weight.metadata().size[:1], torch.float32, self.group)
+        return sharded_in_blocks(shards, weight.metadata().size[:1], torch.float32, self.group)
 
-    def _to_combine(
+    def _stored_rows(
         self, moment: _Moment, plan_ranges: list[Columns], ranges: list[Columns]
     ) -> dict[Columns, Tensor | ShardedTensor]:
         """Return empty tensors [R] for stored column ranges; `finish_loading` combines them."""
-        local = self._tensors_of(moment)
+        local = self._local_moments(moment)
         rows: dict[Columns, Tensor | ShardedTensor] = {}
         buffers: dict[Columns, list[Tensor]] = {}  # by range, for each shard of this rank
         for columns in ranges:
             if len(plan_ranges) == 1:
                 buffers[columns] = [torch.zeros_like(tensor) for tensor in local]
-                rows[columns] = self._rows_of(moment, plan_ranges[0], buffers[columns])
+                rows[columns] = self._by_row(moment, plan_ranges[0], buffers[columns])
             elif local:
                 rows[columns] = buffer = torch.zeros(self.weights[moment.key].metadata().size[0])
                 buffers[columns] = [buffer] * len(local)

@@ -47,7 +47,7 @@ def unlock_cached_rows(model: nn.Module) -> None:
             torch.cuda.synchronize(locks.device)
 
 
-def group_of_copies(model: nn.Module) -> dist.ProcessGroup:
+def copies_group(model: nn.Module) -> dist.ProcessGroup:
     """Return the process group whose rank numbers the plan of a model with copies uses."""
     group = cast(DistributedModelParallel, model)._env.process_group
     assert group is not None
@@ -58,14 +58,14 @@ def look_up_as_bags(collection: nn.Module) -> None:
     """Turn the CPU lookups of a sharded collection into `SingleIdBags`, in place."""
     for lookup in table_kernels(collection):
         if lookup.use_cpu:
-            SingleIdBags.take_over(lookup)
+            SingleIdBags.convert(lookup)
 
 
 class SingleIdBags(SplitTableBatchedEmbeddingBagsCodegen):
     """An unpooled lookup of ids [N] with the kernels for bags; it returns [N, D]."""
 
     @staticmethod
-    def take_over(lookup: SplitTableBatchedEmbeddingBagsCodegen) -> None:
+    def convert(lookup: SplitTableBatchedEmbeddingBagsCodegen) -> None:
         """Change the class of a lookup to this one, in place; its weights keep their names."""
         assert lookup.pooling_mode == PoolingMode.NONE, lookup.pooling_mode
         assert len(set(lookup.feature_dims.tolist())) == 1, lookup.feature_dims
@@ -74,27 +74,27 @@ class SingleIdBags(SplitTableBatchedEmbeddingBagsCodegen):
 
     def forward(self, indices: Tensor, offsets: Tensor, **options: Any) -> Tensor:
         assert not any(value is not None for value in options.values()), options.keys()
-        features_of_tables = [len(list(group)) for _, group in groupby(self.feature_table_map)]
-        edges = [0, *accumulate(features_of_tables)]
+        features_per_table = [len(list(group)) for _, group in groupby(self.feature_table_map)]
+        edges = [0, *accumulate(features_per_table)]
         bounds = offsets[:: (len(offsets) - 1) // edges[-1]][edges].tolist()
-        ids_of_tables = [indices[start:end] for start, end in pairwise(bounds)]
+        ids_by_table = [indices[start:end] for start, end in pairwise(bounds)]
         # Each feature of a table gets every count-th id, so the bags keep the order of the ids.
         ids = [
-            table_ids[place::count]
-            for table_ids, count in zip(ids_of_tables, features_of_tables)
-            for place in range(count)
+            table_ids[offset::count]
+            for table_ids, count in zip(ids_by_table, features_per_table)
+            for offset in range(count)
         ]
         counts = torch.tensor([len(feature_ids) for feature_ids in ids])
         # Each feature has the same number of bags; bags after its last id are empty.
-        most = max(int(counts.max()), 1)
-        places = torch.minimum(torch.arange(most), counts.unsqueeze(1))
-        places += (counts.cumsum(0) - counts).unsqueeze(1)
-        ends = torch.cat([places.flatten(), counts.sum(dim=0, keepdim=True)])
-        bags = super().forward(torch.cat(ids), ends)  # [most, T * D]
-        widths = [count * self.max_D for count in features_of_tables]
-        bags_of_tables = bags.split(widths, dim=1) if len(widths) > 1 else [bags]
+        longest = max(int(counts.max()), 1)
+        positions = torch.minimum(torch.arange(longest), counts.unsqueeze(1))
+        positions += (counts.cumsum(0) - counts).unsqueeze(1)
+        ends = torch.cat([positions.flatten(), counts.sum(dim=0, keepdim=True)])
+        bags = super().forward(torch.cat(ids), ends)  # [longest, T * D]
+        widths = [count * self.max_D for count in features_per_table]
+        bags_by_table = bags.split(widths, dim=1) if len(widths) > 1 else [bags]
         vectors = []
-        for table_bags, table_ids in zip(bags_of_tables, ids_of_tables):
+        for table_bags, table_ids in zip(bags_by_table, ids_by_table):
             rows = table_bags.reshape(-1, self.max_D)
             # Slicing, even of all rows, would copy the gradient in backward.
             vectors.append(rows if len(rows) == len(table_ids) else rows[: len(table_ids)])

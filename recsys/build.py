@@ -41,9 +41,9 @@ from recsys.kernels import prepare_kernels
 from recsys.model.build import build_em3
 from recsys.model.em3 import EM3
 from recsys.model.precision import (
-    compile_dense_parts,
+    compile_dense_modules,
     compiles_by_default,
-    dense_parts,
+    dense_modules,
     use_bfloat16,
     uses_tf32,
 )
@@ -152,10 +152,10 @@ def build_job(
         fuse_table_optimizers(em3, tables)
         prepare_kernels(em3, config.kernels, device)
         if config.precision == "bf16":
-            use_bfloat16(dense_parts(em3).values(), ranks.device)
+            use_bfloat16(dense_modules(em3).values(), ranks.device)
         compiles = compiles_by_default(ranks.device) if config.compile == "auto" else config.compile
         if compiles:
-            compile_dense_parts(em3, ranks.device)
+            compile_dense_modules(em3, ranks.device)
     settings = config.optimizer
     model, plan = _sharded(em3, tables, config, ranks)
     optimizer, dense = build_dense_optimizer(model, dense_groups(settings), settings)

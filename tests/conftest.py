@@ -15,7 +15,7 @@ import torch
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
-from recsys.distributed.log import OWN_LOGGERS
+from recsys.distributed.log import PACKAGE_LOGGERS
 from recsys.kernels.choice import _KernelChoice
 from tests.ranks import require_gpus
 from tests.rare_gc import collect_garbage_seldom
@@ -26,7 +26,7 @@ settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCh
 settings.load_profile("busy")
 
 
-_LOGGERS = [logging.getLogger(name) for name in OWN_LOGGERS]
+_LOGGERS = [logging.getLogger(name) for name in PACKAGE_LOGGERS]
 _LOGGERS_AT_START = [(log.handlers, log.propagate, log.level) for log in _LOGGERS]
 _KERNELS_AT_START, _THREADS_AT_START = _KernelChoice.kernels, torch.get_num_threads()
 

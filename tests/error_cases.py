@@ -39,7 +39,7 @@ from recsys.storage.location import Location
 from recsys.storage.output_file import check_output, check_run_folder
 from recsys.training.continual.partitions import (
     PartitionRange,
-    check_whole,
+    check_complete,
     list_partitions,
     next_partition,
     require_order_of_time,
@@ -197,7 +197,7 @@ def partitions(
         require_order_of_time(root / "train", partitions)
         partition = next_partition(root / "train", partitions, state, span or PartitionRange())
         assert partition is not None
-        check_whole(root, partition, partitions)
+        check_complete(root, partition, partitions)
         require_rows(root, partition)
 
     return Case(action, call, names)

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from embeddings import table_sharders
 from embeddings.host import _Host
 from recsys.build import Job
-from recsys.model.precision import compile_dense_parts, compiled_methods
+from recsys.model.precision import compile_dense_modules, compiled_methods
 
 ROOT = Path(__file__).parents[1]
 OWN = tuple(f"{ROOT / name}/" for name in ("recsys", "embeddings"))
@@ -164,7 +164,7 @@ def gpu_branches() -> Iterator[None]:
 
 def _compile(job: Job, waits: HostWaits) -> None:
     backend = aot_autograd(fw_compiler=waits.one_launch, bw_compiler=waits.one_launch)
-    compile_dense_parts(job.em3, job.ranks.device, backend)
+    compile_dense_modules(job.em3, job.ranks.device, backend)
 
     def outside(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*inputs: Any) -> Any:

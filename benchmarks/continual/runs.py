@@ -27,7 +27,7 @@ from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.evaluate import score, split_interactions, split_scores
 from recsys.evaluation.predict import load_run
 from recsys.evaluation.scores import SplitScores, read_scores, scores_file
-from recsys.training.continual.partition_run import passes_over
+from recsys.training.continual.partition_run import num_passes
 
 CONTINUAL, RETRAINED = "continual", "retrained from scratch"
 FROZEN, ID_ONLY = "frozen after the first half", "ID-only continual"
@@ -172,7 +172,7 @@ def rows_trained(folder: Path, names: list[str], number: int, first_passes: list
     """Return the rows that a walk trains on in the first partitions, once for each pass."""
     settings = ContinualSettings(first_passes=first_passes)
     return sum(
-        passes_over(settings, place, from_nothing=True)
+        num_passes(settings, place, from_nothing=True)
         * pq.read_table(folder / "data" / "train" / name).num_rows
         for place, name in enumerate(names[:number])
     )

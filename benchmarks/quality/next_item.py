@@ -115,7 +115,7 @@ def _gain(gains: list[RowGains], name: str, baseline: str) -> str:
     over_runs = {
         key: torch.stack([run.ndcg[key] for run in gains]).mean(dim=0) for key in (name, baseline)
     }
-    gain = format_interval(replace(gains[0], ndcg=over_runs).over(name, baseline))
+    gain = format_interval(replace(gains[0], ndcg=over_runs).gain_over(name, baseline))
     return f"{name} over {baseline}, NDCG at the first depth, mean of the runs: {gain}, 95 %."
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.quality.grid import Settings
 from benchmarks.results import ROOT
 from recsys.config import load_config, to_plain
-from recsys.distributed.job import environment_of_no_rank
+from recsys.distributed.job import environment_without_rank
 from recsys.evaluation.scores import scores_file
 from recsys.storage.location import Location
 
@@ -75,7 +75,7 @@ def _train(training: Training, cache: Path | None) -> None:
             _command(training, cache),
             stdout=output,
             stderr=output,
-            env=environment_of_no_rank() | {"OMP_NUM_THREADS": "1"},
+            env=environment_without_rank() | {"OMP_NUM_THREADS": "1"},
         )
     if process.returncode:
         raise RuntimeError(f"training {folder.name} failed; see {log}")

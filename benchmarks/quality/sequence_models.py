@@ -26,7 +26,7 @@ from recsys.evaluation.predict import load_run
 from recsys.evaluation.retrieval import catalogue_of, row_gains
 from recsys.search.search import dataset_digest
 from recsys.serving.retrieval.baselines import metrics_by_frequency, settings_with_vectors
-from recsys.serving.retrieval.query_rows import place_of, places, read_query_rows
+from recsys.serving.retrieval.query_rows import index_of, rank_rows, read_query_rows
 from recsys.storage.files import atomic_folder
 
 MODELS = ("SASRec", "GRU4Rec", "BERT4Rec")
@@ -61,7 +61,7 @@ def sequence_models(
         peer = Peer(f"RecBole {model}", "recbole_next_item", requirements, {}, fixed)
         training = PeerTraining(peer, rows, {}, 0, out)
         scores = training.result()["test"]
-        above, tied = map(torch.from_numpy, places(scores, test, settings.exclude_seen))
+        above, tied = map(torch.from_numpy, rank_rows(scores, test, settings.exclude_seen))
         gains = row_gains("ndcg", above, tied, settings.depths[0])
         metrics = metrics_by_frequency(above, tied, test, settings)
         compared[peer.name] = SequenceModel(metrics, gains, *training.cost())
@@ -89,14 +89,14 @@ def _sequences(job: Job, split: str, items: np.ndarray) -> dict[str, np.ndarray]
     assert schema.history is not None
     source = open_rows(job.config.source, job.root, split, schema, job.config.on_bad_row)
     rows = RowColumns.of(pa.concat_tables(source.read(*source.share(0, 1))))
-    (label, *_), targets = schema.of_kind("label"), place_of(items, rows.values(schema.target_item))
+    (label, *_), targets = schema.of_kind("label"), index_of(items, rows.values(schema.target_item))
     rows = rows.take(np.flatnonzero((rows.values(label) > 0) & (targets >= 0)))
-    history, lengths = place_of(items, rows.values(schema.history)), rows.lengths(schema.history)
+    history, lengths = index_of(items, rows.values(schema.history)), rows.lengths(schema.history)
     row = np.repeat(np.arange(rows.num_rows), lengths)[history >= 0]
     lengths = np.bincount(row, minlength=rows.num_rows)
     return {
         "user": np.zeros(rows.num_rows, np.int64),
-        "item": place_of(items, rows.values(schema.target_item)),
+        "item": index_of(items, rows.values(schema.target_item)),
         "label": np.ones(rows.num_rows, np.float32),
         "offsets": np.append(0, lengths.cumsum()),
         "history": history[history >= 0],

@@ -22,7 +22,7 @@ BLOCK = 4096  # ids compared with their sets at once: a few megabytes
 PIPELINED_STEPS = 2
 
 
-def rows_of_sets(num_embeddings: int) -> tuple[int, int]:
+def set_layout(num_embeddings: int) -> tuple[int, int]:
     """Return the number of sets of a table, and the rows of each."""
     num_sets = -(-(num_embeddings - 1) // MAX_ROWS_PER_SET)
     return num_sets, (num_embeddings - 1) // num_sets
@@ -65,48 +65,48 @@ class RowSets:
         rows = self.find(sets, ids)
         has_row = rows >= 0
         at = sets[has_row], rows[has_row]
-        self.scores[at] = self._faded(self.scores[at], self.last_used[at], step) + counts[has_row]
+        self.scores[at] = self._decay(self.scores[at], self.last_used[at], step) + counts[has_row]
         self.last_used[at] = step
         admitted, evicted = np.zeros(len(ids), bool), np.zeros(len(ids), bool)
         new = np.flatnonzero(~has_row)
-        occurrences = self._seen(sets[new], ids[new], counts[new])
-        ripe = occurrences >= self.admit_after
-        places, new_rows = self._give_rows(sets[new[ripe]], occurrences[ripe], step)
-        new, occurrences = new[ripe][places], occurrences[ripe][places]
+        occurrences = self._count_uses(sets[new], ids[new], counts[new])
+        ready = occurrences >= self.admit_after
+        picked, new_rows = self._assign_rows(sets[new[ready]], occurrences[ready], step)
+        new, occurrences = new[ready][picked], occurrences[ready][picked]
         at = sets[new], new_rows
         rows[new], admitted[new], evicted[new] = new_rows, True, self.last_used[at] >= 0
         self.ids[at], self.scores[at], self.last_used[at] = ids[new], occurrences, step
         self._stop_waiting(sets[new], ids[new])
         return rows, admitted, evicted
 
-    def _give_rows(
+    def _assign_rows(
         self, sets: np.ndarray, occurrences: np.ndarray, step: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return positions of ids that get a row, and the rows; ids with most occurrences first."""
         order = np.lexsort((-occurrences, sets))
         set_numbers, first, numbers = np.unique(sets[order], return_index=True, return_counts=True)
-        turn = np.arange(len(order)) - np.repeat(first, numbers)  # 0, 1, 2 ... within each set
+        rank = np.arange(len(order)) - np.repeat(first, numbers)  # 0, 1, 2 ... within each set
         rows, num_rows = self._by_use(set_numbers, step)
-        has_row = turn < np.repeat(num_rows, numbers)
-        line = np.repeat(np.arange(len(set_numbers)), numbers)
-        return order[has_row], rows[line[has_row], turn[has_row]]
+        has_row = rank < np.repeat(num_rows, numbers)
+        set_index = np.repeat(np.arange(len(set_numbers)), numbers)
+        return order[has_row], rows[set_index[has_row], rank[has_row]]
 
     def _by_use(self, sets: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the rows [N, R] of sets [N] in order of assignment, and how many are available."""
         last = self.last_used[sets]
-        worth = self._faded(self.scores[sets], last, step)
+        priority = self._decay(self.scores[sets], last, step)
         is_protected = (last >= 0) & (last >= step - self.protect_steps)
-        worth[is_protected] = np.inf
-        return np.lexsort((last, worth), axis=-1), self.ids.shape[1] - is_protected.sum(axis=1)
+        priority[is_protected] = np.inf
+        return np.lexsort((last, priority), axis=-1), self.ids.shape[1] - is_protected.sum(axis=1)
 
-    def _faded(self, scores: np.ndarray, last_used: np.ndarray, step: int) -> np.ndarray:
+    def _decay(self, scores: np.ndarray, last_used: np.ndarray, step: int) -> np.ndarray:
         return scores * np.exp2((last_used - step) / self.half_life)  # [N] or [N, R]
 
     def _slots(self, sets: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         hashes = mix64(mix64(ids))  # the first mix was used to choose the set
         return sets, (hashes % np.uint64(self.waiting_ids.shape[1])).astype(np.int64)
 
-    def _seen(self, sets: np.ndarray, ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    def _count_uses(self, sets: np.ndarray, ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Return the occurrences [N] of ids without a row, this call included, and store them."""
         if self.admit_after == 1:
             return counts
@@ -173,7 +173,7 @@ class BoundedVocabulary:
                 raise ValueError(f"{name} is {value}; set at least {lowest}")
         if not half_life > 0:
             raise ValueError(f"half_life is {half_life}; set a positive number of steps")
-        self.num_sets, self.rows_per_set = rows_of_sets(num_embeddings)
+        self.num_sets, self.rows_per_set = set_layout(num_embeddings)
         self._group = process_group
         self._world_size = 1 if process_group is None else dist.get_world_size(process_group)
         self._rank = 0 if process_group is None else dist.get_rank(process_group)
@@ -190,7 +190,7 @@ class BoundedVocabulary:
     def unknown_row(self) -> int:
         return self.num_embeddings - 1
 
-    def _set_of(self, ids: np.ndarray) -> np.ndarray:  # [U] -> int64 [U]
+    def _set_index(self, ids: np.ndarray) -> np.ndarray:  # [U] -> int64 [U]
         return (mix64(ids) % np.uint64(self.num_sets)).astype(np.int64)
 
     def rows_of(self, ids: Tensor, step: int, training: bool) -> Tensor:
@@ -201,7 +201,7 @@ class BoundedVocabulary:
         raw = ids.numpy(force=True)
         distinct, inverse, counts = np.unique(raw, return_inverse=True, return_counts=True)
         is_id, rows = distinct != NULL_ID, np.full(len(distinct), self.unknown_row)
-        serve = self._serve if self._world_size == 1 else self._ask
+        serve = self._serve if self._world_size == 1 else self._request_rows
         rows[is_id], evicted = serve(distinct[is_id], counts[is_id], step, training)
         if len(evicted):
             self._evicted.append(torch.from_numpy(evicted))
@@ -219,7 +219,7 @@ class BoundedVocabulary:
         self, ids: np.ndarray, counts: np.ndarray, step: int, training: bool
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the rows of distinct ids [U] in sets of this rank, and rows that ids lost."""
-        sets = self._set_of(ids) - self._first_set
+        sets = self._set_index(ids) - self._first_set
         if training:
             rows, admitted, evicted = self._sets.use(sets, ids, counts, step)
             self._counts[2:] += [admitted.sum(), evicted.sum()]
@@ -230,22 +230,22 @@ class BoundedVocabulary:
             self.admitted = ids[admitted], table_rows[admitted]
         return np.where(rows < 0, self.unknown_row, table_rows), table_rows[evicted]
 
-    def _ask(
+    def _request_rows(
         self, ids: np.ndarray, counts: np.ndarray, step: int, training: bool
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the rows of distinct ids [U], and rows that ids lost on any rank. A collective."""
-        owner = np.searchsorted(self._bounds, self._set_of(ids), side="right") - 1
+        owner = np.searchsorted(self._bounds, self._set_index(ids), side="right") - 1
         order = np.argsort(owner, kind="stable")
         sizes = np.bincount(owner, minlength=self._world_size).tolist()
         pairs = torch.from_numpy(np.stack([ids, counts], axis=1)[order])
-        requests, asked_sizes = self._send(pairs, sizes)
+        requests, requested_sizes = self._send(pairs, sizes)
         # Several ranks may request the same id.
         distinct, inverse = np.unique(requests[:, 0].numpy(), return_inverse=True)
         totals = np.zeros(len(distinct), np.int64)
         np.add.at(totals, inverse, requests[:, 1].numpy())
         distinct_rows, evicted = self._serve(distinct, totals, step, training)
         served, rows = torch.from_numpy(distinct_rows[inverse]), np.empty(len(ids), np.int64)
-        rows[order] = exchange(served, asked_sizes, sizes, self._group).numpy()
+        rows[order] = exchange(served, requested_sizes, sizes, self._group).numpy()
         if training:
             sent = torch.from_numpy(evicted).repeat(self._world_size)
             evicted = self._send(sent, [len(evicted)] * self._world_size)[0].numpy()
@@ -253,8 +253,8 @@ class BoundedVocabulary:
 
     def _send(self, values: Tensor, sizes: list[int]) -> tuple[Tensor, list[int]]:
         """Send rank r its `sizes[r]` values; return received values and sizes. A collective."""
-        one_each = [1] * self._world_size
-        received_sizes = exchange(torch.tensor(sizes), one_each, one_each, self._group).tolist()
+        ones = [1] * self._world_size
+        received_sizes = exchange(torch.tensor(sizes), ones, ones, self._group).tolist()
         return exchange(values, sizes, received_sizes, self._group), received_sizes
 
     def take_evicted_rows(self) -> Tensor:
@@ -298,25 +298,25 @@ def rows_in_resized(
     ranges: Iterable[UsedRows], num_embeddings: int, half_life: float, start: int, stop: int
 ) -> np.ndarray:
     """Return the old row of each row in `[start, stop)` of the new table, or -1: int64."""
-    num_sets, rows_per_set = rows_of_sets(num_embeddings)
+    num_sets, rows_per_set = set_layout(num_embeddings)
     first, last = start // rows_per_set, min(-(-stop // rows_per_set), num_sets)
-    places, sets, worth = [], [], []
+    rows_by_range, sets, priorities = [], [], []
     for rows in ranges:
         id_sets = (mix64(rows.ids) % np.uint64(num_sets)).astype(np.int64)
         inside = np.flatnonzero((rows.last_used >= 0) & (id_sets >= first) & (id_sets < last))
         with np.errstate(divide="ignore"):  # an old score may have decayed to 0
-            faded = np.log2(rows.scores[inside]) + rows.last_used[inside] / half_life
-        places.append(rows.first + inside)
+            decayed = np.log2(rows.scores[inside]) + rows.last_used[inside] / half_life
+        rows_by_range.append(rows.first + inside)
         sets.append(id_sets[inside])
-        worth.append(np.stack([faded, rows.last_used[inside]]))
-    place, id_sets = np.concatenate(places), np.concatenate(sets)
-    faded, recent = np.concatenate(worth, axis=1)
-    order = np.lexsort((place, -recent, -faded, id_sets))
-    place, id_sets = place[order], id_sets[order]
-    turn = np.arange(len(id_sets)) - np.searchsorted(id_sets, id_sets)
+        priorities.append(np.stack([decayed, rows.last_used[inside]]))
+    old_row, id_sets = np.concatenate(rows_by_range), np.concatenate(sets)
+    decayed, recent = np.concatenate(priorities, axis=1)
+    order = np.lexsort((old_row, -recent, -decayed, id_sets))
+    old_row, id_sets = old_row[order], id_sets[order]
+    rank = np.arange(len(id_sets)) - np.searchsorted(id_sets, id_sets)
     old_rows = np.full(max(last - first, 0) * rows_per_set, -1)
-    fits = turn < rows_per_set
-    old_rows[(id_sets[fits] - first) * rows_per_set + turn[fits]] = place[fits]
+    fits = rank < rows_per_set
+    old_rows[(id_sets[fits] - first) * rows_per_set + rank[fits]] = old_row[fits]
     result = np.full(stop - start, -1)
     begin = first * rows_per_set
     end = min(stop, begin + len(old_rows))

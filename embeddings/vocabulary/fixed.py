@@ -44,8 +44,8 @@ def _plain_ids(ids: pa.Array | pa.ChunkedArray) -> pa.Array:
     if pa.types.is_dictionary(ids.type):
         ids = ids.dictionary_decode()
     if ids.null_count:
-        place = int(np.flatnonzero(ids.is_null().to_numpy(False))[0])
-        raise ValueError(f"id number {place} is null; fill it or leave it out")
+        index = int(np.flatnonzero(ids.is_null().to_numpy(False))[0])
+        raise ValueError(f"id number {index} is null; fill it or leave it out")
     if _is_string(ids.type):
         return ids.cast(pa.large_string())
     try:
@@ -97,7 +97,7 @@ class ExactVocabulary:
         self.num_embeddings = check_num_embeddings(num_embeddings)
         self.ids = pa.array([], pa.int64())  # in order of row
         self._ordered_keys = np.zeros(0, np.int64)
-        self._row_in_order = np.zeros(0, np.int64)  # row of each ordered key
+        self._ordered_rows = np.zeros(0, np.int64)  # row of each ordered key
 
     @property
     def unknown_row(self) -> int:
@@ -108,7 +108,7 @@ class ExactVocabulary:
 
     def extend(self, chunks: Iterable[pa.Array | pa.ChunkedArray]) -> int:
         """Add the new ids of chunks and return their number; a ValueError if they do not fit."""
-        saved = self.ids, self._ordered_keys, self._row_in_order
+        saved = self.ids, self._ordered_keys, self._ordered_rows
         try:
             for chunk in chunks:
                 self._add(_plain_ids(chunk))
@@ -118,24 +118,24 @@ class ExactVocabulary:
                     f"the last row is that of unknown ids; set it to at least {len(self) + 1}"
                 )
         except Exception:
-            self.ids, self._ordered_keys, self._row_in_order = saved
+            self.ids, self._ordered_keys, self._ordered_rows = saved
             raise
         return len(self) - len(saved[0])
 
     def _add(self, ids: pa.Array) -> None:
         ids = pc.unique(ids)
-        new = ids.filter(pa.array(self.find(ids) < 0))
-        if not len(new):
+        new_ids = ids.filter(pa.array(self.find(ids) < 0))
+        if not len(new_ids):
             return
-        keys = _keys(new)
+        keys = _keys(new_ids)
         order = np.argsort(keys)
-        place = np.searchsorted(self._ordered_keys, keys[order], side="right")
-        self._ordered_keys = np.insert(self._ordered_keys, place, keys[order])
-        self._row_in_order = np.insert(self._row_in_order, place, len(self) + order)
-        self.ids = pa.concat_arrays([self.ids, new]) if len(self) else new
+        positions = np.searchsorted(self._ordered_keys, keys[order], side="right")
+        self._ordered_keys = np.insert(self._ordered_keys, positions, keys[order])
+        self._ordered_rows = np.insert(self._ordered_rows, positions, len(self) + order)
+        self.ids = pa.concat_arrays([self.ids, new_ids]) if len(self) else new_ids
         collisions = np.flatnonzero(np.diff(self._ordered_keys) == 0)
         if len(collisions):
-            pair = self._row_in_order[collisions[0] : collisions[0] + 2]
+            pair = self._ordered_rows[collisions[0] : collisions[0] + 2]
             first, second = (self.ids[int(row)].as_py() for row in pair)
             raise ValueError(f"ids '{first}' and '{second}' have one fingerprint; rename one")
 
@@ -156,13 +156,13 @@ class ExactVocabulary:
         self.check_type(ids.type)
         keys = _keys(ids)
         if len(keys) < FEW_IDS:
-            place = np.searchsorted(self._ordered_keys, keys)
+            positions = np.searchsorted(self._ordered_keys, keys)
         else:
             distinct, inverse = np.unique(keys, return_inverse=True)  # the search is 5 x as fast
-            place = np.searchsorted(self._ordered_keys, distinct)[inverse]
-        place[place == len(self)] = 0
-        is_known = self._ordered_keys[place] == keys
-        rows = self._row_in_order[place]
+            positions = np.searchsorted(self._ordered_keys, distinct)[inverse]
+        positions[positions == len(self)] = 0
+        is_known = self._ordered_keys[positions] == keys
+        rows = self._ordered_rows[positions]
         if not pa.types.is_integer(ids.type):  # an unknown string may have a known fingerprint
             is_known &= pc.equal(self.ids.take(pa.array(rows)), ids).to_numpy(False)
         return np.where(is_known, rows, -1)
@@ -180,7 +180,7 @@ class ExactVocabulary:
         resized = ExactVocabulary(num_embeddings)
         if len(self) <= resized.unknown_row:
             resized.ids, resized._ordered_keys = self.ids, self._ordered_keys
-            resized._row_in_order = self._row_in_order
+            resized._ordered_rows = self._ordered_rows
         else:
             resized.extend([self.ids.slice(0, resized.unknown_row)])
         return resized

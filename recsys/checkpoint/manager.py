@@ -54,7 +54,7 @@ class Checkpoints:
         self.frozen, self.items = frozen_digest(job), item_content_digest(job)
         self._damaged: list[Path] = []
         # Writing overlaps with steps, so its collectives must not mix with those of the steps.
-        self._ranks, self._owns_group = writers or job.ranks.apart(), writers is None
+        self._ranks, self._owns_group = writers or job.ranks.with_new_group(), writers is None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[Future[None], Path] | None = None
         self._failures = 0
@@ -118,7 +118,7 @@ class Checkpoints:
         self.wait()
         self._writer.shutdown()
         if self._owns_group:
-            dist.destroy_process_group(self._ranks.own_group)
+            dist.destroy_process_group(self._ranks.custom_group)
 
     @property
     def last_good(self) -> Path | None:

@@ -83,7 +83,7 @@ def recover_checkpoints(run: Path) -> None:
 
 def was_restarted(run: Path) -> bool:
     """Return whether this job has begun the run in an attempt before this one."""
-    job = JobName.of_environment()
+    job = JobName.from_environment()
     elastic, slurm = restarts("TORCHELASTIC") > 0, restarts("SLURM") > 0
     if job == JobName():  # a launcher that counts but gives no name
         return elastic or slurm
@@ -99,7 +99,7 @@ def was_restarted(run: Path) -> bool:
 
 
 def _write_job(run: Path, finished: bool, **results: str | None) -> None:
-    content = {**asdict(JobName.of_environment()), "finished": finished, **results}
+    content = {**asdict(JobName.from_environment()), "finished": finished, **results}
     atomic_write(run / JOB, json.dumps(content) + "\n")
 
 

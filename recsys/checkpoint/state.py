@@ -23,7 +23,7 @@ from embeddings.table_state import (
 from recsys.build import Job
 from recsys.config import content_settings
 from recsys.content.encoders.base import Encoder
-from recsys.optimizer.dense import make_room, numbers_loaded, state_tensors
+from recsys.optimizer.dense import make_room, restore_numbers, state_tensors
 
 # Tensors that checkpoints of older releases lack: neighbours then have folds of users.
 ADDED_TENSORS = {"model.neighbours.block_starts"}
@@ -131,7 +131,7 @@ class TrainingState:
     def finish_loading(self) -> None:
         """Finish a load: apply the loaded values that do not share memory with the job."""
         self.moments.finish_loading()
-        numbers_loaded(self.job.dense_optimizer)
+        restore_numbers(self.job.dense_optimizer)
         finish_loading_bank(self.job)
         rank, device = self.job.ranks.rank, self.job.ranks.device
         if (cpu := self._loaded.get(f"random.{rank}.cpu")) is not None:

@@ -31,10 +31,10 @@ def assign_to_owners(content: BatchContent, group: dist.ProcessGroup) -> BatchCo
     world_size = dist.get_world_size(group)
     owner = content.items % world_size
     order = owner.argsort(stable=True)  # [R], by owner: vectors arrive in this order
-    wanted_counts = owner.bincount(minlength=world_size)
-    asked_counts = torch.empty_like(wanted_counts)
-    dist.all_to_all_single(asked_counts, wanted_counts, group=group)
-    receive_counts, send_counts = wanted_counts.tolist(), asked_counts.tolist()
+    request_counts = owner.bincount(minlength=world_size)
+    incoming_counts = torch.empty_like(request_counts)
+    dist.all_to_all_single(incoming_counts, request_counts, group=group)
+    receive_counts, send_counts = request_counts.tolist(), incoming_counts.tolist()
     requested, sent = order.new_empty(sum(send_counts)), content.items[order]
     dist.all_to_all_single(requested, sent, send_counts, receive_counts, group=group)
     # Items [E], and the row among them of each requested item.
@@ -57,12 +57,12 @@ def with_negatives(content: BatchContent, negatives: Tensor) -> BatchContent:  #
     Negatives are encoded, as older vectors of the memory bank would differ visibly from targets.
     """
     items, index = torch.cat([content.items, negatives]).unique(return_inverse=True)
-    place, negative_index = index.split([len(content.items), len(negatives)])
+    rows, negative_index = index.split([len(content.items), len(negatives)])
     return replace(
         content,
         items=items,
-        target_index=place[content.target_index],
-        history_index=place[content.history_index],
+        target_index=rows[content.target_index],
+        history_index=rows[content.history_index],
         negative_index=negative_index,
     )
 
@@ -132,16 +132,16 @@ def with_bank_rows(content: BatchContent, vocabulary: BoundedVocabulary) -> Batc
     Items that got their row in this step are encoded without gradient, wherever they occur.
     """
     ids, rows = vocabulary.admitted
-    is_further = ~np.isin(ids, content.items.numpy())
-    rows_of_items = vocabulary.find(content.items)
-    rows_of_all = torch.cat([rows_of_items, torch.from_numpy(rows[is_further])])
-    write_index = (rows_of_all >= 0).nonzero().squeeze(1)
+    is_extra = ~np.isin(ids, content.items.numpy())
+    item_rows = vocabulary.find(content.items)
+    all_rows = torch.cat([item_rows, torch.from_numpy(rows[is_extra])])
+    write_index = (all_rows >= 0).nonzero().squeeze(1)
     return replace(
         content,
-        items=torch.cat([content.items, torch.from_numpy(ids[is_further])]),
-        bank_rows=rows_of_all[write_index],
+        items=torch.cat([content.items, torch.from_numpy(ids[is_extra])]),
+        bank_rows=all_rows[write_index],
         write_index=write_index,
-        with_gradient=len(rows_of_items),
+        with_gradient=len(item_rows),
     )
 
 
@@ -241,9 +241,9 @@ class BatchPreparation:
         def finish() -> Batch:
             read, write = routes() if routes is not None else (None, None)
             ready = prepared if scaled_rows is None else replace(prepared, rows=scaled_rows())
-            places = encoded() if encoded is not None else None
-            if read is not None or write is not None or places is not None:
-                content = replace(ready.content, bank_reads=read, bank_writes=write, encoded=places)
+            picked = encoded() if encoded is not None else None
+            if read is not None or write is not None or picked is not None:
+                content = replace(ready.content, bank_reads=read, bank_writes=write, encoded=picked)
                 ready = replace(ready, content=content)
             # The loader pins before this; unpinned new tensors would be copied synchronously.
             return ready.pin_memory() if is_pinned and (is_new or ready is not prepared) else ready
@@ -264,8 +264,8 @@ class BatchPreparation:
             if work is not None:
                 work.wait()
             means = totals / num_rows
-            new = (weights / means.where(means > 0, torch.inf)).float()
-            label_weights = None if rows.label_weights is None else new[:, 1:].contiguous()
-            return replace(rows, weights=new[:, 0].contiguous(), label_weights=label_weights)
+            divided = (weights / means.where(means > 0, torch.inf)).float()
+            label_weights = None if rows.label_weights is None else divided[:, 1:].contiguous()
+            return replace(rows, weights=divided[:, 0].contiguous(), label_weights=label_weights)
 
         return scaled

@@ -76,17 +76,17 @@ class HistoryMap(nn.Module):
             return F.linear(vectors, self.map.weight)
         # peft's own forward does the same in more and smaller steps.
         layer: Any = self.map
-        low = F.linear(vectors, layer.lora_A["default"].weight)
+        reduced = F.linear(vectors, layer.lora_A["default"].weight)
         mapped = F.linear(vectors, layer.base_layer.weight)
-        return torch.addmm(mapped, low, layer.lora_B["default"].weight.T, alpha=self.scaling)
+        return torch.addmm(mapped, reduced, layer.lora_B["default"].weight.T, alpha=self.scaling)
 
     def matrix(self) -> Tensor:  # [D, D]
         """Return the map as one matrix: `forward` of a vector v is matrix @ v."""
         if self.scaling is None:
             return self.map.weight
         layer: Any = self.map
-        low, high = (adapter["default"].weight for adapter in (layer.lora_A, layer.lora_B))
-        return torch.addmm(layer.base_layer.weight, high, low, alpha=self.scaling)
+        lora_a, lora_b = (adapter["default"].weight for adapter in (layer.lora_A, layer.lora_B))
+        return torch.addmm(layer.base_layer.weight, lora_b, lora_a, alpha=self.scaling)
 
 
 def exchange_vectors(
@@ -142,7 +142,7 @@ class ContentBranch(nn.Module):
                 )
         self.encoders = nn.ModuleDict(encoders)
         self.projections = nn.ModuleDict(
-            {name: Projection(part.output_dim, settings.dim) for name, part in encoders.items()}
+            {name: Projection(model.output_dim, settings.dim) for name, model in encoders.items()}
         )
         self.fusion = build_fusion(settings.fusion, settings.dim, len(encoders))
         self.dim, self.vector_dim = settings.dim, settings.vector_dim
@@ -151,7 +151,7 @@ class ContentBranch(nn.Module):
         self.encodes_history = settings.history.mode == "full"
         assert self.encodes_history == (bank is None)
         self.bank, self.group = bank, group
-        self.outputs = EncoderOutputs.beside(bank, settings, encoders)
+        self.outputs = EncoderOutputs.from_settings(bank, settings, encoders)
         self.step = 0  # training step, stored with the vectors in the bank
 
     def encode(
@@ -163,20 +163,20 @@ class ContentBranch(nn.Module):
 
         `encoded_before`: outputs of encoders that do not run again, by modality.
         """
-        parts = cast(dict[str, Encoder], self.encoders).items()
-        encoders = {name: encoder for name, encoder in parts if name not in encoded_before}
+        modules = cast(dict[str, Encoder], self.encoders).items()
+        encoders = {name: encoder for name, encoder in modules if name not in encoded_before}
         if self.training and self.compiled is not None:
-            frozen = {name: part.above_frozen(content[name]) for name, part in encoders.items()}
+            frozen = {name: model.above_frozen(content[name]) for name, model in encoders.items()}
             return self.compiled(frozen, dict(encoded_before))
-        new = {name: encoder.encode(content[name]) for name, encoder in encoders.items()}
-        return self._fused({**encoded_before, **new})
+        outputs = {name: encoder.encode(content[name]) for name, encoder in encoders.items()}
+        return self._fused({**encoded_before, **outputs})
 
     def encode_frozen(
         self, frozen: dict[str, ContentInput], encoded_before: dict[str, ContentInput]
     ) -> Tensor:
         """Return `encode` of outputs of the encoders' frozen parts: one graph, if compiled."""
-        new = {name: self.encoders[name](output) for name, output in frozen.items()}
-        return self._fused(encoded_before | new)
+        outputs = {name: self.encoders[name](output) for name, output in frozen.items()}
+        return self._fused(encoded_before | outputs)
 
     def _fused(self, outputs: Mapping[str, ContentInput]) -> Tensor:  # [E, D + M * D]
         tokens, masks, modality, means = [], [], [], []
@@ -203,7 +203,7 @@ class ContentBranch(nn.Module):
         ids, route = batch.history.items, content.bank_reads
         fresh = self._encode_items(content)  # [E, D + M * D]
         if bank is None:
-            items = self._at_their_ranks(fresh, content.exchange)
+            items = self._exchanged(fresh, content.exchange)
             encoded = items.index_select(0, content.history_index)
             return items, lambda: encoded
         if self.training:
@@ -214,7 +214,7 @@ class ContentBranch(nn.Module):
             bank.update(content.bank_write_rows, vectors, self.step, content.bank_writes)
         read = functools.cache(lambda: bank.lookup(ids, route)[0])
         self.step += self.training
-        return self._at_their_ranks(fresh, content.exchange), read
+        return self._exchanged(fresh, content.exchange), read
 
     def _encode_items(self, content: BatchContent) -> Tensor:
         """Encode this rank's items; [E, D + M * D]. With `EncoderOutputs` a collective."""
@@ -254,7 +254,7 @@ class ContentBranch(nn.Module):
             read_stored=None if self.bank is None else read_stored,
         )
 
-    def _at_their_ranks(self, items: Tensor, exchange: ItemExchange | None) -> Tensor:  # E -> R
+    def _exchanged(self, items: Tensor, exchange: ItemExchange | None) -> Tensor:  # E -> R
         return items if exchange is None else exchange_vectors(items, exchange, self.group)
 
     def _split(self, rows: Tensor) -> tuple[Tensor, Tensor]:

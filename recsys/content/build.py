@@ -7,7 +7,7 @@ from embeddings import MemoryBank, build_memory_bank
 from recsys.config import Config, ContentSettings, content_settings
 from recsys.content.cache.fill import cache_frozen_outputs
 from recsys.content.encoders.base import CacheReport, Encoder
-from recsys.content.encoders.build import encoder_of
+from recsys.content.encoders.build import make_encoder
 from recsys.content.kinds.feature import Feature
 from recsys.data.items.content_store import ContentStore, default_cache
 from recsys.data.items.item_table import ItemTable
@@ -40,7 +40,7 @@ def build_content_store(
                 store.build(name)
         with ranks.raise_on_all_ranks():
             store.build(name)
-            encoders[name] = encoder = encoder_of(kind, store.arrays[name].values.shape[1:])
+            encoders[name] = encoder = make_encoder(kind, store.arrays[name].values.shape[1:])
         for note in [*kind.notes, *encoder.notes]:
             logger.info(note)
         if encoder.caches and modality.cache_frozen_layers:

@@ -34,7 +34,7 @@ class EncoderOutputs:
         self.encoders, self.share, self.bank = dict(encoders), share, bank
 
     @staticmethod
-    def beside(
+    def from_settings(
         bank: MemoryBank | None, content: ContentSettings, encoders: Mapping[str, Encoder]
     ) -> EncoderOutputs | None:
         """Return empty outputs, placed as the memory bank; None if encoders run for all items.
@@ -51,7 +51,7 @@ class EncoderOutputs:
                     f"vector per item, but content.modalities.{name}.module has "
                     f"{encoder.frozen_tokens} tokens; set it to 1, or average them in the module"
                 )
-        width, placement = sum(part.output_dim for part in trained.values()), content.history.bank
+        width, placement = sum(model.output_dim for model in trained.values()), content.history.bank
         rows = build_memory_bank(bank.num_items, width, bank.device, bank.group, placement)
         return EncoderOutputs(trained, content.encoder_share, rows)
 
@@ -76,31 +76,31 @@ class EncoderOutputs:
 
     def choose(self, items: Tensor, step: int) -> Callable[[], EncodedItems]:
         """Choose and route items [E] on the host; call the result to end. Both are collectives."""
-        places = self._places(items, step)
-        routes = self.bank.routes(items, items[places])
-        return lambda: EncodedItems(places, *routes())
+        indices = self._select(items, step)
+        routes = self.bank.routes(items, items[indices])
+        return lambda: EncodedItems(indices, *routes())
 
-    def _places(self, items: Tensor, step: int) -> Tensor:  # [E] -> [C]
-        return sampled_places(items, math.ceil(self.share * len(items)), step)
+    def _select(self, items: Tensor, step: int) -> Tensor:  # [E] -> [C]
+        return sample_indices(items, math.ceil(self.share * len(items)), step)
 
     def tokens(self, content: BatchContent, step: int) -> dict[str, ContentInput]:
         """Return the tokens [E, 1, D] of items: of chosen ones with gradient. A collective."""
         items, tokens = content.items, {}
-        encoded = content.encoded or EncodedItems(self._places(items, step))
-        places = encoded.positions
+        encoded = content.encoded or EncodedItems(self._select(items, step))
+        indices = encoded.positions
         stored, _ = self.bank.lookup(items, encoded.reads)
-        parts = {name: content.inputs[name] for name in self.encoders}
-        new = self.encode({name: part[places] for name, part in parts.items()})
-        self.write(items[places], new, step, encoded.writes)
+        inputs = {name: content.inputs[name] for name in self.encoders}
+        outputs = self.encode({name: entries[indices] for name, entries in inputs.items()})
+        self.write(items[indices], outputs, step, encoded.writes)
         widths = [encoder.output_dim for encoder in self.encoders.values()]
-        for (name, part), old in zip(parts.items(), stored.split(widths, dim=1)):
-            values = new[name].values[:, 0]
-            merged = old.to(values.dtype).index_copy(0, places, values)
-            tokens[name] = ContentInput(merged.unsqueeze(1), part.mask.any(dim=1, keepdim=True))
+        for (name, entries), old in zip(inputs.items(), stored.split(widths, dim=1)):
+            values = outputs[name].values[:, 0]
+            merged = old.to(values.dtype).index_copy(0, indices, values)
+            tokens[name] = ContentInput(merged.unsqueeze(1), entries.mask.any(dim=1, keepdim=True))
         return tokens
 
 
-def sampled_places(items: Tensor, count: int, step: int) -> Tensor:  # [E] -> [C]
-    """Return the places of `count` items, ascending, by a hash that a resumed run repeats."""
+def sample_indices(items: Tensor, count: int, step: int) -> Tensor:  # [E] -> [C]
+    """Return the indices of `count` items, ascending, by a hash that a resumed run repeats."""
     hashed = (items + 7919 * step) % 2**20 * 2654435761 % 2**32
     return hashed.argsort(stable=True)[:count].sort().values

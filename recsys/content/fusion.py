@@ -43,7 +43,7 @@ class JointSelfAttention(nn.Module):
         query, key, value = self.query(x[:, :num_outputs]), self.key(x), self.value(x)
         query, key, value = (tensor.unflatten(-1, heads) for tensor in (query, key, value))
         if is_on_host(x) and x.shape[1] <= FEW_TOKENS:
-            attended = _attention_of_few(query, key, value, mask, self.scale)
+            attended = _small_attention(query, key, value, mask, self.scale)
         else:
             query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
             attended = F.scaled_dot_product_attention(
@@ -53,7 +53,7 @@ class JointSelfAttention(nn.Module):
         return output
 
 
-def _attention_of_few(
+def _small_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
 ) -> Tensor:  # [U, Q, H, D / H], twice [U, T, H, D / H], [U, T] -> [U, Q, H, D / H]
     scores = (query.unsqueeze(2) * key.unsqueeze(1)).sum(-1) * scale  # [U, Q, T, H]
@@ -96,9 +96,9 @@ class ModernLayer(nn.Module):
 
     def weights(self) -> list[Tensor]:
         attention, up, down = self.attention, self.feed_forward[0], self.feed_forward[2]
-        parts: list[Any] = [self.attention_norm, attention.query, attention.key, attention.value]
-        parts += [attention.output, self.feed_forward_norm, up, down]
-        return [weight for module in parts for weight in (module.weight, module.bias)]
+        modules: list[Any] = [self.attention_norm, attention.query, attention.key, attention.value]
+        modules += [attention.output, self.feed_forward_norm, up, down]
+        return [weight for module in modules for weight in (module.weight, module.bias)]
 
 
 class ConcatFusion(nn.Module):
@@ -206,21 +206,21 @@ class FusionQFormer(nn.Module):
             return False
         num_tokens = tokens.shape[1] + self.queries.shape[0]
         if num_tokens > FEW_TOKENS and not torch.compiler.is_compiling():
-            tokens_of_item = f"an item has {num_tokens} tokens with its queries"
-            log_refusal("fusion", f"{tokens_of_item}; the kernel takes {FEW_TOKENS}")
+            size = f"an item has {num_tokens} tokens with its queries"
+            log_refusal("fusion", f"{size}; the kernel takes {FEW_TOKENS}")
         return num_tokens <= FEW_TOKENS
 
     def _by_kernel(self, tokens: Tensor, mask: Tensor, modality: Tensor) -> Tensor:  # [U, D]
-        first = self.layers[0]
-        assert isinstance(first, ModernLayer)
-        share, num_layers = first.dropout.p if self.training else 0.0, len(self.layers)
+        layer = self.layers[0]
+        assert isinstance(layer, ModernLayer)
+        dropout, num_layers = layer.dropout.p if self.training else 0.0, len(self.layers)
         num_queries, num_tokens = self.queries.shape[0], tokens.shape[1]
         # Two dropouts in each layer; the last one has outputs for the queries alone.
         rows = (num_layers - 1) * (num_queries + num_tokens) + num_queries
-        noise = torch.rand(2 * rows * tokens[:, 0].numel()) if share else torch.empty(0)
-        weights, heads, scale = self.weights(), first.attention.num_heads, first.attention.scale
+        noise = torch.rand(2 * rows * tokens[:, 0].numel()) if dropout else torch.empty(0)
+        weights, heads, scale = self.weights(), layer.attention.num_heads, layer.attention.scale
         return native_fusion(
-            tokens, mask, modality, noise, weights, num_layers, heads, scale, share
+            tokens, mask, modality, noise, weights, num_layers, heads, scale, dropout
         )
 
     def weights(self) -> list[Tensor]:

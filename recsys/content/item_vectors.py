@@ -53,9 +53,9 @@ class ItemVectorCache:
         max_bytes: int = MAX_CACHE_BYTES,
     ) -> None:
         self.branch, self.store, self.device, self.max_bytes = branch, store, device, max_bytes
-        # Place of each item's vector by row of the files, -1 if not cached. The last entry stands
+        # Row of each item's cached vector, by row of the files; -1: none. The last entry stands
         # for all items without a row, which share the vector of no content.
-        self._places = np.full(store.items.num_rows + 1, -1)
+        self._cache_rows = np.full(store.items.num_rows + 1, -1)
         modalities = len(branch.encoders) if branch.keeps_modalities else 0
         self._cached = torch.zeros(0, branch.dim * (1 + modalities), device=device)  # [S, V]
         self._count = 0  # rows of it that are used
@@ -69,19 +69,19 @@ class ItemVectorCache:
     def vectors(self, items: Tensor) -> Tensor:  # int64 [U], on the host -> [U, V], on the device
         ids = items.numpy()
         rows = self.store.rows_of(ids)
-        new = np.flatnonzero(self._places[rows] < 0)
-        parts = [self._cached[:0]]
-        for start in range(0, len(new), SCORED_ITEMS_PER_CALL):
-            inputs = self.store.gather(ids[new[start : start + SCORED_ITEMS_PER_CALL]])
-            inputs = {name: part.to(self.device) for name, part in inputs.items()}
-            parts.append(self.branch.encode(inputs))
-        encoded = torch.cat(parts)
-        self._add(rows[new], encoded)
-        places = torch.from_numpy(self._places[rows]).to(self.device)
-        if not (self._places[rows] < 0).any():
-            return self._cached.index_select(0, places)
-        vectors = self._cached.index_select(0, places.clamp(min=0))
-        vectors[torch.from_numpy(new).to(self.device)] = encoded
+        missing = np.flatnonzero(self._cache_rows[rows] < 0)
+        chunks = [self._cached[:0]]
+        for start in range(0, len(missing), SCORED_ITEMS_PER_CALL):
+            inputs = self.store.gather(ids[missing[start : start + SCORED_ITEMS_PER_CALL]])
+            inputs = {name: values.to(self.device) for name, values in inputs.items()}
+            chunks.append(self.branch.encode(inputs))
+        encoded = torch.cat(chunks)
+        self._add(rows[missing], encoded)
+        cached = torch.from_numpy(self._cache_rows[rows]).to(self.device)
+        if not (self._cache_rows[rows] < 0).any():
+            return self._cached.index_select(0, cached)
+        vectors = self._cached.index_select(0, cached.clamp(min=0))
+        vectors[torch.from_numpy(missing).to(self.device)] = encoded
         return vectors
 
     def _add(self, rows: np.ndarray, vectors: Tensor) -> None:  # [U], [U, V]
@@ -94,7 +94,7 @@ class ItemVectorCache:
             larger[: self._count] = self._cached[: self._count]
             self._cached = larger
         self._cached[self._count : end] = vectors[:num_added]
-        self._places[rows[:num_added]] = np.arange(self._count, end)
+        self._cache_rows[rows[:num_added]] = np.arange(self._count, end)
         self._count = end
 
 
@@ -116,10 +116,10 @@ def encode_into_bank(
     was_training = content.training
     content.eval()
     items = np.sort(store.items.ids) if ids is None else ids
-    share = np.array_split(items, ranks.world_size)[ranks.rank]
+    local = np.array_split(items, ranks.world_size)[ranks.rank]
     # All ranks make the same number of calls, as each is a collective.
     longest = -(-len(items) // ranks.world_size)
-    for call in np.array_split(share, -(-longest // items_per_fill(ranks.device))):
+    for call in np.array_split(local, -(-longest // items_per_fill(ranks.device))):
         rows = torch.from_numpy(call)
         if find is not None:
             rows = find(rows)
@@ -127,7 +127,7 @@ def encode_into_bank(
         vectors = torch.zeros(0, content.bank.dim, device=ranks.device)
         outputs: dict[str, ContentInput] = {}  # of trained encoders, if these are stored
         if len(call):
-            inputs = {name: part.to(ranks.device) for name, part in store.gather(call).items()}
+            inputs = {name: values.to(ranks.device) for name, values in store.gather(call).items()}
             outputs = {} if content.outputs is None else content.outputs.encode(inputs)
             vectors = content.encode(inputs, outputs)
         if before_write is not None:
@@ -146,7 +146,7 @@ LARGEST_SIZE = 10.0  # root mean square above which the outputs of an encoder ar
 
 
 @torch.no_grad()
-def start_projections(
+def init_projections(
     branch: ContentBranch,
     store: ContentStore,
     ranks: Ranks,
@@ -160,21 +160,21 @@ def start_projections(
     ids = np.sort(store.items.ids)
     if trained is not None and (has_rows := trained.of(ids) > 0).any():
         ids = ids[has_rows]
-    places = np.linspace(0, len(ids) - 1, min(len(ids), SAMPLED_ITEMS)).astype(int)
-    sample = ranks.from_first(ids[places])
-    share = np.array_split(sample, ranks.world_size)[ranks.rank]
+    indices = np.linspace(0, len(ids) - 1, min(len(ids), SAMPLED_ITEMS)).astype(int)
+    sample = ranks.from_first(ids[indices])
+    local = np.array_split(sample, ranks.world_size)[ranks.rank]
     branch.eval()
     for name, encoder in branch.encoders.items():
         if modalities is not None and name not in modalities:
             continue
         projection = branch.projections[name]
         assert isinstance(encoder, Encoder) and isinstance(projection, Projection)
-        outputs, digests = _mean_outputs(encoder, name, share, store, ranks)
+        outputs, digests = _mean_outputs(encoder, name, local, store, ranks)
         outputs = gather_rows(outputs, ranks.group)
         digests = [digest for rank_digests in ranks.gather(digests) for digest in rank_digests]
         if len(set(digests)) == 1:  # differences between the outputs are rounding
             outputs = outputs[:1].expand_as(outputs)
-        start_at_components(projection, outputs)
+        init_from_components(projection, outputs)
         _warn_of_equal_items(store.kinds[name].modality, name, digests)
         for values in projection.state_dict().values():
             # The signs of components depend on the processor, so all ranks use those of rank 0.
@@ -184,14 +184,14 @@ def start_projections(
 def _mean_outputs(
     encoder: Encoder, name: str, ids: np.ndarray, store: ContentStore, ranks: Ranks
 ) -> tuple[Tensor, list[bytes]]:  # [share of S, E], of items with this modality; content's hashes
-    parts = [torch.zeros(0, encoder.output_dim, device=ranks.device)]
+    chunks = [torch.zeros(0, encoder.output_dim, device=ranks.device)]
     digests: list[bytes] = []
     for start in range(0, len(ids), ITEMS_PER_CALL):
         content = store.gather(ids[start : start + ITEMS_PER_CALL])[name]
         digests += digests_of(content)
         encoded = encoder.encode(content.to(ranks.device))
-        parts.append(mean_token(encoded.values.float(), encoded.mask)[encoded.mask.any(dim=1)])
-    return torch.cat(parts), digests
+        chunks.append(mean_token(encoded.values.float(), encoded.mask)[encoded.mask.any(dim=1)])
+    return torch.cat(chunks), digests
 
 
 def _warn_of_equal_items(modality: ModalitySettings, name: str, digests: list[bytes]) -> None:
@@ -208,7 +208,7 @@ def _warn_of_equal_items(modality: ModalitySettings, name: str, digests: list[by
     )
 
 
-def start_at_components(projection: Projection, outputs: Tensor) -> None:  # [S, E]
+def init_from_components(projection: Projection, outputs: Tensor) -> None:  # [S, E]
     """Set the first rows to the principal components; further ones keep their random start."""
     size = _size(outputs)
     if size > LARGEST_SIZE * outputs.shape[1] ** 0.5:

@@ -20,25 +20,25 @@ def gather_rows(
     if not dist.is_initialized() or dist.get_world_size(process_group) == 1:
         return tensor
     rows = tensor.detach()
-    kinds: list[Any] = [None] * dist.get_world_size(process_group)
-    dist.all_gather_object(kinds, (tuple(rows.shape), str(rows.dtype)), group=process_group)
-    if any((shape[1:], dtype) != (kinds[0][0][1:], kinds[0][1]) for shape, dtype in kinds):
-        raise ValueError(f"rows of the ranks cannot be joined, their shape and dtype are {kinds}")
+    specs: list[Any] = [None] * dist.get_world_size(process_group)
+    dist.all_gather_object(specs, (tuple(rows.shape), str(rows.dtype)), group=process_group)
+    if any((shape[1:], dtype) != (specs[0][0][1:], specs[0][1]) for shape, dtype in specs):
+        raise ValueError(f"rows of the ranks cannot be joined, their shape and dtype are {specs}")
     # NCCL moves CUDA tensors only.
     is_nccl = dist.get_backend(process_group) == "nccl"
     device = torch.device("cuda", torch.cuda.current_device()) if is_nccl else rows.device
-    longest = max(shape[0] for shape, _ in kinds)
+    longest = max(shape[0] for shape, _ in specs)
     padded = torch.zeros((longest, *rows.shape[1:]), dtype=rows.dtype, device=device)
     padded[: len(rows)] = rows
     receives = to_all or dist.get_rank(process_group) == 0
-    gathered = [torch.empty_like(padded) for _ in kinds] if receives else []
+    gathered = [torch.empty_like(padded) for _ in specs] if receives else []
     if to_all:
         dist.all_gather(gathered, padded, group=process_group)
     else:
         dist.gather(padded, gathered or None, group=process_group, group_dst=0)
     if not receives:
         return tensor[:0]
-    rows_of_ranks = [rows[: shape[0]] for rows, (shape, _) in zip(gathered, kinds, strict=True)]
+    rows_of_ranks = [rows[: shape[0]] for rows, (shape, _) in zip(gathered, specs, strict=True)]
     return torch.cat(rows_of_ranks).to(tensor.device)
 
 
@@ -56,8 +56,8 @@ def gather_rows_with_gradient(rows: Tensor) -> tuple[Tensor, int]:  # [N, D] -> 
     counts = all_counts.tolist()
     padded = F.pad(rows, (0, 0, 0, max(counts) - len(rows)))
     gathered = _gather_and_scatter(padded) if rows.is_cuda else all_gather(padded)
-    parts = [rank_rows[:count] for rank_rows, count in zip(gathered, counts, strict=True)]
-    return torch.cat(parts), sum(counts[: dist.get_rank()])
+    blocks = [rank_rows[:count] for rank_rows, count in zip(gathered, counts, strict=True)]
+    return torch.cat(blocks), sum(counts[: dist.get_rank()])
 
 
 def _gather_and_scatter(rows: Tensor) -> tuple[Tensor, ...]:  # [N, D] -> [N, D] of each rank

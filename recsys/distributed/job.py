@@ -20,7 +20,7 @@ class JobName:
     slurm: str = ""
 
     @staticmethod
-    def of_environment() -> JobName:
+    def from_environment() -> JobName:
         run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
         if run_id == "none":  # attempts share nothing but the agent, which starts them
             agent = psutil.Process().parent()
@@ -36,6 +36,6 @@ def restarts(launcher: str) -> int:
     return int(os.environ.get(f"{launcher}_RESTART_COUNT") or 0)
 
 
-def environment_of_no_rank() -> dict[str, str]:
+def environment_without_rank() -> dict[str, str]:
     """Return this process's environment for a process that is no rank of its job."""
     return {name: value for name, value in os.environ.items() if not name.startswith(RANK_PREFIXES)}

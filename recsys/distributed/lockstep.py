@@ -27,8 +27,8 @@ B = TypeVar("B")  # a batch; this package does not use its content
 # Seconds in which a second SIGINT is the launcher's copy of the first; later ones are the user's.
 ECHO_SECONDS = 1.0
 # Seconds between exchanges, the delay of an error. Schedulers kill 30 seconds after SIGTERM.
-SECONDS_BETWEEN = 0.5
-MOST_BATCHES = 16
+EXCHANGE_SECONDS = 0.5
+MAX_BATCHES = 16
 # First batches of a stretch, each with an exchange: a pipeline fetches them before its first step.
 FIRST_BATCHES = 8
 
@@ -42,12 +42,12 @@ class FlagExchange:
 
     def __init__(self) -> None:
         self.num_batches = 0
-        self._next_exchange, self._interval, self._end_of_first = 0, 1, 0
+        self._next_exchange, self._interval, self._first_end = 0, 1, 0
         self._measured_batches, self._measured_at = 0, time.monotonic()
 
     def begin(self) -> None:
         self._next_exchange, self._interval = 0, 1
-        self._end_of_first = self.num_batches + FIRST_BATCHES
+        self._first_end = self.num_batches + FIRST_BATCHES
 
     def is_due(self) -> bool:
         """Count a batch; return whether flags are exchanged with it."""
@@ -69,8 +69,8 @@ class FlagExchange:
 
     def set_pace(self, milliseconds: int) -> None:
         """Set the largest pace of all ranks, which decides on the exchanges that follow."""
-        if milliseconds and self.num_batches > self._end_of_first:
-            self._interval = max(1, min(MOST_BATCHES, int(1e3 * SECONDS_BETWEEN) // milliseconds))
+        if milliseconds and self.num_batches > self._first_end:
+            self._interval = max(1, min(MAX_BATCHES, int(1e3 * EXCHANGE_SECONDS) // milliseconds))
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Lockstep:
         self._interrupted_at: float | None = None  # the first Ctrl-C
         self._saved_at = time.monotonic()
         self._handlers: dict[int, Any] = {}
-        self._ahead: _BatchRequest[Any] | None = None  # batch fetched for the next step
+        self._prefetched: _BatchRequest[Any] | None = None  # batch fetched for the next step
         self._exchange = FlagExchange()
         self._failed_at = 0  # number of batches before `_error`
         self._has_failed = False  # whether this rank cannot read its next batches
@@ -151,9 +151,9 @@ class Lockstep:
 
     def saved(self) -> None:
         self.save, self._saved_at = False, time.monotonic()
-        if self._ahead is not None and self._ahead.flags is not None:
-            self._ahead.wait()  # it may report the checkpoint just saved as due
-            self._ahead.flags[3] = 0
+        if self._prefetched is not None and self._prefetched.flags is not None:
+            self._prefetched.wait()  # it may report the checkpoint just saved as due
+            self._prefetched.flags[3] = 0
 
     def training_batches(self, source: Iterator[B], count: int, group: int = 1) -> Iterator[B]:
         """Yield the batches of a stretch of training, up to `end_stretch`. A collective.
@@ -165,11 +165,11 @@ class Lockstep:
         for number in range(count):
             if self._is_ending and number % group == 0:
                 return
-            request = self._ahead or self._ask(source, self._exchange.is_due())
-            self._ahead = None
+            request = self._prefetched or self._request(source, self._exchange.is_due())
+            self._prefetched = None
             if number + 1 < count:
-                self._ahead = self._ask(source, self._exchange.is_due(), request.error)
-            batch = self._answer(request)
+                self._prefetched = self._request(source, self._exchange.is_due(), request.error)
+            batch = self._receive(request)
             if batch is None:
                 return
             if self.ranks.world_size > 1:
@@ -182,20 +182,20 @@ class Lockstep:
 
     def batches(self, source: Iterator[B]) -> Iterator[B]:
         """Yield the batches of a pass without training, until a rank has none. A collective."""
-        while (batch := self._answer(self._ask(source))) is not None:
+        while (batch := self._receive(self._request(source))) is not None:
             self.raise_if_stopped()
             yield batch
 
     def sync_errors(self) -> None:
         """Raise on all ranks an error that any of them met since the last batch. A collective."""
-        self._answer(self._ask(iter(())))
+        self._receive(self._request(iter(())))
 
     def raise_if_stopped(self) -> None:
         """Raise `TrainingStopped` if the job was asked to end; for work that can be repeated."""
         if self.stop:
             raise TrainingStopped("asked to end")
 
-    def _ask(
+    def _request(
         self, source: Iterator[B], exchange: bool = True, pending: Exception | None = None
     ) -> _BatchRequest[B]:
         """Take a batch and, with `exchange`, begin to send this rank's flags. A collective."""
@@ -207,17 +207,17 @@ class Lockstep:
             error, self._has_failed = error or raised, True
         if not exchange:
             return _BatchRequest(batch, error)
-        seconds, due_after = time.monotonic() - self._saved_at, self._checkpoint_seconds
-        is_due = due_after is not None and self.ranks.is_first and seconds >= due_after
-        is_alone = self.ranks.world_size == 1  # so it waits for nobody before a batch
-        pace = 0 if is_alone else self._exchange.pace()
+        seconds, interval = time.monotonic() - self._saved_at, self._checkpoint_seconds
+        is_due = interval is not None and self.ranks.is_first and seconds >= interval
+        is_single = self.ranks.world_size == 1  # so it waits for nobody before a batch
+        pace = 0 if is_single else self._exchange.pace()
         states = [error is not None, batch is None, self._is_terminated, is_due, pace]
         flags, work = torch.tensor(states, dtype=torch.int32), None
-        if not is_alone:
+        if not is_single:
             work = dist.all_reduce(flags, dist.ReduceOp.MAX, self.ranks.group, async_op=True)
         return _BatchRequest(batch, error, flags, work)
 
-    def _answer(self, request: _BatchRequest[B]) -> B | None:
+    def _receive(self, request: _BatchRequest[B]) -> B | None:
         """Return the batch, once the flags of all ranks are known. A collective."""
         if request.flags is None:
             self.record_error(request.error)

@@ -13,7 +13,7 @@ from recsys.config import LogFormat, LogLevel
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-OWN_LOGGERS = ("recsys", "embeddings")
+PACKAGE_LOGGERS = ("recsys", "embeddings")
 
 
 class _StandardOutput(logging.StreamHandler):  # type: ignore[type-arg]
@@ -47,7 +47,7 @@ def configure_logging(
     handler, fields = _StandardOutput(), "%(asctime)s %(levelname)s %(name)s %(message)s"
     as_json = JsonFormatter(fields, static_fields={"rank": rank})
     handler.setFormatter(as_json if log_format == "json" else _TextFormatter(rank))
-    for name in OWN_LOGGERS:
+    for name in PACKAGE_LOGGERS:
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level.upper())
@@ -65,7 +65,7 @@ def progress_bar(total: int, name: str, shown: bool = True, **options: Any) -> t
     """Return a bar on standard error; nothing is drawn without a terminal or with JSON logs."""
     from tqdm import tqdm
 
-    handlers = logging.getLogger(OWN_LOGGERS[0]).handlers
+    handlers = logging.getLogger(PACKAGE_LOGGERS[0]).handlers
     is_json = any(isinstance(handler.formatter, JsonFormatter) for handler in handlers)
     is_drawn = shown and sys.stderr.isatty() and not is_json
     return tqdm(total=total, desc=name, disable=not is_drawn, dynamic_ncols=True, **options)

@@ -98,7 +98,7 @@ class AccumulatingPipeline(IdsPipeline):
                 output = self.progress(batches)
             except StopIteration:
                 if self.copies is not None:
-                    self.copies.settle()  # tables may be saved or scored next
+                    self.copies.average()  # tables may be saved or scored next
                 unlock_cached_rows(self.model)
                 return
             yield output

@@ -39,11 +39,11 @@ class Ranks:
     local_rank: int
     local_world_size: int
     device: torch.device
-    own_group: dist.ProcessGroup | None = None  # default: the job's group
+    custom_group: dist.ProcessGroup | None = None  # default: the job's group
 
     @property
     def group(self) -> dist.ProcessGroup:
-        group = self.own_group or dist.group.WORLD
+        group = self.custom_group or dist.group.WORLD
         assert group is not None
         return group
 
@@ -63,9 +63,9 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def apart(self) -> Ranks:
+    def with_new_group(self) -> Ranks:
         """Return the same ranks with a group for collectives during the steps. A collective."""
-        return replace(self, own_group=dist.new_group(backend="gloo"))
+        return replace(self, custom_group=dist.new_group(backend="gloo"))
 
     def from_first(self, value: Any) -> Any:
         """Return rank 0's small object on every rank. A collective."""
@@ -100,11 +100,11 @@ class Ranks:
         dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=self.group)
         if not failed.item():
             return
-        own_failure: tuple[int, int, bool, str] | None = None
+        local_failure: tuple[int, int, bool, str] | None = None
         if error is not None:
             message, is_value_error = str(error) or repr(error), isinstance(error, ValueError)
-            own_failure = moment, self.rank, is_value_error, message
-        failures = [failure for failure in self.gather(own_failure) if failure is not None]
+            local_failure = moment, self.rank, is_value_error, message
+        failures = [failure for failure in self.gather(local_failure) if failure is not None]
         earliest, rank, is_value_error, message = min(failures)
         if error is not None and moment == earliest:
             raise error
@@ -164,22 +164,22 @@ def name_attempt(store: dist.Store, rank: int, world_size: int, timeout: timedel
     if rank > 0:
         store.set(f"join/word/{rank}", token)
         while True:
-            answer = _read_key(store, f"join/answer/{rank}")
-            if answer.startswith(token):
-                name = answer.removeprefix(token)
+            response = _read_key(store, f"join/answer/{rank}")
+            if response.startswith(token):
+                name = response.removeprefix(token)
                 store.set(f"join/confirmed/{rank}", name)
                 return name
             _poll(deadline, "rank 0 did not come")
     missing = set(range(1, world_size))
-    answered: dict[int, str] = {}
+    responses: dict[int, str] = {}
     while missing:
-        for other in sorted(missing):
-            rank_token = _read_key(store, f"join/word/{other}")
-            if rank_token and answered.get(other) != rank_token:
-                store.set(f"join/answer/{other}", rank_token + token)
-                answered[other] = rank_token
-            if _read_key(store, f"join/confirmed/{other}") == token:
-                missing.remove(other)
+        for peer in sorted(missing):
+            rank_token = _read_key(store, f"join/word/{peer}")
+            if rank_token and responses.get(peer) != rank_token:
+                store.set(f"join/answer/{peer}", rank_token + token)
+                responses[peer] = rank_token
+            if _read_key(store, f"join/confirmed/{peer}") == token:
+                missing.remove(peer)
         if missing:
             _poll(deadline, f"ranks {sorted(missing)} did not come")
     return token
@@ -199,7 +199,7 @@ def _poll(deadline: float, reason: str) -> None:
 def sole_job(target: Path, ranks: Ranks, lock_file: Path) -> Iterator[None]:
     """Let no other job write `target` inside the block, or raise a ValueError. A collective."""
     lock = JobLock(target, lock_file)
-    ranks.on_first(lock.acquire, str(JobName.of_environment()))
+    ranks.on_first(lock.acquire, str(JobName.from_environment()))
     try:
         yield
     finally:

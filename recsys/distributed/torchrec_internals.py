@@ -73,10 +73,10 @@ class LocalIds(KJTAllToAll):
     """Returns the ids of one sharding of a collection as they are, on the only rank."""
 
     def forward(self, ids: KeyedJaggedTensor) -> Awaitable[KJTAllToAllTensorsAwaitable]:
-        return NoWait(_KeptIds(ids))
+        return NoWait(_LocalIdsAwaitable(ids))
 
 
-class _KeptIds(KJTAllToAllTensorsAwaitable):
+class _LocalIdsAwaitable(KJTAllToAllTensorsAwaitable):
     """Awaitable of the ids, with the sizes that the output exchange reads."""
 
     def __init__(self, ids: KeyedJaggedTensor) -> None:

@@ -31,7 +31,7 @@ FINDING = "finding"  # key in the store: the finding that ends the job
 WATCHED_RANKS = 8  # number of other ranks that each rank watches, unless a machine has more
 DESCRIBED_RANKS = 8  # how many ranks a finding describes
 LONGEST_JOIN = 30.0  # seconds that the end of a rank waits for a thread of its watchdog
-OWN_SOURCE = tuple(str(Path(__file__).parents[2] / name) for name in ("recsys", "embeddings"))
+PACKAGE_SOURCE = tuple(str(Path(__file__).parents[2] / name) for name in ("recsys", "embeddings"))
 
 
 class Watchdog:
@@ -42,7 +42,7 @@ class Watchdog:
         self.timeout = timeout or 0.0
         self.interval = min(1.0, self.timeout / 8)
         self._is_armed = False
-        self._marks, self._last_mark = 0, "start"
+        self._progress_count, self._last_event = 0, "start"
         self._exchanges = 0  # number of exchanges with the store
         self._beats = 0
         self._progress = Unchanged(2 * self.interval)
@@ -77,10 +77,10 @@ class Watchdog:
         self._threads.clear()
         self._backends.clear()
 
-    def mark(self, place: str) -> None:
+    def record_progress(self, event: str) -> None:
         """Record progress of the main thread; cheap enough for several calls a step."""
-        self._marks += 1
-        self._last_mark = place
+        self._progress_count += 1
+        self._last_event = event
 
     @contextmanager
     def armed(self) -> Iterator[None]:
@@ -90,20 +90,20 @@ class Watchdog:
             yield
         finally:
             self._is_armed = previous
-            self._marks += 1  # its end is progress
+            self._progress_count += 1  # its end is progress
 
     def _publish(self, store: dist.Store, ended: bool = False) -> Heartbeat:
         self._beats += 1
         collectives = sum(b._get_sequence_number_for_group() for b in self._backends)
-        stalled_for = self._progress.look((self._is_armed, self._marks, collectives))
+        stalled_for = self._progress.look((self._is_armed, self._progress_count, collectives))
         beat = Heartbeat(
             number=self._beats,
             ended=ended,
             stalled_for=stalled_for if self._is_armed else 0.0,
             collectives=collectives,
-            marks=self._marks,
-            last_mark=self._last_mark,
-            place=place_of_main_thread(),
+            marks=self._progress_count,
+            last_mark=self._last_event,
+            place=main_thread_location(),
         )
         store.set(str(self.ranks.rank), json.dumps(asdict(beat)))
         return beat
@@ -114,15 +114,15 @@ class Watchdog:
         # The ranks before this one, so that a finding names all ranks of a lost machine.
         number = min(max(WATCHED_RANKS, self.ranks.local_world_size), world_size - 1)
         watched = [(rank - distance - 1) % world_size for distance in range(number)]
-        unchanged = {other: Unchanged(2 * self.interval) for other in watched}
+        unchanged = {peer: Unchanged(2 * self.interval) for peer in watched}
         try:
             while not self._stopping.wait(self.interval):
-                own_beat = self._publish(store)
+                local_beat = self._publish(store)
                 *texts, finding_bytes = store.multi_get([*map(str, watched), FINDING])
                 self._exchanges += 1
                 beats = dict(zip(watched, map(Heartbeat.from_json, texts)))
-                silence = {other: unchanged[other].look(beats[other].number) for other in watched}
-                finding = finding_bytes.decode() or self._finding(store, own_beat, beats, silence)
+                silence = {peer: unchanged[peer].look(beats[peer].number) for peer in watched}
+                finding = finding_bytes.decode() or self._finding(store, local_beat, beats, silence)
                 if finding:
                     self._end(finding)
             self._publish(store, ended=True)
@@ -132,7 +132,7 @@ class Watchdog:
     def _finding(
         self,
         store: dist.Store,
-        own_beat: Heartbeat,
+        local_beat: Heartbeat,
         beats: dict[int, Heartbeat],
         silence: dict[int, float],
     ) -> str:
@@ -143,7 +143,7 @@ class Watchdog:
             nearly = self.timeout - self.interval  # ranks of one machine fall silent one by one
             silent = {rank: beats[rank] for rank in silence if silence[rank] >= nearly}
             finding = silent_ranks(silent, self.timeout)
-        elif own_beat.stalled_for >= self.timeout:
+        elif local_beat.stalled_for >= self.timeout:
             texts = store.multi_get([str(rank) for rank in range(self.ranks.world_size)])
             beats = dict(enumerate(map(Heartbeat.from_json, texts)))
             nearly = self.timeout - 2 * self.interval  # published values may be as old as that
@@ -223,8 +223,8 @@ def silent_ranks(beats: dict[int, Heartbeat], timeout: float) -> str:
 
 def stalled_ranks(beats: dict[int, Heartbeat], timeout: float) -> str:
     """Describe the ranks that the others wait for: those that have begun the fewest collectives."""
-    last = min((beat.collectives, beat.marks) for beat in beats.values())
-    behind = {rank: beat for rank, beat in beats.items() if (beat.collectives, beat.marks) == last}
+    floor = min((beat.collectives, beat.marks) for beat in beats.values())
+    behind = {rank: beat for rank, beat in beats.items() if (beat.collectives, beat.marks) == floor}
     finding = f"{_rank_names(behind)} made no progress for {timeout:g} s while the others wait"
     if len(behind) == len(beats):
         finding = (
@@ -245,15 +245,15 @@ def _states(beats: dict[int, Heartbeat]) -> str:
     return "; ".join(f"rank {rank}: {beats[rank]}" for rank in sorted(beats)[:DESCRIBED_RANKS])
 
 
-def place_of_main_thread() -> str:
+def main_thread_location() -> str:
     """Return `file:line function` of the main thread, and the caller in this product."""
     innermost = sys._current_frames().get(threading.main_thread().ident or 0)
     if innermost is None:
         return "its end"
     frames = (frame for frame, _ in traceback.walk_stack(innermost))
-    callers = (frame for frame in frames if frame.f_code.co_filename.startswith(OWN_SOURCE))
-    place, caller = _source_line(innermost), next(callers, innermost)
-    return place if caller is innermost else f"{place}, called from {_source_line(caller)}"
+    callers = (frame for frame in frames if frame.f_code.co_filename.startswith(PACKAGE_SOURCE))
+    location, caller = _source_line(innermost), next(callers, innermost)
+    return location if caller is innermost else f"{location}, called from {_source_line(caller)}"
 
 
 def _source_line(frame: FrameType) -> str:

@@ -48,7 +48,7 @@ def forward_pass(
         for number, output in enumerate(job.pipeline.outputs(batches), 1):
             yield output
             bar.update()
-            lockstep.watchdog.mark(f"{title} {number}")
+            lockstep.watchdog.record_progress(f"{title} {number}")
 
 
 def require_finite(scored: Mapping[str, Tensor], rows: RowSource) -> None:

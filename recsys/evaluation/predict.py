@@ -31,7 +31,7 @@ from recsys.evaluation.evaluate import evaluate_split, format_evaluation, score
 from recsys.evaluation.forward_pass import require_finite, rows_per_batch
 from recsys.evaluation.scores import scores_file
 from recsys.model.losses import predictions
-from recsys.model.tables import placed_for_scoring
+from recsys.model.tables import scoring_config
 from recsys.storage.files import atomic_file, atomic_write, regular_file
 from recsys.storage.location import Location
 from recsys.storage.output_file import check_output
@@ -52,7 +52,7 @@ def load_run(
         if not (run / "metrics.json").is_file():
             raise ValueError(f"{run}: holds no finished run (metrics.json); train it first")
         config = load_config(run / "config.yaml", ["--device", device, *changed])
-        config = placed_for_scoring(config, ranks.device.type)
+        config = scoring_config(config, ranks.device.type)
         data = data_of(run, data)
         schema = schema_of_data(run, Location.of(data), ranks)
         train_folder = add_new_items(run, schema, Location.of(data))

@@ -29,7 +29,7 @@ from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.ranks import Ranks
 from recsys.evaluation.availability import LaterItems, later_items
 from recsys.evaluation.forward_pass import forward_pass
-from recsys.ranking.generative import MOST_BEAMS, CodeTrie, Generative, beam_search
+from recsys.ranking.generative import MAX_BEAMS, CodeTrie, Generative, beam_search
 from recsys.ranking.settings import GenerativeSettings
 
 QUERIES_PER_BLOCK = 256
@@ -135,7 +135,7 @@ def beam_count_above(
     items, table = items[table[:, -1] > 0], table[table[:, -1] > 0]
     trie, decoder = CodeTrie(table.numpy()), copy.deepcopy(ranking.decoder).cpu()
     counts = torch.zeros(2, len(queries), dtype=torch.int64)
-    size = max(1, MOST_BEAMS // settings.beam_size)
+    size = max(1, MAX_BEAMS // settings.beam_size)
     share = _share(len(queries), ranks)
     for start in range(share.start, share.stop, size):
         block = slice(start, min(start + size, share.stop))

@@ -46,10 +46,10 @@ def library_file() -> Path:
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or default)
     compiler = _compiler()
     version = _run([*compiler, "--version"], VERSION_SECONDS).stdout
-    parts = [*compiler, str(shutil.which(compiler[0])), version, *FLAGS]
-    parts += [torch.__version__, platform.machine(), _processor()]
-    parts += [path.read_text() for path in sorted(SOURCES.rglob("*.*"))]
-    digest = hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]
+    inputs = [*compiler, str(shutil.which(compiler[0])), version, *FLAGS]
+    inputs += [torch.__version__, platform.machine(), _processor()]
+    inputs += [path.read_text() for path in sorted(SOURCES.rglob("*.*"))]
+    digest = hashlib.sha256(chr(0).join(inputs).encode()).hexdigest()[:16]
     return root / f"recsys_kernels_{digest}" / "kernels.so"
 
 

@@ -43,8 +43,8 @@ class Operator:
 
     def define(self, fake: Callable[..., Any]) -> None:
         """Register the operators; `fake` returns outputs of the right shapes."""
-        kinds, outputs = self._kinds(), ", ".join(["Tensor"] * self.num_outputs)
-        gradients = ", ".join(kinds[name] for name in self.gradients)
+        types, outputs = self._types(), ", ".join(["Tensor"] * self.num_outputs)
+        gradients = ", ".join(types[name] for name in self.gradients)
         forward, backward = f"recsys::{self.name}", f"recsys::{self.name}_backward"
         torch.library.define(forward, f"({self.inputs}) -> ({outputs})")
         torch.library.define(backward, f"({self.backward_inputs}) -> ({gradients})")
@@ -53,7 +53,7 @@ class Operator:
         torch.library.register_autograd(forward, self._backward, setup_context=self._save)
         torch.library.register_autograd(backward, self._refuse_second_derivative)
 
-    def _kinds(self) -> dict[str, str]:
+    def _types(self) -> dict[str, str]:
         return {argument.split()[1]: argument.split()[0] for argument in self.inputs.split(", ")}
 
     def _arguments(self) -> list[str]:
@@ -65,12 +65,12 @@ class Operator:
         return tree_map(lambda tensor: tensor.new_empty(tensor.shape), inputs)
 
     def _save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        kinds = self._kinds()
-        by_name = dict(zip(kinds, inputs, strict=True))
-        for part in self.without_gradient:
-            if by_name[part].requires_grad:
+        types = self._types()
+        by_name = dict(zip(types, inputs, strict=True))
+        for name in self.without_gradient:
+            if by_name[name].requires_grad:
                 raise ValueError(
-                    f"recsys::{self.name}: {part} requires a gradient, which this operator does "
+                    f"recsys::{self.name}: {name} requires a gradient, which this operator does "
                     "not compute; detach it, or set kernels to torch"
                 )
         outputs = output if self.num_outputs > 1 else (output,)
@@ -78,7 +78,7 @@ class Operator:
         lists = [value for value in values if isinstance(value, list | tuple)]
         tensors = [value for value in values if isinstance(value, Tensor)]
         ctx.numbers = values[len(tensors) + len(lists) :]
-        ctx.list_sizes = {name: len(by_name[name]) for name in kinds if "[]" in kinds[name]}
+        ctx.list_sizes = {name: len(by_name[name]) for name in types if "[]" in types[name]}
         ctx.shapes = [result.shape for result in outputs[: self.num_results]]
         ctx.zero_shapes = {name: by_name[name].shape for name in self.zero_gradients}
         ctx.save_for_backward(*outputs[self.num_results :], *tensors, *chain(*lists))
@@ -100,7 +100,7 @@ class Operator:
             computed = compute(*gradients, *values, *ctx.numbers)
             by_name |= dict(zip(self.gradients, computed, strict=True))
             by_name |= {name: like.new_zeros(shape) for name, shape in ctx.zero_shapes.items()}
-        return tuple(by_name.get(name) for name in self._kinds())
+        return tuple(by_name.get(name) for name in self._types())
 
     def _refuse_second_derivative(self, *_: Any) -> NoReturn:
         raise RuntimeError(
@@ -149,8 +149,8 @@ def is_forward_mode() -> bool:
 
 def rounds_products(device: torch.device) -> bool:
     """Return whether autocast asks kernels to round factors of products to bfloat16."""
-    kind = device.type
-    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+    name = device.type
+    return torch.is_autocast_enabled(name) and torch.get_autocast_dtype(name) == torch.bfloat16
 
 
 def result_dtype(*inputs: Tensor) -> torch.dtype:
@@ -174,10 +174,10 @@ def native_content_interest(
     queries: Tensor,  # [B, 1 + S, D]: of the attention, then a unit vector in each space
     items: Tensor,  # [U, max(S, 1) * D or more], without gradient: a vector per space
     map_: Tensor,  # [D, D], M of the first vectors, which `items` has before the map
-    index: Tensor,  # int64 [N], the item at each place, one row after the other
-    offsets: Tensor,  # int64 [B + 1]; places of a row are `offsets[b]` to `offsets[b + 1]`
+    index: Tensor,  # int64 [N], the item at each position, one row after the other
+    offsets: Tensor,  # int64 [B + 1]; positions of a row are `offsets[b]` to `offsets[b + 1]`
     list_factors: Tensor,  # [B, P], factors of the parallel lists in the scores
-    parallel: Tensor,  # [N, P], numbers beside each place, without gradient
+    parallel: Tensor,  # [N, P], numbers beside each position, without gradient
 ) -> tuple[Tensor, Tensor]:  # [B, D + P], [B, S * F]
     """Return attention's weighted sums and the similarity features, in float32, by a kernel.
 
@@ -187,21 +187,21 @@ def native_content_interest(
     """
     operator = "content_interest"
     vectors = as_float32(operator, queries=queries, items=items, map=map_)
-    places = as_int64(operator, index=index, offsets=offsets)
+    indices = as_int64(operator, index=index, offsets=offsets)
     lists = as_float32(operator, of_lists=list_factors, parallel=parallel)
-    sums, features, *_ = torch.ops.recsys.content_interest(*vectors, *places, *lists)
+    sums, features, *_ = torch.ops.recsys.content_interest(*vectors, *indices, *lists)
     return sums, features
 
 
-def _fake_interest(queries: Tensor, items: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-    _, index, _, _, parallel = rest
+def _fake_interest(queries: Tensor, items: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    _, index, _, _, parallel = inputs
     batch, spaces, dim = queries.shape[0], queries.shape[1] - 1, queries.shape[2]
-    lists, places = parallel.shape[1], index.shape[0]
+    lists, num_events = parallel.shape[1], index.shape[0]
     return (
         queries.new_empty(batch, dim + lists),
         queries.new_empty(batch, spaces * (2 + 5 * lists)),
-        queries.new_empty(places),
-        queries.new_empty(spaces, places),
+        queries.new_empty(num_events),
+        queries.new_empty(spaces, num_events),
         queries.new_empty(items.shape[0], spaces),
     )
 
@@ -223,14 +223,14 @@ def native_dot_interaction(
     sparse: Tensor | Sequence[Tensor],  # [B, F, D], or F tensors [B, D], read where they are
 ) -> Tensor:  # [B, D + I]
     """Return the dense vector and the dot products of pairs, by a kernel, of PyTorch's type."""
-    parts = [sparse] if isinstance(sparse, Tensor) else list(sparse)
-    vectors = {f"sparse[{place}]": tensor for place, tensor in enumerate(parts)}
+    tensors = [sparse] if isinstance(sparse, Tensor) else list(sparse)
+    vectors = {f"sparse[{index}]": tensor for index, tensor in enumerate(tensors)}
     dense32, *sparse32 = as_float32("dot_interaction", dense=dense, **vectors)
     out: Tensor = torch.ops.recsys.dot_interaction(dense32, sparse32)
     device = dense.device.type
     if torch.is_autocast_enabled(device):
         return out.to(torch.promote_types(dense.dtype, torch.get_autocast_dtype(device)))
-    return out.to(result_dtype(dense, *parts))
+    return out.to(result_dtype(dense, *tensors))
 
 
 def _fake_dots(dense: Tensor, sparse: Sequence[Tensor]) -> Tensor:
@@ -251,7 +251,7 @@ _FUSION_INPUTS = (
     "Tensor tokens, Tensor mask, Tensor modality, Tensor noise, Tensor[] weights, int layers, "
     "int heads, float scale, float dropout, bool bfloat16"
 )
-_WEIGHTS_OF_LAYER, _UP = 16, 12  # place of the map from D to the hidden units
+_LAYER_WEIGHTS, _UP_INDEX = 16, 12  # index of the map from D to the hidden units
 
 
 def native_fusion(
@@ -270,10 +270,10 @@ def native_fusion(
     `noise` has the uniform numbers of the dropouts, one after the other; a number below
     `dropout` drops. `weights` are `FusionQFormer.weights()`.
     """
-    named_weights = {f"weights[{place}]": weight for place, weight in enumerate(weights)}
-    vectors, *parts = as_float32("fusion", tokens=tokens, **named_weights)
+    named_weights = {f"weights[{index}]": weight for index, weight in enumerate(weights)}
+    vectors, *floats = as_float32("fusion", tokens=tokens, **named_weights)
     (modalities,) = as_int64("fusion", modality=modality)
-    inputs = vectors, mask, modalities, noise.float(), parts, layers, heads, scale, dropout
+    inputs = vectors, mask, modalities, noise.float(), floats, layers, heads, scale, dropout
     fused: Tensor = torch.ops.recsys.fusion(*inputs, rounds_products(tokens.device))[0]
     device = tokens.device.type
     if torch.is_autocast_enabled(device):
@@ -281,13 +281,13 @@ def native_fusion(
     return fused.to(result_dtype(tokens, *weights[:1]))
 
 
-def _fake_fusion(tokens: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    _, _, _, weights, layers, heads, *_ = rest
+def _fake_fusion(tokens: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
+    _, _, _, weights, layers, heads, *_ = inputs
     dim, queries = tokens.shape[2], weights[0].shape[0]
     rows, num_saved = queries + tokens.shape[1], queries * dim
     for layer in range(layers):
         outputs = rows if layer + 1 < layers else queries
-        units = weights[2 + layer * _WEIGHTS_OF_LAYER + _UP].shape[0]
+        units = weights[2 + layer * _LAYER_WEIGHTS + _UP_INDEX].shape[0]
         num_saved += rows * dim + 2 * (rows + outputs) * row_stride(dim)
         num_saved += outputs * (row_stride(units) + heads * rows)
     return tokens.new_empty(tokens.shape[0], dim), tokens.new_empty(tokens.shape[0] * num_saved)

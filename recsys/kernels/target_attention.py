@@ -39,7 +39,7 @@ class ScoreWeights(NamedTuple):
     last_bias: Tensor
 
     @staticmethod
-    def of(score: nn.Sequential) -> ScoreWeights | None:
+    def from_layers(score: nn.Sequential) -> ScoreWeights | None:
         """Return the weights of Linear, ReLU, Linear, ReLU, Linear; None for other layers."""
         if refusal(score) is not None:
             return None
@@ -75,9 +75,9 @@ def native_target_attention(
     keeps_units = torch.is_grad_enabled() and unit_bytes <= MAX_UNIT_BYTES
     vectors = {"target": target, "items": items, "parallel": parallel, "lists": lists}
     floats = as_float32("target_attention", **vectors, **score._asdict())
-    places = as_int64("target_attention", index=index, offsets=offsets)
+    indices = as_int64("target_attention", index=index, offsets=offsets)
     interest: Tensor = torch.ops.recsys.target_attention(
-        *floats[:2], *places, *floats[2:], keeps_units, rounds_products(target.device)
+        *floats[:2], *indices, *floats[2:], keeps_units, rounds_products(target.device)
     )[0]
     return interest.to(result_dtype(target, items, score.first))
 
@@ -87,8 +87,8 @@ def _units_row(first: Tensor, second: Tensor) -> int:  # [H, 4 D], [G, H]
     return sum((layer.shape[:1].numel() + 15) // 16 * 16 for layer in (first, second))
 
 
-def _fake(target: Tensor, items: Tensor, index: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *_, first, _, second, _, _, _, keeps_units, _ = rest
+def _fake(target: Tensor, items: Tensor, index: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    *_, first, _, second, _, _, _, keeps_units, _ = others
     units = _units_row(first, second) if keeps_units else 0
     shares, saved = target.new_empty(index.shape), target.new_empty(index.shape[0], units)
     return target.new_empty(target.shape), shares, saved

@@ -51,15 +51,15 @@ class AuxiliaryLosses(nn.Module):
         self.weights, self.extra = dict(weights), extra
 
     def forward(self, inputs: AuxiliaryInputs) -> tuple[Tensor, dict[str, Tensor]]:
-        parts = {}
+        terms = {}
         for name, loss in self.losses.items():
             inputs.columns = {
                 column: cast(Tensor, inputs.batch.rows.extra)[:, self.extra.index(column)]
                 for column in getattr(loss, "columns", ())
             }
-            parts[name] = loss(inputs)
-        total = torch.stack([self.weights[name] * value for name, value in parts.items()]).sum()
-        return total, parts
+            terms[name] = loss(inputs)
+        total = torch.stack([self.weights[name] * value for name, value in terms.items()]).sum()
+        return total, terms
 
 
 class Distillation(nn.Module):

@@ -53,7 +53,7 @@ def build_em3(
     pooled = pooled_features(config.embedding, schema)
     extra_sequences = _build_extra_sequences(config, schema, dims[schema.target_item])
     widths = extra_sequences.widths if extra_sequences is not None else {}
-    dimensions = InputDimensions.of(schema, pooled, dims, process_group, widths)
+    dimensions = InputDimensions.from_schema(schema, pooled, dims, process_group, widths)
     neighbours = None
     if config.neighbours is not None:
         neighbours = Neighbours(config.neighbours, dimensions, content)
@@ -64,9 +64,9 @@ def build_em3(
     losses = _build_losses(config, schema, dims[schema.target_item])
     negatives = negatives_feature(softmax_settings(config.ranking), schema.target_item)
     dropouts = id_dropouts(config.embedding, schema)
-    beside, further_ids = _rows_of_ids(content, schema)
+    parallel, extra_ids = _id_columns(content, schema)
     id_reader = IDVectorReader(
-        pooled, schema.target_item, schema.history, negatives, dropouts, beside, further_ids
+        pooled, schema.target_item, schema.history, negatives, dropouts, parallel, extra_ids
     )
     return EM3(
         embedding_bags=build_embedding_bag_collection(tables, device),
@@ -103,7 +103,7 @@ def _check_labels(ranking: RankingSettings, best_model_by: str, schema: Schema) 
         )
 
 
-def _rows_of_ids(
+def _id_columns(
     content: ContentSettings | None, schema: Schema
 ) -> tuple[RowsPerID, list[RowsPerID]]:
     """Return the ID lists beside the first history, and all ID columns of each further one."""
@@ -113,18 +113,18 @@ def _rows_of_ids(
     ]
     if not columns:
         return {}, []
-    beside = {name: rows for name, rows in columns[0].items() if name != schema.history}
-    if beside and content is not None and content.history.top_k:
+    parallel = {name: rows for name, rows in columns[0].items() if name != schema.history}
+    if parallel and content is not None and content.history.top_k:
         raise ValueError(
             f"content.history.top_k is {content.history.top_k}, but '{schema.history}' has lists "
-            f"of ids beside it ({list(beside)}), which the search cannot shorten; set top_k to 0"
+            f"of ids beside it ({list(parallel)}), which the search cannot shorten; set top_k to 0"
         )
-    return beside, columns[1:]
+    return parallel, columns[1:]
 
 
 def _build_extra_sequences(config: Config, schema: Schema, dim: int) -> ExtraSequences | None:
-    content, further = content_settings(config.content), schema.histories[1:]
-    names = [sequence.name for sequence in further]
+    content, extra = content_settings(config.content), schema.histories[1:]
+    names = [sequence.name for sequence in extra]
     allowed = [name for name in names if schema.table_of(name) == schema.target_item]
     columns = [] if content is None else content.history.columns
     for name in columns:
@@ -133,7 +133,7 @@ def _build_extra_sequences(config: Config, schema: Schema, dim: int) -> ExtraSeq
                 f"content.history.columns: '{name}' is named twice or is no further sequence of "
                 f"items of '{schema.target_item}'; these are {allowed}"
             )
-    return ExtraSequences(config.ranking, dim, further, content) if further else None
+    return ExtraSequences(config.ranking, dim, extra, content) if extra else None
 
 
 def _build_scaling(ranking: RankingSettings, schema: Schema) -> InputScaling | None:

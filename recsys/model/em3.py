@@ -24,7 +24,7 @@ from recsys.ranking.vectors import CodeLogits, IDVectors, MemberLogits, TowerVec
 
 Scored = Tensor | MemberLogits | TowerVectors | CodeLogits | BlendedLogits
 
-# Loss [], its parts, logits [B, C].
+# Loss [], its terms, logits [B, C].
 ScoredBatch = tuple[Tensor, dict[str, Tensor], Tensor]
 
 
@@ -58,29 +58,29 @@ class TotalLoss(nn.Module):
     def forward(
         self, scored: Scored, ids: IDVectors, content: ContentVectors | None, batch: Batch
     ) -> ScoredBatch:
-        """Return the loss to minimise [], its parts without gradient, and the logits [B, C].
+        """Return the loss to minimise [], its terms without gradient, and the logits [B, C].
 
         In evaluation a retrieval model adds `query` and `item` [B, D] of the first label, and
         neighbours add `network`, `evidence_logits` and `evidence`, which the blend is fitted to.
         """
         logits = scored if isinstance(scored, Tensor) else scored.logits
-        parts: dict[str, Tensor] = {}
+        terms: dict[str, Tensor] = {}
         loss = logits.new_zeros(())
         if self._computes:
-            loss, parts = self._parts(scored, logits, ids, content, batch)
+            loss, terms = self._terms(scored, logits, ids, content, batch)
         if self.auxiliary is not None and self.training:
             inputs = AuxiliaryInputs(logits, ids, content, batch)
-            auxiliary_loss, auxiliary_parts = self.auxiliary(inputs)
-            parts = {"loss": loss + auxiliary_loss, "ranking": loss} | parts | auxiliary_parts
-            loss = parts["loss"] = loss + auxiliary_loss
+            auxiliary_loss, auxiliary_terms = self.auxiliary(inputs)
+            terms = {"loss": loss + auxiliary_loss, "ranking": loss} | terms | auxiliary_terms
+            loss = terms["loss"] = loss + auxiliary_loss
         if isinstance(scored, TowerVectors | CodeLogits) and not self.training:
-            parts |= {"query": scored.query[:, 0], "item": scored.item}
+            terms |= {"query": scored.query[:, 0], "item": scored.item}
         if isinstance(scored, BlendedLogits) and not self.training:
-            parts |= {"network": scored.network_logits, "evidence": scored.neighbours.evidence}
-            parts["evidence_logits"] = scored.neighbours.logits
-        return loss, {name: value.detach() for name, value in parts.items()}, logits
+            terms |= {"network": scored.network_logits, "evidence": scored.neighbours.evidence}
+            terms["evidence_logits"] = scored.neighbours.logits
+        return loss, {name: value.detach() for name, value in terms.items()}, logits
 
-    def _parts(
+    def _terms(
         self,
         scored: Scored,  # [B, C] if a Tensor
         logits: Tensor,  # [B, C]
@@ -127,12 +127,12 @@ class Scoring(nn.Module):
         self, ids: IDVectors, content: ContentVectors | ItemRows | None, batch: Batch
     ) -> tuple[Tensor, tuple[dict[str, Tensor], Tensor, Batch]]:
         compute = self.compiled if self.training else self.compute
-        loss, parts, logits = compute(ids, content, batch)
-        return loss, (parts, logits, batch)
+        loss, terms, logits = compute(ids, content, batch)
+        return loss, (terms, logits, batch)
 
 
 class EM3(nn.Module):
-    """A batch -> (loss, (parts of the loss, logits [B, C], batch)), as TorchRec's pipelines expect.
+    """A batch -> (loss, (terms of the loss, logits [B, C], batch)), as TorchRec's pipelines expect.
 
     `embeddings` is the table of target and history. `content` is None for the ID-only baseline.
     `ranking` returns logits, `MemberLogits` or `TowerVectors`. `scaling` standardises numbers.
@@ -174,7 +174,7 @@ class EM3(nn.Module):
         self.scoring = Scoring(self._scored)
 
     def forward(self, batch: Batch) -> tuple[Tensor, tuple[dict[str, Tensor], Tensor, Batch]]:
-        """Return the loss [], and its parts, the logits [B, C] and the batch. A collective."""
+        """Return the loss [], and its terms, the logits [B, C] and the batch. A collective."""
         bags = self.embedding_bags
         pooled = bags(batch.sparse_features) if bags is not None else None
         sequences = self.embeddings(batch.sequence_features)
@@ -188,7 +188,7 @@ class EM3(nn.Module):
     def _scored(
         self, ids: IDVectors, content: ContentVectors | ItemRows | None, batch: Batch
     ) -> ScoredBatch:
-        """Return the loss [], its parts and the logits [B, C]. A collective."""
+        """Return the loss [], its terms and the logits [B, C]. A collective."""
         if isinstance(content, ItemRows):
             assert self.content is not None
             content = self.content.of_rows(content, batch.content)

@@ -45,8 +45,8 @@ class IDDropout(nn.Module):
 class IDVectorReader(nn.Module):
     """Lookup results -> `IDVectors`, read by key in the order of the configuration.
 
-    `dropout` is p of `IDDropout` by pooled feature. Vectors of the lists `beside` the history are
-    added to its items'. `further` has each extra sequence with the lists beside it.
+    `dropout` is p of `IDDropout` by pooled feature. Vectors of lists `parallel` to the history are
+    added to its items'. `extra` has each extra sequence with its parallel lists.
     """
 
     def __init__(
@@ -56,29 +56,29 @@ class IDVectorReader(nn.Module):
         history: str | None,
         negatives: str | None = None,
         dropout: Mapping[str, float] | None = None,
-        beside: RowsPerID | None = None,
-        further: Sequence[RowsPerID] = (),
+        parallel: RowsPerID | None = None,
+        extra: Sequence[RowsPerID] = (),
     ) -> None:
         super().__init__()
-        shares = [(dropout or {}).get(name, 0.0) for name in pooled_features]
-        self.pooled_dropouts = nn.ModuleList(map(IDDropout, shares))
+        rates = [(dropout or {}).get(name, 0.0) for name in pooled_features]
+        self.pooled_dropouts = nn.ModuleList(map(IDDropout, rates))
         self.pooled_features, self.target, self.history = pooled_features, target, history
-        self.negatives, self.beside, self.further = negatives, beside or {}, further
+        self.negatives, self.parallel, self.extra = negatives, parallel or {}, extra
 
     def forward(self, pooled: Any, sequences: Any, batch: Batch) -> IDVectors:
         """Read F vectors, [B, D] or a row per whole history, and JaggedTensors by name."""
         by_name = pooled.to_dict() if self.pooled_features else {}
         target = sequences[self.target].values()
         history = sequences[self.history].values() if self.history else target[:0]
-        if (whole := batch.history.full) is not None:
-            by_name = {name: vectors[whole.rows] for name, vectors in by_name.items()}
+        if (full := batch.history.full) is not None:
+            by_name = {name: vectors[full.rows] for name, vectors in by_name.items()}
         dropouts = zip(self.pooled_features, self.pooled_dropouts)
         pooled_vectors = [dropout(by_name[name]) for name, dropout in dropouts]
-        if self.beside:
-            history = batch.history.jagged().gather(history) + _column_sum(sequences, self.beside)
+        if self.parallel:
+            history = batch.history.jagged().gather(history) + _column_sum(sequences, self.parallel)
         negatives = sequences[self.negatives].values() if self.negatives else None
-        further = [_column_sum(sequences, columns) for columns in self.further]
-        return IDVectors(pooled_vectors, target, history, not self.beside, negatives, further)
+        extra = [_column_sum(sequences, columns) for columns in self.extra]
+        return IDVectors(pooled_vectors, target, history, not self.parallel, negatives, extra)
 
 
 def _column_sum(sequences: Any, columns: RowsPerID) -> Tensor:  # [N, D]
@@ -115,49 +115,49 @@ class InputScaling(nn.Module):
         self.register_buffer("is_scaled", torch.zeros(len(self.names), dtype=torch.bool))
         self.register_buffer("fits", torch.zeros(()))
 
-    def of_dense(self, dense: Sequence[str]) -> InputScaling:
+    def select_dense(self, dense: Sequence[str]) -> InputScaling:
         selected = InputScaling([name for name in dense if name in self.dense], self.lists)
-        places = [self.names.index(name) for name in selected.names]
+        indices = [self.names.index(name) for name in selected.names]
         for buffer, source in zip(selected.buffers(), self.buffers(), strict=True):
-            buffer.copy_(source[places] if source.dim() else source)
+            buffer.copy_(source[indices] if source.dim() else source)
         return selected
 
     @torch.no_grad()
     def fit(self, numbers: Mapping[str, NumberRange]) -> None:
         """Update mean and deviation by the training rows; a scaled column stays scaled."""
         self.fits += 1
-        for place, name in enumerate(self.names):
-            rows, was_scaled = numbers[name], bool(self.is_scaled[place])
+        for index, name in enumerate(self.names):
+            rows, was_scaled = numbers[name], bool(self.is_scaled[index])
             if not rows.count or not (rows.is_wide or was_scaled):
                 continue
-            share = 1 / min(float(self.fits), HORIZON) if was_scaled else 1.0
-            mean, variance = float(self.mean[place]), float(self.deviation[place]) ** 2
+            rate = 1 / min(float(self.fits), HORIZON) if was_scaled else 1.0
+            mean, variance = float(self.mean[index]), float(self.deviation[index]) ** 2
             shift = rows.mean - mean
-            variance += share * (rows.variance - variance + (1 - share) * shift**2)
-            self.mean[place] = mean + share * shift
-            self.deviation[place] = math.sqrt(variance) or 1.0
-            self.is_scaled[place] = True
+            variance += rate * (rows.variance - variance + (1 - rate) * shift**2)
+            self.mean[index] = mean + rate * shift
+            self.deviation[index] = math.sqrt(variance) or 1.0
+            self.is_scaled[index] = True
             logger.info("standardized: '%s', %s in the training rows", name, rows)
 
     def forward(self, batch: Batch) -> Batch:
         """Return the batch with standardised numbers; `recorded_values` stay as they are."""
-        first, scaled, histories = 0, [], batch.history.extras
+        start, scaled, histories = 0, [], batch.history.extras
         lists = [batch.history.values, *(history.values for history in histories)]
         names = [self.dense, *(self.lists or [[]])]
         for numbers, columns in zip([batch.dense_features, *lists], names, strict=True):
-            places = slice(first, first + len(columns))
-            scaled.append(self._scaled(numbers, places) if columns else numbers)
-            first = places.stop
-        dense, values, *further_values = scaled
+            span = slice(start, start + len(columns))
+            scaled.append(self._scaled(numbers, span) if columns else numbers)
+            start = span.stop
+        dense, values, *extra_values = scaled
         history = replace(
             batch.history,
             values=values,
             unscaled_values=batch.history.values,
-            extras=[replace(events, values=new) for events, new in zip(histories, further_values)],
+            extras=[replace(events, values=rows) for events, rows in zip(histories, extra_values)],
         )
         return replace(batch, dense_features=dense, history=history)
 
-    def _scaled(self, numbers: Tensor, places: slice) -> Tensor:
-        standard = (numbers - self.mean[places]) / self.deviation[places]
+    def _scaled(self, numbers: Tensor, span: slice) -> Tensor:
+        standard = (numbers - self.mean[span]) / self.deviation[span]
         standard = standard.clamp(-LARGEST, LARGEST)
-        return torch.where(self.is_scaled[places], standard, numbers)
+        return torch.where(self.is_scaled[span], standard, numbers)

@@ -124,11 +124,11 @@ class ContentIDContrastive(nn.Module):
         positive = (content * ids).sum(-1, keepdim=True)  # [B, 1]
         content_to_id = torch.einsum("bd,bkd->bk", content, ids[negatives])
         id_to_content = torch.einsum("bd,bkd->bk", ids, content[negatives])
-        first = torch.zeros(len(content), dtype=torch.long, device=content.device)
+        target = torch.zeros(len(content), dtype=torch.long, device=content.device)
         losses = []
         for negative in (content_to_id, id_to_content):
             logits = torch.cat([positive, negative], dim=1) / self.temperature
-            losses.append(F.cross_entropy(logits, first, reduction="none"))
+            losses.append(F.cross_entropy(logits, target, reduction="none"))
         return (losses[0] + losses[1]) / 2
 
     def _in_batch(self, content: Tensor, ids: Tensor, items: Tensor) -> Tensor:  # [B]
@@ -171,12 +171,12 @@ def in_history(batch: Batch, items: Tensor) -> Tensor:  # int64 [K] -> bool [B, 
     """Return which items each row has in its history; an item may be there several times."""
     history = batch.history.jagged()
     ascending, order = items.sort()
-    first = torch.searchsorted(ascending, ascending)  # the first place of each item, [K]
+    first = torch.searchsorted(ascending, ascending)  # the first index of each item, [K]
     seen_items = batch.history.items[history.index]
-    places = torch.searchsorted(ascending, seen_items).clamp(max=len(items) - 1)
-    places = torch.where(ascending[places] == seen_items, places, len(items))
+    indices = torch.searchsorted(ascending, seen_items).clamp(max=len(items) - 1)
+    indices = torch.where(ascending[indices] == seen_items, indices, len(items))
     is_seen = items.new_zeros((len(batch.target.items), len(items) + 1), dtype=torch.bool)
-    is_seen[history.rows, places] = True  # the last column stands for items not in `items`
+    is_seen[history.rows, indices] = True  # the last column stands for items not in `items`
     return is_seen[:, first[order.argsort()]]
 
 

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class InBfloat16(nn.Module):
-    """Wrapper of a part that computes in bfloat16 and returns float32."""
+    """Wrapper of a module that computes in bfloat16 and returns float32."""
 
     device_type: str
 
@@ -40,7 +40,7 @@ class InBfloat16(nn.Module):
 
 
 class InFloat32(nn.Module):
-    """Wrapper of a part that computes in float32, also where another part in bfloat16 calls it."""
+    """Wrapper of a module that computes in float32, also where one in bfloat16 calls it."""
 
     device_type: str
 
@@ -49,24 +49,24 @@ class InFloat32(nn.Module):
             return super().forward(*args, **kwargs)
 
 
-def dense_parts(em3: EM3) -> dict[str, nn.Module]:
-    """Return the parts that compute in the chosen precision, by name in the model."""
-    content = {} if em3.content is None else content_parts(em3.content)
-    parts = {f"content.{name}": module for name, module in content.items()}
+def dense_modules(em3: EM3) -> dict[str, nn.Module]:
+    """Return the modules that compute in the chosen precision, by name in the model."""
+    content = {} if em3.content is None else content_modules(em3.content)
+    modules = {f"content.{name}": module for name, module in content.items()}
     if em3.further_histories is not None:
-        parts["further_histories"] = em3.further_histories
-    return parts | {"ranking": em3.ranking}
+        modules["further_histories"] = em3.further_histories
+    return modules | {"ranking": em3.ranking}
 
 
-def content_parts(content: ContentBranch) -> dict[str, nn.Module]:
-    """Return the parts of a content branch that compute in the chosen precision, by name in it."""
-    parts = {f"encoders.{name}": module for name, module in content.encoders.items()}
-    parts |= {f"projections.{name}": module for name, module in content.projections.items()}
-    return parts | {"fusion": content.fusion, "history_map": content.history_map}
+def content_modules(content: ContentBranch) -> dict[str, nn.Module]:
+    """Return the content branch's modules that compute in the chosen precision, by name in it."""
+    modules = {f"encoders.{name}": module for name, module in content.encoders.items()}
+    modules |= {f"projections.{name}": module for name, module in content.projections.items()}
+    return modules | {"fusion": content.fusion, "history_map": content.history_map}
 
 
-def use_bfloat16(parts: Iterable[nn.Module], device: torch.device) -> None:
-    """Make parts compute in bfloat16, permanently."""
+def use_bfloat16(modules: Iterable[nn.Module], device: torch.device) -> None:
+    """Make modules compute in bfloat16, permanently."""
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ValueError(
             f"precision is bf16, which {torch.cuda.get_device_name(device)} does not compute in "
@@ -78,7 +78,7 @@ def use_bfloat16(parts: Iterable[nn.Module], device: torch.device) -> None:
             "precision is bf16, but this CPU has no instructions for bfloat16 (avx512_bf16 or "
             "amx_bf16 on x86): steps are slower than with fp32; set precision to fp32"
         )
-    for module in parts:
+    for module in modules:
         wrap(module, InFloat32 if is_cpu and isinstance(module, HistoryMap) else InBfloat16)
         module.device_type = device.type  # type: ignore[assignment]
 
@@ -94,7 +94,7 @@ STACKS = (nn.Sequential, DenseArch, OverArch)
 
 
 class Compiled(nn.Module):
-    """Wrapper that marks a compiled part."""
+    """Wrapper that marks a compiled module."""
 
 
 class AsRows(nn.Module):
@@ -108,44 +108,44 @@ class AsRows(nn.Module):
         return ItemRows(items, read_history())
 
 
-def compiled_parts(em3: EM3) -> dict[str, nn.Module]:
-    """Return the parts that `compile` compiles, by name in the model."""
-    parts: list[nn.Module] = [part for part in em3.ranking.children() if isinstance(part, STACKS)]
+def compiled_modules(em3: EM3) -> dict[str, nn.Module]:
+    """Return the modules that `compile` compiles, by name in the model."""
+    modules: list[nn.Module] = [net for net in em3.ranking.children() if isinstance(net, STACKS)]
     if em3.content is not None:
-        parts.append(em3.content.fusion)
+        modules.append(em3.content.fusion)
         for encoder in em3.content.encoders.values():
             assert isinstance(encoder, Encoder)
-            parts += encoder.trained_parts
-    part_ids = {id(module) for module in parts}
-    return {name: module for name, module in em3.named_modules() if id(module) in part_ids}
+            modules += encoder.trained_modules
+    ids = {id(module) for module in modules}
+    return {name: module for name, module in em3.named_modules() if id(module) in ids}
 
 
-def compile_dense_parts(
+def compile_dense_modules(
     em3: EM3, device: torch.device, backend: str | Callable[..., Any] = "inductor"
 ) -> None:
     """Compile the dense parts in place; each is compiled at its first call.
 
-    On a CPU these are `compiled_parts`. On a GPU, where launches of kernels take long, training has
+    On a CPU these are `compiled_modules`. On a GPU, where kernel launches take long, training has
     two graphs: from tokens to content vectors, and `Scoring`, from vectors to losses. A backbone
     that reads lengths on the host would break `Scoring`: its parts and `compiled_methods` compile.
     """
     if backend == "inductor":
         require_compiler(device)
     options: dict[str, Any] = {"backend": backend, "dynamic": True}
-    parts, content = compiled_parts(em3), em3.content
+    modules, content = compiled_modules(em3), em3.content
     if not is_host(device):
-        parts = {name: module for name, module in parts.items() if name.startswith("ranking.")}
+        modules = {name: module for name, module in modules.items() if name.startswith("ranking.")}
         if content is not None:
             content.compiled = torch.compile(content.encode_frozen, **options)
         if getattr(em3.ranking, "reads_host_lengths", False):
             for module, name in compiled_methods(em3.ranking):
                 setattr(module, name, torch.compile(getattr(module, name), **options))
         else:
-            parts = {}
+            modules = {}
             em3.scoring.compiled = torch.compile(em3.scoring.compute, **options)
             if content is not None:
                 wrap(content, AsRows)
-    for module in parts.values():
+    for module in modules.values():
         wrap(module, Compiled)
         module.compile(**options)
 

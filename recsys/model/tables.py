@@ -174,7 +174,7 @@ def check_placement(
         raise ValueError(f"embedding.{problems[0]}")
 
 
-def placed_for_scoring(config: Config, device: str) -> Config:
+def scoring_config(config: Config, device: str) -> Config:
     """Return the configuration without settings that only training or only a GPU needs."""
     tables = config.embedding.tables
     if device == "cpu":

@@ -74,9 +74,9 @@ class AveragedWeights:
         for key, weights in self.tables.items():
             for shard, average in zip(weights.local_shards(), averages):
                 if key.split(".")[-2] == table:
-                    places = rows - shard.metadata.shard_offsets[0]
-                    places = places[(places >= 0) & (places < len(average))].to(average.device)
-                    average[places] = shard.tensor[places]
+                    indices = rows - shard.metadata.shard_offsets[0]
+                    indices = indices[(indices >= 0) & (indices < len(average))].to(average.device)
+                    average[indices] = shard.tensor[indices]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -48,12 +48,12 @@ def dense_groups(settings: OptimizerSettings) -> list[DenseGroup]:
 
 def dense_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the trainable parameters that no fused optimizer updates, by unwrapped name."""
-    kinds = (ShardedModule, EmbeddingBagCollection, EmbeddingCollection)
+    table_modules = (ShardedModule, EmbeddingBagCollection, EmbeddingCollection)
     unwrapped = get_unwrapped_module(model)
     table_prefixes = tuple(
         f"{name}." if name else ""
         for name, module in unwrapped.named_modules()
-        if isinstance(module, kinds)
+        if isinstance(module, table_modules)
     )
     result = {}
     for name, parameter in unwrapped.named_parameters():
@@ -215,7 +215,7 @@ def describe_optimizers(model: nn.Module, tables: Sequence[TableConfig], dense: 
     return align_columns([header, *[(row[0], str(row[1]), str(row[2]), *row[3:]) for row in rows]])
 
 
-# How Python numbers are stored: mark in the name, type, type of the tensor.
+# How Python numbers are stored: suffix of the name, type, type of the tensor.
 _NUMBERS: dict[str, tuple[type, torch.dtype]] = {
     "#bool": (bool, torch.bool),
     "#int": (int, torch.int64),
@@ -231,17 +231,17 @@ def state_tensors(optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> di
             if value is None:  # SGD without momentum
                 continue
             name = f"{names[parameter]}.{key}"
-            mark = next((m for m, (kind, _) in _NUMBERS.items() if type(value) is kind), None)
+            suffix = next((m for m, (kind, _) in _NUMBERS.items() if type(value) is kind), None)
             if isinstance(value, Tensor):
                 state[name] = value
-            elif mark is None:
+            elif suffix is None:
                 raise ValueError(
                     f"optimizer {type(optimizer).__name__} keeps a {type(value).__name__} as "
                     f"'{key}' of parameter '{names[parameter]}'; a checkpoint holds tensors and "
                     "numbers"
                 )
             else:
-                state[name + mark] = torch.tensor(value, dtype=_NUMBERS[mark][1])
+                state[name + suffix] = torch.tensor(value, dtype=_NUMBERS[suffix][1])
     return state
 
 
@@ -265,13 +265,13 @@ def make_room(
     return state
 
 
-def numbers_loaded(optimizer: Optimizer) -> None:
+def restore_numbers(optimizer: Optimizer) -> None:
     """Turn the marked tensors into Python numbers after a load."""
     for parameter in _parameters(optimizer):
         state: dict[str, Any] = optimizer.state.get(parameter, {})
-        for mark, (kind, _) in _NUMBERS.items():
-            for key in [key for key in state if key.endswith(mark)]:
-                state[key.removesuffix(mark)] = kind(state.pop(key).item())
+        for suffix, (number_type, _) in _NUMBERS.items():
+            for key in [key for key in state if key.endswith(suffix)]:
+                state[key.removesuffix(suffix)] = number_type(state.pop(key).item())
 
 
 def _device(group: dict[str, Any], parameter: nn.Parameter, key: str) -> torch.device:

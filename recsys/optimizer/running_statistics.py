@@ -12,8 +12,8 @@ class RunningStatistics:
     """
 
     def __init__(self, model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
-        self.group, parts = group, model.modules()
-        self.layers = [part for part in parts if isinstance(part, nn.modules.batchnorm._NormBase)]
+        self.group, modules = group, model.modules()
+        self.layers = [norm for norm in modules if isinstance(norm, nn.modules.batchnorm._NormBase)]
 
     @torch.no_grad()
     def average(self) -> None:

@@ -28,7 +28,7 @@ from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.ranks import Ranks
 from recsys.plug_in.settings import PlugInSettings
 
-AHEAD = 2  # batches that are built while one is in use
+PREFETCHED_BATCHES = 2  # batches that are built while one is in use
 
 
 class ContentBatches(Iterable[Batch]):
@@ -56,13 +56,13 @@ class ContentBatches(Iterable[Batch]):
         if has_history and branch.bank is not None and branch.bank.coverage() == 0:
             encode_into_bank(branch, items.store, items.ranks)
         unknown = UnknownIds(self.schema)
-        return items.preparation(self._agreed(), unknown, branch.step, branch.training)
+        return items.preparation(self._synchronized(), unknown, branch.step, branch.training)
 
-    def _agreed(self) -> Iterator[Batch]:
+    def _synchronized(self) -> Iterator[Batch]:
         """Yield batches, which a thread builds ahead, until any rank has no more. A collective."""
         with threads(1, "content") as submit:
             jobs = (partial(self._with_items, batch) for batch in self.source)
-            with closing(in_order(jobs, submit, AHEAD)) as source:
+            with closing(in_order(jobs, submit, PREFETCHED_BATCHES)) as source:
                 yield from Lockstep(self.items.ranks).batches(source)
 
     def _with_items(self, batch: TorchRecBatch) -> Batch:

@@ -12,7 +12,7 @@ from torchrec.models.dlrm import DLRM, DLRMTrain
 
 from recsys.content.branch import ContentBranch
 from recsys.content.build import build_content
-from recsys.content.item_vectors import start_projections
+from recsys.content.item_vectors import init_projections
 from recsys.distributed.ranks import Ranks
 from recsys.plug_in.batches import ItemContent
 from recsys.plug_in.model import (
@@ -127,7 +127,7 @@ def _build(settings: PlugInSettings, num_items: int, ranks: Ranks) -> ItemConten
     with ranks.raise_on_all_ranks():
         branch = ContentBranch(encoders, content, bank, ranks.group).to(ranks.device)
         items = ItemContent(branch, settings, store, ranks)
-    start_projections(branch, store, ranks)
+    init_projections(branch, store, ranks)
     branch.train()
     return items
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torchrec.models.dlrm import InteractionArch, InteractionDCNArch, InteractionProjectionArch
 from torchrec.modules.crossnet import LowRankCrossNet
 
-from recsys.ranking.dlrm import dot_interaction, pair_places
+from recsys.ranking.dlrm import dot_interaction, pair_indices
 
 
 class WidenedLinear(nn.Linear):
@@ -33,25 +33,25 @@ class AddedColumns(nn.Module):
 
     def __init__(self, module: nn.Module, width: int) -> None:
         super().__init__()
-        first = next((layer for layer in module.modules() if isinstance(layer, nn.Linear)), None)
-        is_plain = type(first) in (nn.Linear, WidenedLinear) and not hasattr(module, "_orig_mod")
-        if first is None or not is_plain:
+        layer = next((layer for layer in module.modules() if isinstance(layer, nn.Linear)), None)
+        is_plain = type(layer) in (nn.Linear, WidenedLinear) and not hasattr(module, "_orig_mod")
+        if layer is None or not is_plain:
             raise ValueError(
                 f"{type(module).__name__} has no linear layer that content could be added to; "
                 "give a DLRM as torchrec builds it, and compile it afterwards"
             )
-        first.__class__ = WidenedLinear  # the same object, so that its names stay
-        self._first = (cast(WidenedLinear, first),)  # a tuple, so that it is no child of this one
-        self.map = nn.Linear(width, first.out_features, bias=False)
+        layer.__class__ = WidenedLinear  # the same object, so that its names stay
+        self._layer = (cast(WidenedLinear, layer),)  # a tuple, so that it is no child of this one
+        self.map = nn.Linear(width, layer.out_features, bias=False)
         nn.init.zeros_(self.map.weight)
 
     @contextmanager
     def added(self, columns: Tensor) -> Iterator[None]:  # columns: [B, Z]
-        self._first[0].extra = self.map(columns)
+        self._layer[0].extra = self.map(columns)
         try:
             yield
         finally:
-            self._first[0].extra = None
+            self._layer[0].extra = None
 
 
 class WidenedModule(nn.Module):
@@ -82,12 +82,12 @@ class DotProducts(nn.Module):
     def __init__(self, original: InteractionArch, num_vectors: int) -> None:
         super().__init__()
         self._original = (original,)
-        self.is_torchrecs = type(original).forward is InteractionArch.forward
+        self.is_plain = type(original).forward is InteractionArch.forward
         num_original = original.F + 1
         pairs = torch.triu_indices(num_original + num_vectors, num_original + num_vectors, offset=1)
         rows, columns = pairs[:, pairs[1] >= num_original]
         places = rows * num_vectors + columns - num_original
-        self.register_buffer("pairs", pair_places(num_original), persistent=False)
+        self.register_buffer("pairs", pair_indices(num_original), persistent=False)
         self.register_buffer("places", places, persistent=False)
         self.num_columns = len(rows)
 
@@ -95,7 +95,7 @@ class DotProducts(nn.Module):
         all_vectors = torch.cat([dense.unsqueeze(1), sparse, vectors], dim=1)  # [B, 1 + F + K, D]
         products = all_vectors @ vectors.transpose(1, 2)  # [B, 1 + F + K, K]
         content_columns = products.flatten(1).index_select(1, self.places)
-        if self.is_torchrecs:
+        if self.is_plain:
             return dot_interaction(dense, sparse, self.pairs), content_columns
         return self._original[0](dense, sparse), content_columns  # a subclass of the user's
 
@@ -122,15 +122,15 @@ class CrossNet(nn.Module):
 
     def forward(self, dense: Tensor, sparse: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         net, content_net = self._crossnet[0], self.added
-        first = torch.cat([dense.unsqueeze(1), sparse], dim=1).flatten(1)  # [B, (1 + F) * D]
-        first_added = vectors.flatten(1)  # [B, K * D]
-        x, x_added = first, first_added
+        x0 = torch.cat([dense.unsqueeze(1), sparse], dim=1).flatten(1)  # [B, (1 + F) * D]
+        x0_added = vectors.flatten(1)  # [B, K * D]
+        x, x_added = x0, x0_added
         for layer in range(len(net.bias)):
-            low = F.linear(x, net.V_kernels[layer])  # [B, R]
-            low = low + F.linear(x_added, content_net.V_kernels[layer])
-            x = first * (F.linear(low, net.W_kernels[layer]) + net.bias[layer]) + x
-            crossed = F.linear(low, content_net.W_kernels[layer]) + content_net.bias[layer]
-            x_added = first_added * crossed + x_added
+            reduced = F.linear(x, net.V_kernels[layer])  # [B, R]
+            reduced = reduced + F.linear(x_added, content_net.V_kernels[layer])
+            x = x0 * (F.linear(reduced, net.W_kernels[layer]) + net.bias[layer]) + x
+            crossed = F.linear(reduced, content_net.W_kernels[layer]) + content_net.bias[layer]
+            x_added = x0_added * crossed + x_added
         return x, x_added
 
 

@@ -37,7 +37,7 @@ class ContentInputs(NamedTuple):
     target: Tensor  # [B, C], the target item's content vector itself
 
 
-class ContentOfBatch(nn.Module):
+class ContentInputLayer(nn.Module):
     """Maps a batch to `ContentInputs`: the content branch, and the interest of `recsys.ranking`."""
 
     def __init__(
@@ -115,18 +115,18 @@ class DLRMWithContent(nn.Module):
 
     dense_arch: nn.Module
     sparse_arch: nn.Module
-    content: ContentOfBatch
+    content: ContentInputLayer
     content_head: ContentHead
 
     def __init__(self, dlrm: DLRM, items: ItemContent, settings: PlugInSettings) -> None:
         super().__init__()
         require_dlrm(dlrm)
         self.items, self.batches, self.contrastive = items, items.batches, settings.contrastive
-        self.item_place = dlrm.sparse_arch.sparse_feature_names.index(settings.item)
-        for name, part in dlrm.named_children():
-            self.add_module(name, part)
+        self.item_index = dlrm.sparse_arch.sparse_feature_names.index(settings.item)
+        for name, child in dlrm.named_children():
+            self.add_module(name, child)
         dim, has_history = dlrm.sparse_arch.D, settings.history is not None
-        content = ContentOfBatch(items.branch, settings.content, dim, has_history)
+        content = ContentInputLayer(items.branch, settings.content, dim, has_history)
         self.content = content
         self.content_head = ContentHead(dlrm, content.num_vectors, content.num_features, dim)
 
@@ -136,7 +136,7 @@ class DLRMWithContent(nn.Module):
         dense = self.dense_arch(batch.dense_features)
         sparse = self.sparse_arch(batch.sparse_features)
         logits = self.content_head(dense, sparse, content)
-        return logits, sparse[:, self.item_place], content.target
+        return logits, sparse[:, self.item_index], content.target
 
     def forward(self, batch: Batch) -> Tensor:  # [B, 1]
         return self.rank(batch)[0]
@@ -197,13 +197,13 @@ class DLRMWithContentTrain(nn.Module):
 def new_prefixes(model: nn.Module) -> tuple[str, ...]:
     """Return the prefixes of all names that the DLRM alone does not have."""
     inner = get_unwrapped_module(model) if isinstance(model, DistributedModelParallel) else model
-    new = []
+    prefixes = []
     for name, module in inner.named_modules():
         path = f"{name}." if name else ""
         if isinstance(module, DLRMWithContentTrain):
-            new.append(f"{path}contrastive.")
+            prefixes.append(f"{path}contrastive.")
         if isinstance(module, DLRMWithContent):
-            return (*new, f"{path}content.", f"{path}content_head.")
+            return (*prefixes, f"{path}content.", f"{path}content_head.")
     raise ValueError(f"{type(inner).__name__} holds no DLRMWithContent; give it the whole model")
 
 
@@ -217,9 +217,9 @@ def with_content_optimizer(
             "as CombinedOptimizer([model.fused_optimizer, KeyedOptimizerWrapper(...)])"
         )
     prefixes, decay = new_prefixes(model), rates.weight_decay
-    new = {name: p for name, p in model.named_parameters() if name.startswith(prefixes)}
-    _remove_parameters(optimizer, {id(parameter) for parameter in new.values()})
-    trained = {name: parameter for name, parameter in new.items() if parameter.requires_grad}
+    added = {name: p for name, p in model.named_parameters() if name.startswith(prefixes)}
+    _remove_parameters(optimizer, {id(parameter) for parameter in added.values()})
+    trained = {name: parameter for name, parameter in added.items() if parameter.requires_grad}
     encoder_prefixes = [f"{prefix}branch.encoders." for prefix in prefixes]
     encoders = DenseGroup("encoders", encoder_prefixes, rates.encoder_learning_rate, decay)
     content = DenseGroup("content", [""], rates.learning_rate, decay)
@@ -259,10 +259,10 @@ def dlrm_state(
         assert state["model"].keys() == dlrm.state_dict().keys()
         load_dlrm(model, state)
     """
-    new = new_prefixes(model)
-    weights = {key: value for key, value in model.state_dict().items() if not key.startswith(new)}
+    added = new_prefixes(model)
+    weights = {key: value for key, value in model.state_dict().items() if not key.startswith(added)}
     moments = optimizer.state_dict()["state"] if optimizer is not None else {}
-    moments = {key: value for key, value in moments.items() if value and not key.startswith(new)}
+    moments = {key: value for key, value in moments.items() if value and not key.startswith(added)}
     return {"model": weights} | ({"optimizer": {"state": moments}} if moments else {})
 
 
@@ -298,10 +298,10 @@ def load_dlrm(
         optimizer.load_state_dict(moments)
 
 
-def _check_names(expected: Mapping[str, Any], loaded: Mapping[str, Any], part: str) -> None:
+def _check_names(expected: Mapping[str, Any], loaded: Mapping[str, Any], kind: str) -> None:
     for name in sorted(expected.keys() ^ loaded.keys()):
-        place = "this DLRM" if name in expected else "the checkpoint"
+        owner = "this DLRM" if name in expected else "the checkpoint"
         raise ValueError(
-            f"{part} state '{name}' is only in {place}; a checkpoint fits the DLRM it was written "
+            f"{kind} state '{name}' is only in {owner}; a checkpoint fits the DLRM it was written "
             "by, and an optimizer that has state (`optimizer.init_state()`)"
         )

@@ -26,7 +26,7 @@ from recsys.ranking.layers.content_interest import cosines
 from recsys.ranking.layers.fields import history_numbers
 from recsys.ranking.layers.heads import multilayer_perceptron, ranking_head
 from recsys.ranking.layers.row_features import AttendedFeatures, RowFeatures
-from recsys.ranking.layers.sequence_encoder import NUM_AGES, SequenceEncoder, TimeGaps, age_of
+from recsys.ranking.layers.sequence_encoder import NUM_AGES, SequenceEncoder, TimeGaps, age_row
 from recsys.ranking.settings import (
     DinDcnSettings,
     DinSettings,
@@ -138,14 +138,14 @@ class AgedAttention(nn.Module):
         self, query: Tensor, items: Tensor, history: JaggedHistory, parallel: Tensor, ages: Tensor
     ) -> Tensor:  # [B, D], [U, D], [K, P], [K] -> [B, D]
         age_scores = query @ self.ages.weight.T  # [B, A]
-        places = history.rows * NUM_AGES + ages  # in [B, A], flattened
-        scores = history.dot(query, items) + age_scores.flatten().float()[places]
+        cells = history.rows * NUM_AGES + ages  # in [B, A], flattened
+        scores = history.dot(query, items) + age_scores.flatten().float()[cells]
         if self.parallel_map is not None:
             list_factors = (query @ self.parallel_map.weight).float()
             scores = scores + (history.spread(list_factors) * parallel).sum(dim=1)
         weights = history.softmax(scores)
         interest = history.weighted_sum(weights, items)
-        by_age = weights.new_zeros(age_scores.numel()).index_add(0, places, weights)
+        by_age = weights.new_zeros(age_scores.numel()).index_add(0, cells, weights)
         interest = interest + by_age.view_as(age_scores) @ self.ages.weight
         if self.parallel_map is not None:
             interest = interest + self.parallel_map(history.sum(weights.unsqueeze(1) * parallel))
@@ -179,12 +179,12 @@ class Sim(RowFeatures):
     def forward(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> Logits:
         history = batch.history.jagged()
         id_history = history if ids.history_is_unique else history.unindexed()
-        places = self.search(ids, content, history)
-        ages = self._ages(batch, history)[places]
+        indices = self.search(ids, content, history)
+        ages = self._ages(batch, history)[indices]
         parallel = batch.history.values[:, self.gaps.flags]
         numbers = history_numbers(history, parallel)
-        history, id_history = history.select(places), id_history.select(places)
-        parallel = parallel[places]
+        history, id_history = history.select(indices), id_history.select(indices)
+        parallel = parallel[indices]
         interest = self.interest(ids.target, ids.history, id_history, parallel, ages)
         return self.mlp(self.features(ids, content, batch, interest, numbers, history, parallel))
 
@@ -192,7 +192,7 @@ class Sim(RowFeatures):
     def search(
         self, ids: IDVectors, content: ContentVectors | None, history: JaggedHistory
     ) -> Tensor:  # [K]
-        """Return the places of the history items most similar to each target, ascending."""
+        """Return the indices of the history items most similar to each target, ascending."""
         if content is None or self.content_interest is None:
             id_history = history if ids.history_is_unique else history.unindexed()
             scores = id_history.dot(ids.target.float(), ids.history.float())
@@ -205,7 +205,7 @@ class Sim(RowFeatures):
 
     def _ages(self, batch: Batch, history: JaggedHistory) -> Tensor:  # [N]
         column = self.gaps.column
-        return age_of(history.ages if column is None else batch.history.recorded_values[:, column])
+        return age_row(history.ages if column is None else batch.history.recorded_values[:, column])
 
 
 class SequenceModel(RowFeatures):

@@ -30,16 +30,16 @@ from recsys.ranking.vectors import IDVectors, InputDimensions
 def dot_interaction(
     dense: Tensor,  # [B, D]
     sparse: Tensor,  # [B, F, D]
-    places: Tensor,  # [I], `pair_places(F + 1)`
+    pair_index: Tensor,  # [I], `pair_indices(F + 1)`
 ) -> Tensor:  # [B, D + I]
     """Return the dense vector, and the dot products of all pairs of dense and sparse vectors."""
     vectors = torch.cat([dense.unsqueeze(1), sparse], dim=1)  # [B, F + 1, D]
     products = torch.bmm(vectors, vectors.transpose(1, 2))
-    return torch.cat([dense, products.flatten(1).index_select(1, places)], dim=1)
+    return torch.cat([dense, products.flatten(1).index_select(1, pair_index)], dim=1)
 
 
-def pair_places(num_vectors: int) -> Tensor:
-    """Return the places of the pairs (i, j), i < j, in flattened products of all vectors."""
+def pair_indices(num_vectors: int) -> Tensor:
+    """Return the indices of the pairs (i, j), i < j, in flattened products of all vectors."""
     pairs = torch.triu_indices(num_vectors, num_vectors, offset=1)
     return pairs[0] * num_vectors + pairs[1]
 
@@ -55,15 +55,15 @@ class DotInteraction(InteractionArch):
 
     def __init__(self, num_sparse_features: int) -> None:
         super().__init__(num_sparse_features)
-        self.register_buffer("places", pair_places(num_sparse_features + 1), persistent=False)
+        self.register_buffer("places", pair_indices(num_sparse_features + 1), persistent=False)
 
     def forward(
         self,
         dense_features: Tensor,  # [B, D]
         sparse_features: Tensor | list[Tensor],  # [B, F, D] as in TorchRec, or F tensors [B, D]
     ) -> Tensor:  # [B, D + I]
-        parts = sparse_features if isinstance(sparse_features, list) else [sparse_features]
-        if has_native(dense_features, *parts):
+        tensors = sparse_features if isinstance(sparse_features, list) else [sparse_features]
+        if has_native(dense_features, *tensors):
             return native_dot_interaction(dense_features, sparse_features)
         if isinstance(sparse_features, list):
             sparse_features = torch.stack(sparse_features, dim=1)

@@ -23,9 +23,9 @@ from recsys.ranking.settings import EncoderSettings, GenerativeSettings
 from recsys.ranking.two_tower import QueryTower
 from recsys.ranking.vectors import CodeLogits, IDVectors, InputDimensions
 
-MOST_BEAMS = 4096  # in one search, over all its queries
+MAX_BEAMS = 4096  # in one search, over all its queries
 KeysAndValues = tuple[Tensor, Tensor]  # [N, H, tokens, D / H] each
-Past = list[KeysAndValues]  # of earlier tokens, by layer
+TokenCache = list[KeysAndValues]  # of earlier tokens, by layer
 
 
 class DecoderLayer(TransformerLayer):
@@ -71,21 +71,21 @@ class CodeDecoder(nn.Module):
         return (states + self.places[0]).unsqueeze(1)
 
     def step(
-        self, tokens: Tensor, past: Past | None, level: int, sizes: Tensor | None = None
-    ) -> tuple[Tensor, Past]:  # [N, 1, D] -> [N, C]
+        self, tokens: Tensor, past: TokenCache | None, level: int, sizes: Tensor | None = None
+    ) -> tuple[Tensor, TokenCache]:  # [N, 1, D] -> [N, C]
         """Return the log-probabilities of the next code, and keys and values for later steps.
 
         At the last level `sizes` [N] are the numbers of items that share the codes so far.
         """
         cache = []
-        for place, layer in enumerate(self.layers):
-            tokens, keys_and_values = layer(tokens, None if past is None else past[place])
+        for index, layer in enumerate(self.layers):
+            tokens, keys_and_values = layer(tokens, None if past is None else past[index])
             cache.append(keys_and_values)
         return self._log_probs(tokens[:, 0], level, sizes), cache
 
     def follow(
-        self, cache: Past, parents: Tensor, level: int, codes: Tensor
-    ) -> tuple[Tensor, Past]:  # int64 [N], int64 [N] -> [N, 1, D]
+        self, cache: TokenCache, parents: Tensor, level: int, codes: Tensor
+    ) -> tuple[Tensor, TokenCache]:  # int64 [N], int64 [N] -> [N, 1, D]
         """Return the tokens of new codes, and the keys and values of their parents' beams."""
         tokens = self.codes[level][codes] + self.places[level + 1]
         return tokens.unsqueeze(1), [(keys[parents], values[parents]) for keys, values in cache]
@@ -108,15 +108,15 @@ def add_codes(table: np.ndarray, codes: np.ndarray) -> np.ndarray:
     sizes = np.zeros(group.max(initial=-1) + 1, np.int64)
     sizes[old_groups] = table[:, -1]
     order = np.argsort(new_groups, kind="stable")
-    places = np.arange(len(new_groups)) - np.searchsorted(new_groups[order], new_groups[order])
+    positions = np.arange(len(new_groups)) - np.searchsorted(new_groups[order], new_groups[order])
     last = np.empty(len(new_groups), np.int64)
-    last[order] = sizes[new_groups[order]] + places
+    last[order] = sizes[new_groups[order]] + positions
     np.add.at(sizes, new_groups, 1)
     last = np.concatenate([table[:, -2], last])
     return np.column_stack([all_codes, last, sizes[group]])
 
 
-def table_of(codes: np.ndarray) -> np.ndarray:  # int64 [I, L] -> int64 [I, L + 2]
+def code_table(codes: np.ndarray) -> np.ndarray:  # int64 [I, L] -> int64 [I, L + 2]
     """Return the table of items with these codes; items with equal codes are numbered in order."""
     return add_codes(np.zeros((0, codes.shape[1] + 2), np.int64), codes)
 
@@ -161,10 +161,10 @@ class Generative(QueryTower):
                 f"items have {codes.shape[1]} codes up to {codes.max(initial=0)}; set those of "
                 "recsys semantic-ids"
             )
-        table = table_of(codes)
-        if (most := table[:, -1].max(initial=0)) > self.num_codes:
+        table = code_table(codes)
+        if (largest := table[:, -1].max(initial=0)) > self.num_codes:
             raise ValueError(
-                f"{most:,} items share all {levels} codes, and the last one tells "
+                f"{largest:,} items share all {levels} codes, and the last one tells "
                 f"{self.num_codes} apart; raise ranking.num_codes or ranking.code_levels, and "
                 "write semantic ids of as many codes with --balanced true"
             )
@@ -211,7 +211,7 @@ class CodeTrie:
         return len(self.items)
 
     def children(self, level: int, nodes: Tensor) -> tuple[Tensor, Tensor]:  # [N] -> [M], [M]
-        """Return the children of all nodes, and for each the place of its parent in `nodes`."""
+        """Return the children of all nodes, and for each the index of its parent in `nodes`."""
         first, end = self.first[level][nodes], self.first[level][nodes + 1]
         parents = torch.repeat_interleave(torch.arange(len(nodes)), end - first)
         offsets = (end - first).cumsum(0) - (end - first)
@@ -226,14 +226,14 @@ def beam_search(
     width: int,
     is_seen: Tensor | None = None,  # bool [Q, I], items that are no results
 ) -> tuple[Tensor, Tensor]:  # float32 [Q, K], int64 [Q, K]
-    """Return the log-probabilities and places of the `width` best items; -1: none found.
+    """Return the log-probabilities and indices of the `width` best items; -1: none found.
 
     Each level keeps the `width` best prefixes. With a `width` of I the search is exact.
     """
     rows = torch.arange(len(states) if len(trie) else 0)
     nodes, scores = torch.zeros_like(rows), states.new_zeros(len(rows))
     tokens = decoder.start(states[: len(rows)])
-    past: Past | None = None
+    past: TokenCache | None = None
     for level in range(decoder.num_levels):
         is_last = level == decoder.num_levels - 1
         log_probs, cache = decoder.step(tokens, past, level, trie.sizes[nodes] if is_last else None)
@@ -243,7 +243,7 @@ def beam_search(
         beams = torch.arange(len(nodes))
         if is_seen is not None and is_last:
             beams = beams[~is_seen[rows, trie.items[nodes]]]
-        best, places = _best(scores[beams], rows[beams], width)
+        best, ranks = _best(scores[beams], rows[beams], width)
         beams = beams[best]
         nodes, scores, rows = nodes[beams], scores[beams], rows[beams]
         if not is_last:
@@ -251,14 +251,14 @@ def beam_search(
     items = torch.full((len(states), width), -1)
     highest = torch.full((len(states), width), -torch.inf)
     if len(rows):
-        items[rows, places], highest[rows, places] = trie.items[nodes], scores.float()
+        items[rows, ranks], highest[rows, ranks] = trie.items[nodes], scores.float()
     return highest, items
 
 
 def _best(scores: Tensor, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:  # [N], [N]
-    """Return the `width` best beams of each row, best first, and the place of each in its row."""
+    """Return the `width` best beams of each row, best first, and the rank of each in its row."""
     order = scores.argsort(descending=True, stable=True)
     order = order[rows[order].argsort(stable=True)]
     ascending = rows[order]
-    places = torch.arange(len(order)) - torch.searchsorted(ascending, ascending)
-    return order[places < width], places[places < width]
+    ranks = torch.arange(len(order)) - torch.searchsorted(ascending, ascending)
+    return order[ranks < width], ranks[ranks < width]

@@ -34,7 +34,7 @@ from recsys.ranking.vectors import InputDimensions, Logits
 FOLDS = 5
 PRIOR_VALUES = 5.0  # pseudo-count: values of 0 added to every mean of deviations
 # Added to sums of similarities to the powers 1, 2 and 4, to shrink votes of few or weak neighbours.
-LEAST_SUMS = (0.15, 0.0125, 1e-4)
+SUM_OFFSETS = (0.15, 0.0125, 1e-4)
 BLOCK_ROWS = 64  # rows of a block on CPU
 # Weight of a history item by its age in items. Training would choose a decay of 0.6 to 1.2, which
 # follows the drift of a user's level and ranks worse within users.
@@ -127,8 +127,8 @@ class Neighbours(nn.Module):
         self.register_buffer("taste", taste)
         self.register_buffer("value_sums", torch.zeros(num_items, FOLDS + 1))  # of deviations
         self.register_buffer("value_counts", torch.zeros(num_items, FOLDS + 1))
-        least = torch.tensor(LEAST_SUMS).view(3, 1, 1)
-        self.register_buffer("least_sums", least, persistent=False)
+        offsets = torch.tensor(SUM_OFFSETS).view(3, 1, 1)
+        self.register_buffer("least_sums", offsets, persistent=False)
         self.register_buffer("value_mean", torch.zeros(()))
         self.register_buffer("value_deviation", torch.ones(()))
         # Positions of the first training row of each block, -1 if users are in folds.
@@ -159,10 +159,10 @@ class Neighbours(nn.Module):
         vectors = None
         if self.content_map is not None:
             assert content is not None
-            vectors = _Content.of(content, self.content_map)
+            vectors = _Content.read(content, self.content_map)
         blocks = _blocks(batch.history.jagged())
-        parts = [self._read(batch, vectors, targets, fold, block) for block in blocks]
-        evidence, votes, list_means = (_in_order(columns, blocks) for columns in zip(*parts))
+        outputs = [self._read(batch, vectors, targets, fold, block) for block in blocks]
+        evidence, votes, list_means = (_in_order(columns, blocks) for columns in zip(*outputs))
         weights = batch.rows.loss_weights
         regression, logits = self.network(evidence, votes, list_means, weights)
         batch = replace(batch, dense_features=torch.cat([batch.dense_features, votes[:, 0]], dim=1))
@@ -175,11 +175,11 @@ class Neighbours(nn.Module):
         if content is not None:
             unit_target = block.take(content.unit_target, dim=1)
             content = replace(content, target=block.take(content.target), unit_target=unit_target)
-        history, target_rows = self._history(batch, fold, block), self._rows_of(targets, fold)
+        history, target_rows = self._history(batch, fold, block), self._item_rows(targets, fold)
         vectors = self._item_vectors(history.rows, target_rows)
         mean, variance = self._regression(content, history, vectors)
         item_mean, count = self._item_means(target_rows)
-        shared = [part.expand_as(mean) for part in (history.user_mean, torch.log1p(history.length))]
+        shared = [stat.expand_as(mean) for stat in (history.user_mean, torch.log1p(history.length))]
         evidence = torch.stack([mean, variance, item_mean, torch.log1p(count), *shared], dim=1)
         votes = self._votes(content, history, vectors)
         return evidence, votes, history.list_means().expand(targets.shape[0], -1)
@@ -189,32 +189,32 @@ class Neighbours(nn.Module):
         has_blocks = self.block_starts[0] >= 0
         return torch.where(has_blocks, block.clamp(min=0), rows.groups.remainder(FOLDS))
 
-    def _rows_of(self, items: Tensor, fold: Tensor) -> _Rows:
+    def _item_rows(self, items: Tensor, fold: Tensor) -> _Rows:
         last = len(self.cooccurrence) - 1
         return _Rows(items.clamp(max=last) * (FOLDS + 1) + fold, (items <= last).float())
 
     def _history(self, batch: Batch, fold: Tensor, block: _Block) -> _History:
         mask, length = block.mask, block.mask.sum(dim=1)
-        numbers = batch.history.recorded_values[block.places] * mask.unsqueeze(2)
+        numbers = batch.history.recorded_values[block.positions] * mask.unsqueeze(2)
         user_mean, deviations = torch.zeros_like(length), mask
         if self.column is not None:  # otherwise all values are 1, of which no mean is subtracted
             values = (numbers[:, :, self.column] - self.value_mean) / self.value_deviation * mask
             user_mean = values.sum(dim=1) / (length + PRIOR_VALUES)
             deviations = (values - user_mean.unsqueeze(1)) * mask
         items = batch.history.items[block.index]
-        rows = self._rows_of(items, fold[: items.shape[0]].unsqueeze(1))
+        rows = self._item_rows(items, fold[: items.shape[0]].unsqueeze(1))
         if not block.is_shared:  # only packages have items that were added later
             rows = _Rows(rows.index, None)
         age = length.unsqueeze(1) - mask.cumsum(dim=1)
         weights = mask * (1 + age / DECAY_AGE) ** -DECAY
         return _History(block, rows, age, weights, numbers, deviations, length, user_mean)
 
-    def _item_vectors(self, past_rows: _Rows, target_rows: _Rows) -> list[Vectors]:
+    def _item_vectors(self, event_rows: _Rows, target_rows: _Rows) -> list[Vectors]:
         """Return vectors by co-occurrence and, with values, by taste; in evaluation as float32."""
         buffers = [self.cooccurrence] + ([] if self.column is None else [self.taste])
         dtypes = [buffer.dtype if self.training else torch.float32 for buffer in buffers]
         return [
-            (target_rows.gather(buffer, dtype), past_rows.gather(buffer, dtype))
+            (target_rows.gather(buffer, dtype), event_rows.gather(buffer, dtype))
             for buffer, dtype in zip(buffers, dtypes)
         ]
 
@@ -224,30 +224,30 @@ class Neighbours(nn.Module):
         item_mean, _ = self._item_means(history.rows)
         residuals = (history.deviations - item_mean) * history.block.mask
         shares, dim = self.log_shares.exp(), self.cooccurrence.shape[2]
-        parts = [
-            (share, target[:, :dim].float(), past[:, :, :dim].float())
-            for share, (target, past) in zip(shares[::2], vectors)
+        terms = [
+            (share, target[:, :dim].float(), events[:, :, :dim].float())
+            for share, (target, events) in zip(shares[::2], vectors)
         ]
-        fixed = torch.cat([past for _, _, past in parts], dim=2)
-        past = fixed[:, :, :0]
+        fixed = torch.cat([events for _, _, events in terms], dim=2)
+        events = fixed[:, :, :0]
         # Kernels of a target [B], and of a history's items [R, L], with themselves.
-        target_kernel = sum(share * _squared_lengths(target) for share, target, _ in parts)
-        past_kernel = sum(share * _squared_lengths(past) for share, _, past in parts)
+        target_kernel = sum(share * _squared_lengths(target) for share, target, _ in terms)
+        event_kernel = sum(share * _squared_lengths(events) for share, _, events in terms)
         if content is not None:
-            past = embedding(history.block.index, content.past)
-            lengths = content.past.square().sum(1)[history.block.index]
+            events = embedding(history.block.index, content.events)
+            lengths = content.events.square().sum(1)[history.block.index]
             target_kernel = target_kernel + shares[1] * content.target.square().sum(1)
-            past_kernel = past_kernel + shares[1] * lengths
-            parts.append((shares[1], content.target, past))
-        prior = torch.cat([share.expand(target.shape[1]) for share, target, _ in parts])
-        target = torch.cat([target for _, target, _ in parts], dim=1)
+            event_kernel = event_kernel + shares[1] * lengths
+            terms.append((shares[1], content.target, events))
+        prior = torch.cat([share.expand(target.shape[1]) for share, target, _ in terms])
+        target = torch.cat([target for _, target, _ in terms], dim=1)
         # Variance that an item's vector does not explain counts as noise of history items.
-        own_variance, target_variance = (
-            (shares.sum() - kernel).clamp(min=0) for kernel in (past_kernel, target_kernel)
+        event_variance, target_variance = (
+            (shares.sum() - kernel).clamp(min=0) for kernel in (event_kernel, target_kernel)
         )
-        precisions = history.weights / (self.log_noise.exp() + own_variance)
+        precisions = history.weights / (self.log_noise.exp() + event_variance)
         columns = target.T.unsqueeze(0) if history.block.is_shared else target.unsqueeze(2)
-        ridge = RidgePredictions(fixed, past, residuals, precisions, columns, prior)
+        ridge = RidgePredictions(fixed, events, residuals, precisions, columns, prior)
         mean, variance = ridge.fast() if self.training else ridge.exact()
         return mean, variance + target_variance
 
@@ -281,25 +281,25 @@ class Neighbours(nn.Module):
     def _similarities(
         self, content: _Content | None, block: _Block, vectors: list[Vectors]
     ) -> Tensor:  # [R, S, K, L]
-        if block.is_shared:  # each place holds an item
-            products = [target @ past[0].T for target, past in reversed(vectors)]
+        if block.is_shared:  # each position holds an item
+            products = [target @ events[0].T for target, events in reversed(vectors)]
             similarity = torch.stack(products).float()
             if content is not None:
-                past = content.unit_past.index_select(1, block.index[0])  # [M, L, D]
-                similarity = torch.cat([similarity, content.unit_target @ past.mT])
+                events = content.unit_events.index_select(1, block.index[0])  # [M, L, D]
+                similarity = torch.cat([similarity, content.unit_target @ events.mT])
             return similarity.unsqueeze(0)
-        columns = [past @ target.unsqueeze(2) for target, past in reversed(vectors)]
+        columns = [events @ target.unsqueeze(2) for target, events in reversed(vectors)]
         similarity = torch.stack(columns).float()  # [S, R, L, K]
         if content is not None:
-            past = content.unit_past.index_select(1, block.index.flatten())
-            past = past.unflatten(1, block.index.shape)  # [M, R, L, D]
-            similarity = torch.cat([similarity, past @ content.unit_target.unsqueeze(3)])
+            events = content.unit_events.index_select(1, block.index.flatten())
+            events = events.unflatten(1, block.index.shape)  # [M, R, L, D]
+            similarity = torch.cat([similarity, events @ content.unit_target.unsqueeze(3)])
         return similarity.permute(1, 0, 3, 2) * block.mask[:, None, None]
 
     def _item_means(self, rows: _Rows) -> tuple[Tensor, Tensor]:
         """Return the mean deviation and the number of values of items, without a fold's users."""
-        parts = self.value_sums, self.value_counts
-        sums, counts = (rows.gather(statistics.unsqueeze(2)).squeeze(-1) for statistics in parts)
+        buffers = self.value_sums, self.value_counts
+        sums, counts = (rows.gather(statistics.unsqueeze(2)).squeeze(-1) for statistics in buffers)
         return sums / (counts + PRIOR_VALUES), counts
 
 
@@ -308,7 +308,7 @@ class _Block:
     """Rows of a batch that are computed together."""
 
     rows: Tensor | None  # int64 [B], of the batch, or None for all rows in their order
-    places: Tensor  # int64 [R, L], of the history items among all N, padded with 0
+    positions: Tensor  # int64 [R, L], of the history items among all N, padded with 0
     index: Tensor  # int64 [R, L], of the history items among the batch's unique items
     mask: Tensor  # [R, L], 1 for each item
     is_shared: bool  # whether all rows of the batch have one history
@@ -322,16 +322,16 @@ class _Content:
     """Vectors of content: mapped from all modalities, and each modality's, of length 1."""
 
     target: Tensor  # [B, D]
-    past: Tensor  # [U, D]
+    events: Tensor  # [U, D]
     unit_target: Tensor  # [M, B, D]
-    unit_past: Tensor  # [M, U, D]
+    unit_events: Tensor  # [M, U, D]
 
     @staticmethod
-    def of(content: ContentVectors, content_map: nn.Linear) -> _Content:
+    def read(content: ContentVectors, content_map: nn.Linear) -> _Content:
         """Read and map the vectors of all items. A collective."""
-        parts = content.target_modalities.float(), content.read_history()[1].float()
-        units = (normalize(part.detach(), dim=-1).transpose(0, 1).contiguous() for part in parts)
-        return _Content(*(content_map(part.flatten(1)) for part in parts), *units)
+        pair = content.target_modalities.float(), content.read_history()[1].float()
+        units = (normalize(raw.detach(), dim=-1).transpose(0, 1).contiguous() for raw in pair)
+        return _Content(*(content_map(raw.flatten(1)) for raw in pair), *units)
 
 
 @dataclass
@@ -341,9 +341,9 @@ class _Rows:
     index: Tensor  # int64
     has_row: Tensor | None  # 0 for items without one; None if all items have one
 
-    def gather(self, statistics: Tensor, kind: torch.dtype = torch.float32) -> Tensor:  # [..., D]
-        rows = embedding(self.index, statistics.flatten(0, 1)).to(kind)
-        return rows if self.has_row is None else rows * self.has_row.unsqueeze(-1).to(kind)
+    def gather(self, statistics: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:  # [..., D]
+        rows = embedding(self.index, statistics.flatten(0, 1)).to(dtype)
+        return rows if self.has_row is None else rows * self.has_row.unsqueeze(-1).to(dtype)
 
 
 @dataclass
@@ -365,9 +365,9 @@ class _History:
         return (sums / latest.sum(dim=2, keepdim=True).clamp(min=1)).flatten(1)
 
 
-def _in_order(parts: tuple[Tensor, ...], blocks: list[_Block]) -> Tensor:
+def _in_order(tensors: tuple[Tensor, ...], blocks: list[_Block]) -> Tensor:
     orders = [block.rows for block in blocks if block.rows is not None]
-    return torch.cat(parts)[torch.cat(orders).argsort()] if orders else parts[0]
+    return torch.cat(tensors)[torch.cat(orders).argsort()] if orders else tensors[0]
 
 
 def _squared_lengths(vectors: Tensor) -> Tensor:  # [..., D] -> [...]
@@ -379,23 +379,23 @@ def _blocks(history: JaggedHistory) -> list[_Block]:
 
     On a GPU, and in an exported graph, which takes rows of one length, all rows are one block.
     """
-    places = torch.arange(history.index.shape[0], device=history.index.device)
+    positions = torch.arange(history.index.shape[0], device=history.index.device)
     if history.is_shared:
-        places = history.of_one_row(places.unsqueeze(1)).T
-        mask = torch.ones_like(places, dtype=torch.float32)
+        positions = history.of_one_row(positions.unsqueeze(1)).T
+        mask = torch.ones_like(positions, dtype=torch.float32)
     else:
-        places, ones = history.padded(places, 0), torch.ones_like(places)
+        positions, ones = history.padded(positions, 0), torch.ones_like(positions)
         mask = history.padded(ones, 0).float()
         if not torch.compiler.is_exporting() and not history.index.shape[0]:
-            places, mask = places[:, :0], mask[:, :0]  # there is no item to pad with
-    is_whole = history.is_shared or not is_on_host(places) or torch.compiler.is_exporting()
-    if is_whole or not places.numel():
-        return [_Block(None, places, history.index[places], mask, history.is_shared)]
+            positions, mask = positions[:, :0], mask[:, :0]  # there is no item to pad with
+    is_one_block = history.is_shared or not is_on_host(positions) or torch.compiler.is_exporting()
+    if is_one_block or not positions.numel():
+        return [_Block(None, positions, history.index[positions], mask, history.is_shared)]
     blocks = []
     for rows in history.lengths.argsort(stable=True).split(BLOCK_ROWS):
         longest = max(int(history.lengths[rows[-1]]), 1)
-        part = places[rows, :longest]
-        blocks.append(_Block(rows, part, history.index[part], mask[rows, :longest], False))
+        chunk = positions[rows, :longest]
+        blocks.append(_Block(rows, chunk, history.index[chunk], mask[rows, :longest], False))
     return blocks
 
 

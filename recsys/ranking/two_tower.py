@@ -47,7 +47,7 @@ class QueryTower(nn.Module):
         self.has_history, self.num_labels = dimensions.has_history, dimensions.num_labels
         self.reads_content = content is not None
         self.num_parallel = dimensions.num_parallel
-        width = sum(dimensions.pooled_dims[place] for place in self.pooled) + len(self.dense)
+        width = sum(dimensions.pooled_dims[index] for index in self.pooled) + len(self.dense)
         if self.has_history:
             dim = dimensions.id_dim + (0 if content is None else content.dim)
             width += (1 + self.num_parallel) * dim + num_history_numbers(self.num_parallel)
@@ -69,7 +69,7 @@ class QueryTower(nn.Module):
     def user(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> Tensor:
         """Return the tower's output for each row [B, outputs]. A collective with content."""
         content = content if self.reads_content else None
-        vectors = [ids.pooled[place] for place in self.pooled]
+        vectors = [ids.pooled[index] for index in self.pooled]
         vectors.append(batch.dense_features[:, self.dense])
         if self.has_history:
             history, parallel = batch.history.jagged(), batch.history.values[:, : self.num_parallel]
@@ -192,8 +192,8 @@ def _query_columns(
                 "and no user tower may know it: recall would be far too high; leave it out"
             )
     query_columns = {dimensions.group, *settings.query_features, *dimensions.further_histories}
-    pooled = [place for place, name in enumerate(dimensions.pooled_names) if name in query_columns]
-    dense = [place for place, name in enumerate(dimensions.dense_names) if name in query_columns]
+    pooled = [index for index, name in enumerate(dimensions.pooled_names) if name in query_columns]
+    dense = [index for index, name in enumerate(dimensions.dense_names) if name in query_columns]
     if not pooled and not dense and not dimensions.has_history:
         raise ValueError(
             f"{settings.name} has nothing to read: there is no history, and none of {columns} is "

@@ -37,26 +37,26 @@ class InputDimensions:
     item_columns: tuple[str, ...] = ()  # pooled and dense ones derived from the ranked item
 
     @staticmethod
-    def of(
+    def from_schema(
         schema: Schema,
         pooled_features: list[str],
         table_dims: dict[str, int],
         process_group: dist.ProcessGroup | None,
-        further: Mapping[str, int],
+        extra_dims: Mapping[str, int],
     ) -> InputDimensions:
-        """Return the dimensions of a dataset; `further` has widths of extra sequences by name."""
+        """Return the dimensions of a dataset; `extra_dims` has those of extra sequences by name."""
         pooled_dims = [table_dims[schema.table_of(name)] for name in pooled_features]
         columns = [*pooled_features, *schema.of_kind("dense")]
         return InputDimensions(
-            pooled_dims=[*pooled_dims, *further.values()],
+            pooled_dims=[*pooled_dims, *extra_dims.values()],
             id_dim=table_dims[schema.target_item],
             num_dense=len(schema.of_kind("dense")),
             num_parallel=len(schema.parallel),
             num_labels=len(schema.of_kind("label")),
-            pooled_names=(*pooled_features, *further),
+            pooled_names=(*pooled_features, *extra_dims),
             dense_names=tuple(schema.of_kind("dense")),
             parallel_names=tuple(schema.parallel),
-            further_histories=tuple(further),
+            further_histories=tuple(extra_dims),
             group=schema.group,
             has_history=schema.history is not None,
             item_columns=tuple(

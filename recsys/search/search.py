@@ -35,7 +35,7 @@ from recsys.data.items.item_table import FeatureFile
 from recsys.data.parquet.file import open_parquet, rows_digest
 from recsys.data.schema import load_schema
 from recsys.data.transforms.chain import FILE as FITS
-from recsys.distributed.job import environment_of_no_rank
+from recsys.distributed.job import environment_without_rank
 from recsys.evaluation.model_selection import selection_score
 from recsys.search.space import Parameter, arguments_of, check_space, grid_of
 from recsys.search.validations import TRACKER, read_lines
@@ -256,7 +256,7 @@ class Search:
         self, command: list[str], log: IO[str], trial: Trial, run: Path, num_runs: int
     ) -> None:
         """Run a training; if it is its trial's only run, report each validation to Optuna."""
-        environment = environment_of_no_rank()
+        environment = environment_without_rank()
         if self.jobs > 1:
             threads = max(1, (os.cpu_count() or 1) // self.jobs)
             environment.setdefault("OMP_NUM_THREADS", str(threads))

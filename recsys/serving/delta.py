@@ -44,7 +44,7 @@ class DeltaCounts:
     """Contents of a delta: rows that differ by file, files taken whole, and bytes of all."""
 
     rows: dict[str, int]
-    whole: list[str]
+    full_files: list[str]
     num_bytes: int
     package_bytes: int
 
@@ -52,7 +52,7 @@ class DeltaCounts:
         changed = ", ".join(f"{count:,} rows of {name}" for name, count in self.rows.items())
         return (
             f"{self.num_bytes:,} bytes for a package of {self.package_bytes:,}: "
-            f"{changed or 'no row'}; {len(self.whole)} other files"
+            f"{changed or 'no row'}; {len(self.full_files)} other files"
         )
 
 
@@ -80,16 +80,16 @@ def bytes_of_rows(manifest: Manifest) -> dict[str, int]:
 
 def _compare(older: Manifest, newer: Manifest) -> Description:
     old_bytes, new_bytes = bytes_of_rows(older), bytes_of_rows(newer)
-    equal, patched, whole = [], {}, []
+    equal, patched, full = [], {}, []
     for name, entry in newer.files.items():
         if name in older.files and older.files[name]["sha256"] == entry["sha256"]:
             equal.append(name)
         elif name in older.files and name in new_bytes and old_bytes.get(name) == new_bytes[name]:
             patched[name] = new_bytes[name]
         else:
-            whole.append(name)
+            full.append(name)
     base = {name: older.files[name]["sha256"] for name in (*equal, *patched)}
-    return Description(base, equal, patched, whole)
+    return Description(base, equal, patched, full)
 
 
 def _write_rows(

@@ -65,7 +65,7 @@ from recsys.storage.output_file import check_output
 
 logger = logging.getLogger(__name__)
 
-MOST_ROWS = 1 << 18  # sampled for statistics, in evenly spaced row groups, at least one
+MAX_ROWS = 1 << 18  # sampled for statistics, in evenly spaced row groups, at least one
 CONTENT_PREFIX = "model.content."  # of the branch's weights in the state of a model
 
 
@@ -179,7 +179,7 @@ def write_statistics(job: Job, columns: Sequence[str], folder: Path) -> None:
     if files and job.config.source.name == "parquet":
         rows = ParquetRows(files, job.schema, with_labels=False, on_bad_row="skip")
         largest = max(chunk.num_rows for chunk in rows.chunks)
-        number = min(max(1, MOST_ROWS // largest), len(rows.chunks))
+        number = min(max(1, MAX_ROWS // largest), len(rows.chunks))
         groups = np.linspace(0, len(rows.chunks) - 1, number).astype(int).tolist()
         usable = pa.concat_tables(rows.read_chunks(groups))
         usable = usable.filter(pc.greater_equal(usable[ROW_POSITION], 0))  # no skipped rows
@@ -260,9 +260,9 @@ def _write_content(
         sources["history"] = (bank.lookup(block)[0] for block in blocks)
     if reads_targets:
         sources = {"target": encoded_blocks(branch, store, items), **sources}
-    for part, vectors in sources.items():
-        write_vectors(folder / f"{part}.vectors", shape, vectors)
-    return {part: asdict(shape) for part in sources}
+    for kind, vectors in sources.items():
+        write_vectors(folder / f"{kind}.vectors", shape, vectors)
+    return {kind: asdict(shape) for kind in sources}
 
 
 def _write_item_encoder(job: Job, folder: Path) -> EntryShapes:
@@ -300,11 +300,11 @@ def _write_graph(job: Job, manifest: Manifest, ranking: nn.Module, path: Path) -
         content_dim=0 if branch is None else branch.dim,
         top_k=top_k(job),
         further_histories=job.em3.further_histories,
-        scaling=None if job.em3.scaling is None else job.em3.scaling.of_dense(manifest.dense),
+        scaling=None if job.em3.scaling is None else job.em3.scaling.select_dense(manifest.dense),
         neighbours=job.em3.neighbours,
         bfloat16=manifest.precision == "bf16",
     )
-    further, read_beside = job.schema.histories[1:], manifest.content_histories
+    extra, with_content = job.schema.histories[1:], manifest.content_histories
     unread, ids = content[:, :0], torch.zeros(1, dtype=torch.int64)
     shapes = RankingInputs(
         pooled=pooled,
@@ -317,9 +317,9 @@ def _write_graph(job: Job, manifest: Manifest, ranking: nn.Module, path: Path) -
         target_content=content,
         history_content=content,
         target_in_bank=content if manifest.searches else unread,
-        further=[item] * len(further),
-        further_parallel=[torch.zeros(1, len(history.numbers)) for history in further],
-        further_content=[content if history.name in read_beside else unread for history in further],
+        further=[item] * len(extra),
+        further_parallel=[torch.zeros(1, len(history.numbers)) for history in extra],
+        further_content=[content if history.name in with_content else unread for history in extra],
     )
     return export_graph(graph, shapes, manifest.ranking, path)
 

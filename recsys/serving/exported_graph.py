@@ -127,7 +127,7 @@ def export_graph(
     traced = random_like(shapes, *TRACED_SIZE)
     sizes = {0: torch.export.Dim.AUTO}
     axes = tuple(
-        [sizes] * len(part) if isinstance(part, list) else sizes for part in traced.arguments()
+        [sizes] * len(value) if isinstance(value, list) else sizes for value in traced.arguments()
     )
     try:
         with torch.no_grad(), any_length():
@@ -173,7 +173,7 @@ def any_length() -> AbstractContextManager[None]:
 def _require_any_length(program: ExportedProgram, inputs: RankingInputs) -> None:
     """Raise a ValueError if a branch made torch.export silently fix or bound a length."""
     values = {node.name: node.meta.get("val") for node in program.graph.nodes}
-    names = (name for name, part in vars(inputs).items() for _ in _flat([part]))
+    names = (name for name, value in vars(inputs).items() for _ in _flat([value]))
     for argument, name in zip(program.graph_signature.user_inputs, names):
         rows = "history items" if name in HISTORY_INPUTS else "candidates"
         rows = "events of a further history" if name.startswith("further") else rows
@@ -214,13 +214,13 @@ def random_like(
         return torch.randn(length, like.shape[1], generator=generator)
 
     inputs: dict[str, Any] = {}
-    for name, part in vars(shapes).items():
+    for name, value in vars(shapes).items():
         if name == "pooled":
-            inputs[name] = [random(like, num_rows) for like in part]
+            inputs[name] = [random(like, num_rows) for like in value]
         elif name.startswith("further"):
-            inputs[name] = [random(like, num_events + place) for place, like in enumerate(part)]
+            inputs[name] = [random(like, num_events + index) for index, like in enumerate(value)]
         else:
-            inputs[name] = random(part, num_items if name in HISTORY_INPUTS else num_rows)
+            inputs[name] = random(value, num_items if name in HISTORY_INPUTS else num_rows)
     return RankingInputs(**inputs)
 
 
@@ -265,8 +265,8 @@ def compile_graph(program: ExportedProgram, path: Path, option: Compile) -> dict
 
 
 def _has_bfloat16(program: ExportedProgram) -> bool:
-    parts = (module for module in program.graph_module.modules() if isinstance(module, GraphModule))
-    values = (node.meta.get("val") for module in parts for node in module.graph.nodes)
+    modules = (child for child in program.graph_module.modules() if isinstance(child, GraphModule))
+    values = (node.meta.get("val") for child in modules for node in child.graph.nodes)
     return any(isinstance(value, Tensor) and value.dtype == torch.bfloat16 for value in values)
 
 
@@ -282,9 +282,9 @@ def graph_file(folder: Path, manifest: Manifest) -> str:
         return GRAPH
     if manifest.compiled == _this_machine():
         return COMPILED
-    compiled_for, here = (", ".join(part.values()) for part in (manifest.compiled, _this_machine()))
+    compiled_for, host = (", ".join(info.values()) for info in (manifest.compiled, _this_machine()))
     logger.warning(
-        f"{folder}: compiled for {compiled_for}, but this is {here}, so the graph runs uncompiled; "
+        f"{folder}: compiled for {compiled_for}, but this is {host}, so the graph runs uncompiled; "
         "export the run here"
     )
     return GRAPH

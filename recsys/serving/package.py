@@ -75,9 +75,9 @@ class Manifest(BaseManifest):
 M = TypeVar("M", bound=BaseManifest)
 
 
-def write_manifest(folder: Path, manifest: BaseManifest, leave_out: str | None = None) -> None:
-    """Hash the files of a folder, except the folder `leave_out`, and write its signed manifest."""
-    inner = None if leave_out is None else folder / leave_out
+def write_manifest(folder: Path, manifest: BaseManifest, excluded: str | None = None) -> None:
+    """Hash the files of a folder, except the folder `excluded`, and write its signed manifest."""
+    inner = None if excluded is None else folder / excluded
     manifest.files = describe_all(
         folder,
         sorted(path for path in folder.rglob("*") if path.is_file() and inner not in path.parents),

@@ -1,13 +1,13 @@
 """The ranking model of a run as one graph: vectors of a user and N candidates -> logits.
 
 The scorer looks vectors up, so that tables and content vectors stay in mapped files. All candidates
-have one history, so dense products replace the index of `JaggedHistory` over N * L places. Every
+have one history, so dense products replace the index of `JaggedHistory` over N * L positions. Every
 operation can be traced by torch.export with N and L dynamic.
 
-Shapes: N candidates, U history items, L places of each row (U, or fewer after a selection), K any
+Shapes: N candidates, U history items, L positions per row (U, or fewer after a selection), K any
 width, D dimension of ID vectors, E width of content vectors (D_content * (1 + M), as the memory
 bank keeps them), F dense features, P parallel lists, C labels. Flat tensors [N * L] hold one row of
-L places after the other.
+L positions after the other.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class SharedHistory:
     num_rows: int  # N
     num_items: int  # U
     device: torch.device
-    places: Tensor | None = None  # int64 [N, L], the item at each place; None: all, in order
+    indices: Tensor | None = None  # int64 [N, L], the item at each position; None: all, in order
     is_searched: bool = False  # equal items must have equal scores, so that the later is found
-    # Places that `highest` has returned.
+    # Positions that `highest` has returned.
     _selected: list[Tensor] = field(default_factory=list, repr=False)
 
     @property
     def longest(self) -> int:
-        return self.num_items if self.places is None else self.places.shape[1]
+        return self.num_items if self.indices is None else self.indices.shape[1]
 
     @property
     def lengths(self) -> Tensor:  # int64 [N]
@@ -50,9 +50,9 @@ class SharedHistory:
 
     @property
     def index(self) -> Tensor:  # int64 [N * L]
-        if self.places is None:
+        if self.indices is None:
             return self.spread_items(torch.arange(self.num_items, device=self.device))
-        return self.places.reshape(-1)
+        return self.indices.reshape(-1)
 
     @property
     def rows(self) -> Tensor:  # int64 [N * L]
@@ -67,20 +67,20 @@ class SharedHistory:
 
     @property
     def is_shared(self) -> bool:
-        """Whether all rows have the same places: a selection differs between rows."""
-        return self.places is None
+        """Whether all rows have the same positions: a selection differs between rows."""
+        return self.indices is None
 
     def of_one_row(self, values: Tensor) -> Tensor:  # [N * L, K], equal in all rows -> [L, K]
         return values.view(self.num_rows, self.longest, values.shape[1])[0]
 
     def one_row(self) -> SharedHistory:
-        return SharedHistory(1, self.num_items, self.device, self.places)
+        return SharedHistory(1, self.num_items, self.device, self.indices)
 
     def unindexed(self) -> SharedHistory:
         return self
 
     def gather(self, items: Tensor) -> Tensor:  # [U, K] -> [N * L, K]
-        if self.places is None:
+        if self.indices is None:
             return items.repeat(self.num_rows, 1)  # a copy, as callers add to the result in place
         return items.index_select(0, self.index)
 
@@ -96,16 +96,16 @@ class SharedHistory:
             products = (queries.double() @ items.double().T).to(queries.dtype)
         else:
             products = queries @ items.T
-        return (products if self.places is None else products.gather(1, self.places)).reshape(-1)
+        return (products if self.indices is None else products.gather(1, self.indices)).reshape(-1)
 
     def weighted_sum(self, weights: Tensor, items: Tensor) -> Tensor:  # [N * L], [U, D] -> [N, D]
         by_row = self._by_row(weights.unsqueeze(1)).squeeze(2)
-        if self.places is not None:
+        if self.indices is not None:
             empty = weights.new_zeros(self.num_rows, self.num_items)
-            by_row = empty.scatter_add(1, self.places, by_row)
+            by_row = empty.scatter_add(1, self.indices, by_row)
         return by_row @ items
 
-    def softmax(self, scores: Tensor) -> Tensor:  # [N * L] or [N * L, K], over places of a row
+    def softmax(self, scores: Tensor) -> Tensor:  # [N * L] or [N * L, K], over positions of a row
         columns = scores if scores.dim() == 2 else scores.unsqueeze(1)
         return self._by_row(columns).softmax(dim=1).reshape(scores.shape)
 
@@ -117,22 +117,22 @@ class SharedHistory:
         return self._by_row(values.unsqueeze(1)).squeeze(2)
 
     def highest(self, scores: Tensor, count: int) -> Tensor:
-        """Return flat places of each row's `count` highest scores [N * L]; the later wins a tie."""
+        """Return flat positions of a row's `count` highest scores [N * L]; the later wins a tie."""
         by_row = scores.reshape(self.num_rows, self.longest)
         order = self.longest - 1 - by_row.flip(1).argsort(dim=1, descending=True, stable=True)
-        places = order.narrow(1, 0, torch.sym_min(self.longest, count)).sort(dim=1).values
+        positions = order.narrow(1, 0, torch.sym_min(self.longest, count)).sort(dim=1).values
         first = torch.arange(self.num_rows, device=self.device).unsqueeze(1) * self.longest
-        self._selected.append((places + first).reshape(-1))
+        self._selected.append((positions + first).reshape(-1))
         return self._selected[-1]
 
-    def select(self, places: Tensor) -> SharedHistory:
-        if not any(selected is places for selected in self._selected):
+    def select(self, positions: Tensor) -> SharedHistory:
+        if not any(selected is positions for selected in self._selected):
             raise ValueError(
                 "the model selects history items by their values, so rows keep different numbers "
                 "of them, which a package cannot hold; select by JaggedHistory.highest"
             )
-        items = self.index[places].reshape(self.num_rows, -1)
-        return replace(self, places=items, _selected=[])
+        items = self.index[positions].reshape(self.num_rows, -1)
+        return replace(self, indices=items, _selected=[])
 
     def _by_row(self, values: Tensor) -> Tensor:  # [N * L, K] -> [N, L, K]
         return values.reshape(self.num_rows, self.longest, values.shape[1])
@@ -165,7 +165,7 @@ class RankingInputs:
 class SharedEvents:
     """Stand-in for an `ExtraHistory` whose events all candidates share."""
 
-    values: Tensor  # [K, P], and [N * K, P] by `CandidateHistory.of_candidates`
+    values: Tensor  # [K, P], and [N * K, P] by `CandidateHistory.for_candidates`
     history: SharedHistory
     content: ContentVectors | None  # of the candidates and these events
 
@@ -182,7 +182,7 @@ class SharedEvents:
 class CandidateHistory:
     """Stand-in for a `History` that all candidates share."""
 
-    values: Tensor  # [L, P], and [N * L, P] by `of_candidates`
+    values: Tensor  # [L, P], and [N * L, P] by `for_candidates`
     items: Tensor  # [L]
     history: SharedHistory
     extras: list[SharedEvents]
@@ -196,18 +196,18 @@ class CandidateHistory:
     def jagged(self) -> SharedHistory:
         return self.history
 
-    def of_candidates(self, places: Tensor | None) -> CandidateHistory:
-        """Return the history with the lists of each candidate, of selected places if given."""
+    def for_candidates(self, positions: Tensor | None) -> CandidateHistory:
+        """Return the history with the lists of each candidate, of selected positions if given."""
 
         def spread(values: Tensor) -> Tensor:  # [L, P] -> [N * L, P]
             repeated = self.history.gather(values)
-            return repeated if places is None else repeated[places]
+            return repeated if positions is None else repeated[positions]
 
         return replace(
             self,
             values=spread(self.values),
-            history=self.history if places is None else self.history.select(places),
-            extras=[replace(part, values=part.history.gather(part.values)) for part in self.extras],
+            history=self.history if positions is None else self.history.select(positions),
+            extras=[replace(seq, values=seq.history.gather(seq.values)) for seq in self.extras],
             unscaled_values=None if self.unscaled_values is None else spread(self.unscaled_values),
         )
 
@@ -288,18 +288,18 @@ class RankingGraph(nn.Module):
         device = inputs.target.device
         shared = SharedHistory(num_rows, num_items, device, is_searched=is_searched)
         events = [
-            self._shared_events(inputs.target_content, *parts)
-            for parts in zip(inputs.further_parallel, inputs.further_content, strict=True)
+            self._shared_events(inputs.target_content, *event_inputs)
+            for event_inputs in zip(inputs.further_parallel, inputs.further_content, strict=True)
         ]
         history = CandidateHistory(inputs.parallel, inputs.history_items, shared, events)
         batch = CandidateBatch(inputs.dense, TargetItems(inputs.target_items), history)
         if self.scaling is not None:
             batch = self.scaling(batch)
-        places = None
+        positions = None
         if self.top_k:
             queries, items = F.normalize(inputs.target_in_bank), F.normalize(inputs.history_content)
-            places = shared.highest(shared.dot(queries, items), self.top_k)
-        batch = replace(batch, history=batch.history.of_candidates(places))
+            positions = shared.highest(shared.dot(queries, items), self.top_k)
+        batch = replace(batch, history=batch.history.for_candidates(positions))
         ids = IDVectors(inputs.pooled, inputs.target, inputs.history, further=inputs.further)
         content = self._content(inputs.target_content, inputs.history_content)
         if self.further_histories is not None:

@@ -95,20 +95,20 @@ class RequestValues:
         return columns, "candidates" if self.lists.keys() & set(names) else "user"
 
     def _keys(self, table: FeatureTable) -> list[pa.Array]:
-        columns, place = self.columns(table.by)
-        with errors_at(f"{place}: ids of {table.by}", pa.ArrowException):
+        columns, origin = self.columns(table.by)
+        with errors_at(f"{origin}: ids of {table.by}", pa.ArrowException):
             fills = self.schema.fills
             return [filled(values, name, fills) for name, values in columns.items()]
 
 
-def array_of(values: Sequence[Any], name: str, place: str) -> pa.Array:
+def array_of(values: Sequence[Any], name: str, origin: str) -> pa.Array:
     """Return the values of a file column as an array, of the type of the first."""
     try:
         return pa.array(values)
     except (pa.ArrowException, OverflowError, TypeError, UnicodeEncodeError) as error:
         is_large = isinstance(error, OverflowError)
         problem = "an integer does not fit 64 bits; write a smaller one" if is_large else error
-        raise ValueError(f"{place}: column '{name}': {problem}") from error
+        raise ValueError(f"{origin}: column '{name}': {problem}") from error
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ class RequestReader:
             arrays, unit = {}, f"items of '{history.name}'"
             for name in self.schema.file_columns([column]):
                 if name not in lists and self.schema.lookup_of_list(name) is not None:
-                    arrays[name] = self._beside(name, lists[history.name])
+                    arrays[name] = self._lookup_list(name, lists[history.name])
                 else:
                     values = value_list(lists, name, "history", length, unit)
                     arrays[name] = array_of([values], name, "history")
@@ -241,7 +241,7 @@ class RequestReader:
         empty = np.zeros((length, 0), np.float32)
         return HistoryRows(ids, np.stack(numbers, axis=1) if numbers else empty)
 
-    def _beside(self, name: str, items: Sequence[Any]) -> pa.Array:  # [L] -> one list of L
+    def _lookup_list(self, name: str, items: Sequence[Any]) -> pa.Array:  # [L] -> one list of L
         table = self.schema.lookup_of_list(name)
         assert table is not None and self.features is not None
         ids = array_of(items, self.schema.target_item, "history")
@@ -249,8 +249,8 @@ class RequestReader:
         column = values[table.beside[name]]
         return pa.ListArray.from_arrays(pa.array([0, len(column)], pa.int32()), column)
 
-    def _table_rows(self, name: str, arrays: Mapping[str, pa.Array], place: str) -> TableRows:
-        array = self._column(name, arrays, place)
+    def _table_rows(self, name: str, arrays: Mapping[str, pa.Array], origin: str) -> TableRows:
+        array = self._column(name, arrays, origin)
         lengths = list_lengths(array) if is_list(array.type) else np.ones(len(array), np.int64)
         flat = array.flatten() if is_list(array.type) else array
         rows = np.array(flat.to_numpy(zero_copy_only=False))  # a copy, as torch needs to write it
@@ -259,23 +259,23 @@ class RequestReader:
             rows = vocabulary.rows_of(torch.from_numpy(rows), step=0, training=False).numpy()
         return TableRows(rows, lengths)
 
-    def _column(self, name: str, arrays: Mapping[str, pa.Array], place: str) -> pa.Array:
+    def _column(self, name: str, arrays: Mapping[str, pa.Array], origin: str) -> pa.Array:
         arrays = {source: self._typed(array, source, name) for source, array in arrays.items()}
         # The check reads an empty table, which costs as much as the few values of a request.
         types = (name, *((source, array.type) for source, array in arrays.items()))
         if types not in self._checked:
             schema = copy(self.schema)  # a request's types are not those of the next
             schema.id_types = dict(schema.id_types)
-            check_types(schema, [name], lambda source: arrays[source].type, place)
+            check_types(schema, [name], lambda source: arrays[source].type, origin)
             self._checked.add(types)
-        table = read_columns(pa.table(arrays), self.schema, [name], place)
+        table = read_columns(pa.table(arrays), self.schema, [name], origin)
 
         def refuse(_: str, rows: np.ndarray, reason: str, message: Callable[[int], str]) -> None:
             if rows.any():
                 number = int(rows.argmax())
-                hint = "; give the request a value" if place.startswith("features") else ""
+                hint = "; give the request a value" if origin.startswith("features") else ""
                 problem = f"column '{name}', value {number}: {message(number)}{hint}"
-                raise ValueError(f"{place}: {problem}")
+                raise ValueError(f"{origin}: {problem}")
 
         return usable_column(table, name, self.schema, refuse)
 
@@ -294,17 +294,17 @@ class RequestReader:
 
 
 def value_list(
-    lists: Values, name: str, place: str, length: int | None = None, what: str = ""
+    lists: Values, name: str, origin: str, length: int | None = None, unit: str = ""
 ) -> Sequence[Any]:
-    """Return the list of values of a column; with `length`, it must have one for each `what`."""
+    """Return the list of values of a column; with `length`, it must have one for each `unit`."""
     if name not in lists:
-        raise ValueError(f"{place}: lacks '{name}'; give a list")
+        raise ValueError(f"{origin}: lacks '{name}'; give a list")
     values = lists[name]
     values = values.tolist() if isinstance(values, np.ndarray) else values
     if isinstance(values, str | bytes | bytearray) or not isinstance(values, Sequence):
-        raise ValueError(f"{place}: '{name}' is no list; give one value for each")
+        raise ValueError(f"{origin}: '{name}' is no list; give one value for each")
     if length is not None and len(values) != length:
         raise ValueError(
-            f"{place}: '{name}' has {len(values)} values for {length} {what}; give one for each"
+            f"{origin}: '{name}' has {len(values)} values for {length} {unit}; give one for each"
         )
     return values

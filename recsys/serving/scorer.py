@@ -181,7 +181,7 @@ class Scorer:
         dense = np.stack(columns, axis=1) if columns else np.zeros((num_rows, 0), np.float32)
         no_items = {manifest.target_item: np.zeros(0, np.int64)}
         no_history = HistoryRows(no_items, np.zeros((0, 0), np.float32))
-        first, *further = rows.histories or [no_history]
+        first, *extra = rows.histories or [no_history]
         history_items = next(iter(first.ids.values()))
         target_in_bank = torch.zeros(num_rows, 0)
         if manifest.searches:
@@ -197,21 +197,21 @@ class Scorer:
             target_content=self._content_vectors("target", rows.target),
             history_content=self._content_vectors("history", history_items),
             target_in_bank=target_in_bank,
-            further=[self._events(events) for events in further],
-            further_parallel=[torch.from_numpy(events.numbers) for events in further],
-            further_content=[self._further_content(events) for events in further],
+            further=[self._events(events) for events in extra],
+            further_parallel=[torch.from_numpy(events.numbers) for events in extra],
+            further_content=[self._extra_content(events) for events in extra],
         )
 
-    def _content_vectors(self, part: str, items: np.ndarray) -> Tensor:  # [N] -> [N, E]
+    def _content_vectors(self, kind: str, items: np.ndarray) -> Tensor:  # [N] -> [N, E]
         """Return content vectors, also of added items; zeros if content is not read."""
-        if part not in self._content:
+        if kind not in self._content:
             history = self._content.get("history")
             return torch.zeros(len(items), 0 if history is None else history.shape.dim)
-        vectors = self._content[part].rows(items)
-        self._added.replace_in(vectors, items)
+        vectors = self._content[kind].rows(items)
+        self._added.replace_vectors(vectors, items)
         return vectors
 
-    def _further_content(self, history: HistoryRows) -> Tensor:  # [L, E]; E = 0 if not read
+    def _extra_content(self, history: HistoryRows) -> Tensor:  # [L, E]; E = 0 if not read
         name, ids = next(iter(history.ids.items()))
         if name in self.manifest.content_histories:
             return self._content_vectors("history", ids)

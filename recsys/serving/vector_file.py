@@ -81,5 +81,5 @@ class VectorFile:
 
     def rows(self, ids: np.ndarray) -> Tensor:  # int64 [N] -> [N, D]
         """Return vectors; ids beyond the file get its last row."""
-        places = np.minimum(ids, self.shape.num_rows - 1)
-        return self.shape.unpacked(torch.from_numpy(self._rows[places]))
+        indices = np.minimum(ids, self.shape.num_rows - 1)
+        return self.shape.unpacked(torch.from_numpy(self._rows[indices]))

@@ -39,21 +39,21 @@ class Callbacks:
     """The callbacks of a job, made from the setting `callbacks`. Building is a collective."""
 
     def __init__(self, job: Job) -> None:
-        self.job, self.parts = job, list[Callback]()
+        self.job, self.callbacks = job, list[Callback]()
         with job.ranks.raise_on_all_ranks():
             names = job.config.callbacks
-            self.parts = [make_part("callbacks", name, {}, Callback) for name in names]
+            self.callbacks = [make_part("callbacks", name, {}, Callback) for name in names]
 
     def step(self, progress: Progress, losses: dict[str, Tensor], lockstep: Lockstep) -> None:
         """Call all callbacks; all ranks raise an error when they next exchange flags."""
         try:
-            for callback in self.parts:
+            for callback in self.callbacks:
                 callback.step(self.job, progress, losses)
         except Exception as error:  # a user's class may raise any error
             lockstep.record_error(error)
 
     def run(self, call: Callable[[Callback], None]) -> None:
         """Pass each callback to `call`; all ranks raise an error. A collective if there are any."""
-        for callback in self.parts:
+        for callback in self.callbacks:
             with self.job.ranks.raise_on_all_ranks():
                 call(callback)

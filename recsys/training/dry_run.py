@@ -14,7 +14,7 @@ from recsys.build import Job, build_job, check_columns
 from recsys.checkpoint.warm_start.plan import plan_warm_start
 from recsys.checkpoint.warm_start.source import WarmStart
 from recsys.config import Config
-from recsys.content.item_vectors import start_projections
+from recsys.content.item_vectors import init_projections
 from recsys.data.batch import Batch
 from recsys.data.interactions import Interactions, loader
 from recsys.data.vocabularies import UnknownIds
@@ -25,7 +25,7 @@ from recsys.distributed.torchrec_internals import require_pipelined
 from recsys.distributed.watchdog import Watchdog
 from recsys.evaluation.evaluate import check_data, split_interactions
 from recsys.evaluation.forward_pass import forward_pass
-from recsys.training.initial_state import load_pretrained_tables, open_warm_start, take_over
+from recsys.training.initial_state import load_pretrained_tables, load_source, open_warm_start
 from recsys.training.train import training_interactions
 from recsys.training.trainer import peak_bytes
 
@@ -83,11 +83,11 @@ def dry_run(config: Config, data: str, ranks: Ranks, warm_start: WarmStart | Non
             print_table(f"{job.plan}\n\n{job.parameters}\n\n{plan or ''}")
         # The steps whose time does not grow with the catalogue.
         if plan is not None:
-            take_over(job, plan, fills_bank=False)
+            load_source(job, plan, fills_bank=False)
         else:
             load_pretrained_tables(job)
             if job.em3.content is not None and job.store is not None:
-                start_projections(job.em3.content, job.store, ranks)
+                init_projections(job.em3.content, job.store, ranks)
         times.append(time.perf_counter())
         with watchdog.armed():
             losses, rows = _train_step(job, interactions, lockstep)

@@ -24,7 +24,7 @@ from recsys.checkpoint.run_schema import WARM_START, exact_maps
 from recsys.checkpoint.warm_start.plan import WarmStartPlan
 from recsys.checkpoint.warm_start.source import Source, WarmStart, open_source, reconciled_schema
 from recsys.config import InitFromSettings
-from recsys.content.item_vectors import start_projections
+from recsys.content.item_vectors import init_projections
 from recsys.data.item_frequency import ItemCounts, NumberRange
 from recsys.data.schema import Schema
 from recsys.distributed.log import print_table
@@ -48,7 +48,7 @@ def start_fresh(job: Job, checked: CheckedRows) -> Progress:
         job.em3.scaling.fit(checked.numbers)
     load_pretrained_tables(job)
     if job.em3.content is not None and job.store is not None:
-        start_projections(job.em3.content, job.store, job.ranks, trained=checked.item_counts)
+        init_projections(job.em3.content, job.store, job.ranks, trained=checked.item_counts)
         fill_bank(job)
     fit_neighbours(job)
     set_codes(job)
@@ -108,7 +108,7 @@ def load_pretrained_tables(job: Job, num_old_ids: Mapping[str, int] | None = Non
                 job.model, name, files, rows_of_ids, may_be_empty=num_old_ids is not None
             )
         logger.info(
-            f"table '{name}': {loaded.num_set:,} rows set, {loaded.num_left_out:,} unknown ids "
+            f"table '{name}': {loaded.num_set:,} rows set, {loaded.num_skipped:,} unknown ids "
             f"left out, from {source.path}"
         )
 
@@ -160,7 +160,7 @@ def start_warm(
     job: Job, run: Path, plan: WarmStartPlan, numbers: Mapping[str, NumberRange]
 ) -> Progress:
     """Start a run with the state that its plan takes over; initialise the rest. A collective."""
-    progress = take_over(job, plan)
+    progress = load_source(job, plan)
     fit_to_rows(job, plan, numbers)
     counts = counts_before(job, plan)
     if job.schema.target_item in plan.maps:
@@ -169,14 +169,14 @@ def start_warm(
     return progress
 
 
-def take_over(job: Job, plan: WarmStartPlan, fills_bank: bool = True) -> Progress:
+def load_source(job: Job, plan: WarmStartPlan, fills_bank: bool = True) -> Progress:
     """Load the state that the plan takes over; read no data rows, write no file. A collective."""
     source = plan.source
     load_pretrained_tables(job)  # the plan then replaces rows that the other run has
     if job.averages is not None:
         job.averages.copy_weights()  # the plan then replaces averages that the other run has
     plan.apply(job)
-    fill_cold_rows_of_both(job)
+    fill_all_cold_rows(job)
     progress = Progress(
         steps_before=source.model.progress.age,
         table_steps_before=source.optimizer.progress.table_steps
@@ -189,7 +189,7 @@ def take_over(job: Job, plan: WarmStartPlan, fills_bank: bool = True) -> Progres
     if content is not None and job.store is not None:
         weights = {name: f"content.projections.{name}.weight" for name in content.projections}
         if new := [name for name, weight in weights.items() if not plan.takes(weight)]:
-            start_projections(content, job.store, job.ranks, new, counts_before(job, plan))
+            init_projections(content, job.store, job.ranks, new, counts_before(job, plan))
         if not fills_bank:
             return progress
         if plan.items is None:
@@ -242,7 +242,7 @@ def fit_to_rows(
         with job.averaged():  # steps average these rows with the weights
             load_pretrained_tables(job, num_old_ids)
     load_pretrained_tables(job, num_old_ids)
-    for table, (rule, result) in fill_cold_rows_of_both(job).items():
+    for table, (rule, result) in fill_all_cold_rows(job).items():
         plan.differences.add(f"table '{table}'", f"new_rows: {rule}", result)
 
 
@@ -263,7 +263,7 @@ def fill_cold_rows(job: Job) -> dict[str, tuple[str, str]]:
     return filled
 
 
-def fill_cold_rows_of_both(job: Job) -> dict[str, tuple[str, str]]:
+def fill_all_cold_rows(job: Job) -> dict[str, tuple[str, str]]:
     """Call `fill_cold_rows` for averaged tables, if any, and for the weights. A collective."""
     if job.averages is not None and job.averages.tables:
         with job.averaged():
@@ -292,14 +292,14 @@ def check_begun_from(run: Path, request: WarmStart | None) -> None:
         return
     file = run / WARM_START
     stored = read_json(file)["request"] if file.exists() else None
-    if stored != _plain(request):
+    if stored != _as_json(request):
         raise ValueError(
             f"{file}: this run was begun {f'with {stored}' if stored else 'without --warm-start'}, "
-            f"not with {_plain(request)}; leave --warm-start as it was, or choose another --out"
+            f"not with {_as_json(request)}; leave --warm-start as it was, or choose another --out"
         )
 
 
-def _plain(request: WarmStart) -> dict[str, object]:
+def _as_json(request: WarmStart) -> dict[str, object]:
     plain: dict[str, object] = json.loads(json.dumps(asdict(request), default=str))
     return plain | {"run": str(request.run.resolve())}
 
@@ -307,7 +307,7 @@ def _plain(request: WarmStart) -> dict[str, object]:
 def describe_start(run: Path, plan: WarmStartPlan) -> None:
     """Print, and write to the run, what was taken over and what differed."""
     content = {
-        "request": _plain(plan.source.request),
+        "request": _as_json(plan.source.request),
         "checkpoint": plan.source.model.folder.name,
         "step": plan.source.model.step,
         "tensors": len(plan.tensors),

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 EVENTS_PER_BLOCK = 2**24  # events that a rank holds before it drops duplicates
 ITEMS_PER_BLOCK = 4096  # items whose similarities to all items are in memory at a time
 OVERSAMPLING, ITERATIONS = 16, 8  # of the subspace iteration
-MOST_EVENTS = 1000  # events of a user: the cost of their pairs grows with the square
+MAX_EVENTS = 1000  # events of a user: the cost of their pairs grows with the square
 
 
 class Events(NamedTuple):
@@ -56,19 +56,19 @@ class Events(NamedTuple):
         return ordered.take(is_first)
 
     @staticmethod
-    def joined(parts: list[Events]) -> Events:
-        return Events(*map(np.concatenate, zip(*parts))).distinct()
+    def joined(blocks: list[Events]) -> Events:
+        return Events(*map(np.concatenate, zip(*blocks))).distinct()
 
     def take(self, rows: np.ndarray) -> Events:  # positions, or bool [N]
         return Events(*(column[rows] for column in self))
 
     def capped(self) -> Events:
-        """Return at most `MOST_EVENTS` events of each user, chosen by a hash of the item."""
+        """Return at most `MAX_EVENTS` events of each user, chosen by a hash of the item."""
         hashed = self.items.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         order = np.lexsort((hashed, self.users))
         users = self.users[order]
-        place = np.arange(len(users)) - np.searchsorted(users, users)
-        return self.take(np.sort(order[place < MOST_EVENTS]))
+        rank = np.arange(len(users)) - np.searchsorted(users, users)
+        return self.take(np.sort(order[rank < MAX_EVENTS]))
 
 
 def fit_neighbours(job: Job, earlier_folders: Sequence[str] = ()) -> None:
@@ -172,11 +172,11 @@ def read_events(
     return _joined_in_blocks(events_of_rows(table, schema, settings, starts) for table in tables)
 
 
-def _joined_in_blocks(parts: Iterable[Events]) -> Events:
-    """Return the distinct events of parts; drop duplicates before they fill the memory."""
-    block = [Events(*(np.zeros(0, kind) for kind in (np.int64, np.int64, np.float64, np.int64)))]
-    for part in parts:
-        block.append(part)
+def _joined_in_blocks(chunks: Iterable[Events]) -> Events:
+    """Return the distinct events of chunks; drop duplicates before they fill the memory."""
+    block = [Events(*(np.zeros(0, dtype) for dtype in (np.int64, np.int64, np.float64, np.int64)))]
+    for chunk in chunks:
+        block.append(chunk)
         if sum(len(events.users) for events in block) > EVENTS_PER_BLOCK:
             block = [Events.joined(block)]
     return Events.joined(block)

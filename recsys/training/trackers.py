@@ -57,8 +57,8 @@ def make_trackers(
     names: Sequence[str], run: Path, settings: dict[str, Any], first_step: int
 ) -> list[Tracker]:
     """Build the trackers of the setting; an unknown or uninstalled one is a ValueError."""
-    kind: Any = Tracker  # mypy takes no protocol here
-    return [make_part("tracker", name, TRACKERS, kind, run, settings, first_step) for name in names]
+    base: Any = Tracker  # mypy takes no protocol here
+    return [make_part("tracker", name, TRACKERS, base, run, settings, first_step) for name in names]
 
 
 class TensorBoardTracker:
@@ -158,7 +158,7 @@ class Reporter:
     ) -> None:
         self.job, self.active = job, job.ranks.is_first
         self.steps_before = progress.steps_before if counts_all_steps else 0
-        self.every = job.config.log_every_steps
+        self.interval = job.config.log_every_steps
         self.trackers: list[Tracker] = []
         with job.ranks.raise_on_all_ranks():
             if self.active:
@@ -177,7 +177,7 @@ class Reporter:
         """Report a step every `log_every_steps`, and the last of an epoch. A collective."""
         self.bar.update()
         is_last = progress.batches == self.num_batches
-        if progress.steps % self.every and not is_last:
+        if progress.steps % self.interval and not is_last:
             return
         rate = progress.samples / progress.seconds
         values = self._means(losses)
@@ -209,11 +209,11 @@ class Reporter:
     def write(self, values: dict[str, float], step: int) -> None:
         """Pass metrics to every tracker; a tracker that fails does not end training."""
         for tracker in self.trackers:
-            with self._warning_of(tracker):
+            with self._warn_on_failure(tracker):
                 tracker.log(values, self.steps_before + step)
 
     @contextmanager
-    def _warning_of(self, tracker: Tracker) -> Iterator[None]:
+    def _warn_on_failure(self, tracker: Tracker) -> Iterator[None]:
         try:
             yield
         except Exception as error:
@@ -240,5 +240,5 @@ class Reporter:
     def close(self) -> None:
         self.bar.close()
         for tracker in self.trackers:
-            with self._warning_of(tracker):
+            with self._warn_on_failure(tracker):
                 tracker.close()

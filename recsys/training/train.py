@@ -88,8 +88,8 @@ def train(
                     "replaced; move it or choose another --out"
                 )
         make_metrics(config.metrics)  # invalid settings are reported before any work is done
-        goes_on = run_folder.find_start(run, resume, overwrite, ranks)
-        metrics = _train_locked(config, data, run, ranks, goes_on, warm_start)
+        resumes = run_folder.find_start(run, resume, overwrite, ranks)
+        metrics = _train_locked(config, data, run, ranks, resumes, warm_start)
         if baseline is not None:
             _compare_with_baseline(baseline, data, run, ranks)
         ranks.on_first(run_folder.finish_run, run)
@@ -98,7 +98,7 @@ def train(
 
 
 def _train_locked(
-    config: Config, data: str, run: Path, ranks: Ranks, goes_on: bool, warm_start: WarmStart | None
+    config: Config, data: str, run: Path, ranks: Ranks, resumes: bool, warm_start: WarmStart | None
 ) -> dict[str, Any]:
     """Train as `train` does, in a folder that this job has locked. A collective."""
     with (
@@ -107,18 +107,18 @@ def _train_locked(
     ):
         source: Source | None = None
         schema: Schema | None = None
-        if goes_on:
+        if resumes:
             with ranks.raise_on_all_ranks():
                 check_begun_from(run, warm_start)
-                schema = schema_of_data(run, Location.of(data), ranks, goes_on)
+                schema = schema_of_data(run, Location.of(data), ranks, resumes)
         elif warm_start is not None:
             source, schema = open_warm_start(warm_start, data, run, ranks)
         # Checked before items are encoded, which may take long.
         check_columns(config.source, config.on_bad_row, data, ranks, schema)
         job = build_job(config, data, ranks, schema)
-        for line in format_growth(job.schema) if ranks.is_first and not goes_on else ():
+        for line in format_growth(job.schema) if ranks.is_first and not resumes else ():
             logger.info(line)
-        trainer = open_run(job, run, data, goes_on, lockstep, source)
+        trainer = open_run(job, run, data, resumes, lockstep, source)
         try:
             trainer.train()
             return _finish(trainer)
@@ -133,13 +133,13 @@ def _train_locked(
 
 
 def open_run(
-    job: Job, run: Path, data: str, goes_on: bool, lockstep: Lockstep, source: Source | None
+    job: Job, run: Path, data: str, resumes: bool, lockstep: Lockstep, source: Source | None
 ) -> Trainer:
     """Begin the run, or restore the job's state where the run stopped. A collective."""
     interactions = training_interactions(job)
     checkpoints = Checkpoints(job, run, interactions.rows.fingerprint())
     progress: Progress | None = None
-    if goes_on:
+    if resumes:
         run_folder.check_vocabularies(run, job)
         run_folder.check_encoders(run, job)
         progress = checkpoints.restore()
@@ -181,23 +181,23 @@ def training_interactions(job: Job, is_shuffled: bool = True) -> Interactions:
         interactions = Interactions(
             rows, build, config.batch_size, ranks.rank, ranks.world_size, seed
         )
-        parts = config.validations_per_epoch
-        ends = [interactions.batches_until(part, parts) for part in range(parts + 1)]
+        count = config.validations_per_epoch
+        ends = [interactions.batches_until(index, count) for index in range(count + 1)]
         job.end_decay(config.epochs * job.updates_between(ends))
     return interactions
 
 
-def training_figures(progress: Progress, ranks: Ranks) -> dict[str, Any]:
+def training_metrics(progress: Progress, ranks: Ranks) -> dict[str, Any]:
     """Return the entries of `metrics.json` on the training itself."""
-    figures: dict[str, Any] = {
+    values: dict[str, Any] = {
         "samples_per_second": progress.samples / progress.seconds,
         "seconds": progress.seconds,
         "steps": progress.steps,
         "peak_bytes": progress.peak_bytes,
     }
     counts = {"ids": progress.ids, "vocabularies": progress.vocabularies}
-    figures |= {name: totals for name, totals in counts.items() if totals}
-    return {"train": figures, "world_size": ranks.world_size, "versions": versions()}
+    values |= {name: totals for name, totals in counts.items() if totals}
+    return {"train": values, "world_size": ranks.world_size, "versions": versions()}
 
 
 def _finish(trainer: Trainer) -> dict[str, Any]:
@@ -213,7 +213,7 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
         model = model_of(run)
     counts, file = trainer.item_counts, scores_file(run, "test")
     test = evaluate_split(job, "test", counts, trainer.lockstep, True, scores_to=file, model=model)
-    metrics = {"valid": progress.best, "test": test, **training_figures(progress, job.ranks)}
+    metrics = {"valid": progress.best, "test": test, **training_metrics(progress, job.ranks)}
     if job.config.on_bad_row == "skip":
         metrics["skipped_rows"] = read_json(run / SKIPPED_ROWS)
     with job.ranks.raise_on_all_ranks():  # no rank leaves before the result is written

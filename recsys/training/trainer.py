@@ -58,9 +58,9 @@ class Trainer:
             negatives.counts = self.item_counts
         # These must not reference the trainer: a cycle would keep the model after the run.
         job, checkpoints = self.job, self.checkpoints
-        every, steps = job.config.log_every_steps, job.config.profile_steps
+        interval, steps = job.config.log_every_steps, job.config.profile_steps
         rows = self.interactions.rows
-        self.loss_watch = LossWatch(job.ranks, rows, every, lambda: checkpoints.last_good)
+        self.loss_watch = LossWatch(job.ranks, rows, interval, lambda: checkpoints.last_good)
         self.profile = StepProfile(job.em3, job.ranks, steps, self.run)
         self.callbacks = Callbacks(job)
 
@@ -96,11 +96,11 @@ class Trainer:
         The run may have been begun with another number of ranks or another batch size.
         """
         job, progress, interactions = self.job, self.progress, self.interactions
-        parts = job.config.validations_per_epoch
-        ends = [interactions.batches_until(part, parts) for part in range(parts + 1)]
+        count = job.config.validations_per_epoch
+        ends = [interactions.batches_until(index, count) for index in range(count + 1)]
         interactions.begin(progress.epoch, progress.stages, progress.batches)
-        remaining = range(progress.validations + 1, parts + 1)
-        stops = [progress.batches, *(interactions.batches_until(part, parts) for part in remaining)]
+        later = range(progress.validations + 1, count + 1)
+        stops = [progress.batches, *(interactions.batches_until(index, count) for index in later)]
         num_updates = progress.dense_steps + job.updates_between(list(accumulate(stops, max)))
         epochs_after = job.config.epochs - progress.epoch - 1
         job.end_decay(num_updates + epochs_after * job.updates_between(ends))
@@ -109,37 +109,37 @@ class Trainer:
     def train_epoch(self) -> None:
         """Train for the rest of an epoch, or until patience ends. A collective.
 
-        Parts of an epoch end with a validation; stretches of a part end with a checkpoint.
+        Segments of an epoch end with a validation; stretches of a segment end with a checkpoint.
         """
         config, progress = self.job.config, self.progress
         self.interactions.begin(progress.epoch, progress.stages, progress.batches)
         self.reporter.begin(self.interactions.num_batches, progress)
-        is_cuda, num_parts = self.job.ranks.device.type == "cuda", config.validations_per_epoch
+        is_cuda, num_segments = self.job.ranks.device.type == "cuda", config.validations_per_epoch
         with closing(loader(self.interactions, config.num_workers, is_cuda)) as source:
-            while (part := progress.validations) < num_parts:
-                begin_of_part = self.interactions.batches_until(part, num_parts)
-                end_of_part = self.interactions.batches_until(part + 1, num_parts)
+            while (index := progress.validations) < num_segments:
+                segment_start = self.interactions.batches_until(index, num_segments)
+                segment_end = self.interactions.batches_until(index + 1, num_segments)
                 first_step = progress.steps
-                self.train_stretch(source, end_of_part)
-                if self.lockstep.save or self._checkpoint_is_due(first_step, end_of_part):
+                self.train_stretch(source, segment_end)
+                if self.lockstep.save or self._checkpoint_is_due(first_step, segment_end):
                     self.checkpoints.save(progress)
                     self.lockstep.saved()
-                if progress.batches >= end_of_part:
-                    if end_of_part > begin_of_part or part + 1 == num_parts:
+                if progress.batches >= segment_end:
+                    if segment_end > segment_start or index + 1 == num_segments:
                         self._validate()
                     progress.validations += 1
                     if self.is_finished:
                         return
         progress.begin_next_epoch()
 
-    def train_stretch(self, source: Iterator[Batch], end_of_part: int) -> None:
+    def train_stretch(self, source: Iterator[Batch], segment_end: int) -> None:
         """Take steps until a validation, a checkpoint or a request to end. A collective."""
         job, progress, lockstep = self.job, self.progress, self.lockstep
         unknown = UnknownIds(job.schema)
         start = time.perf_counter() - progress.seconds
         job.model.train()
-        job.pipeline.begin(end_of_part - progress.batches)
-        count = self._batches_until_pause(end_of_part)
+        job.pipeline.begin(segment_end - progress.batches)
+        count = self._batches_until_pause(segment_end)
         batches = lockstep.training_batches(source, count, job.config.accumulate_steps)
         batches = job.preparation(batches, unknown, progress.age, training=True)
         with lockstep.watchdog.armed(), self.profile:
@@ -160,7 +160,7 @@ class Trainer:
                 self.callbacks.step(progress, losses, lockstep)
                 if lockstep.stop or lockstep.save:
                     lockstep.end_stretch()  # the pipeline still trains on fetched batches
-                lockstep.watchdog.mark(f"step {progress.steps}")
+                lockstep.watchdog.record_progress(f"step {progress.steps}")
                 self.profile.step()
         lockstep.record_error(self.loss_watch.check())
         lockstep.sync_errors()  # so that no state after a bad loss is ever saved
@@ -169,22 +169,22 @@ class Trainer:
         if lockstep.stop:
             raise TrainingStopped
 
-    def _batches_until_pause(self, end_of_part: int) -> int:
-        """Count batches until the part ends or a checkpoint is due by steps, in whole groups."""
-        every, group = self.job.config.checkpoint.every_steps, self.job.config.accumulate_steps
-        batches_left = end_of_part - self.progress.batches
-        if every is None:
+    def _batches_until_pause(self, segment_end: int) -> int:
+        """Count batches until the segment ends or a checkpoint is due by steps, in whole groups."""
+        interval, group = self.job.config.checkpoint.every_steps, self.job.config.accumulate_steps
+        batches_left = segment_end - self.progress.batches
+        if interval is None:
             return batches_left
-        until_due = every - self.progress.steps % every
+        until_due = interval - self.progress.steps % interval
         return min(batches_left, -(-until_due // group) * group)
 
-    def _checkpoint_is_due(self, first_step: int, end_of_part: int) -> bool:
+    def _checkpoint_is_due(self, first_step: int, segment_end: int) -> bool:
         """Return whether a checkpoint is due: by steps, or before the first validation."""
-        progress, every = self.progress, self.job.config.checkpoint.every_steps
-        is_first = progress.best_step < 0 and progress.batches >= end_of_part
+        progress, interval = self.progress, self.job.config.checkpoint.every_steps
+        is_first = progress.best_step < 0 and progress.batches >= segment_end
         if is_first and self.saves_before_validation:
             return True
-        return every is not None and progress.steps // every > first_step // every
+        return interval is not None and progress.steps // interval > first_step // interval
 
     def _refresh_bank(self) -> None:
         """Encode all items again, if `refresh_bank_every_epoch` is set. A collective."""
@@ -222,16 +222,16 @@ class LossWatch:
     """Checks the losses of this rank; on a GPU every few steps, so that no step waits for it."""
 
     def __init__(
-        self, ranks: Ranks, rows: RowSource, every: int, last_good: Callable[[], Path | None]
+        self, ranks: Ranks, rows: RowSource, interval: int, last_good: Callable[[], Path | None]
     ) -> None:
         self.ranks, self.rows, self.last_good = ranks, rows, last_good
-        self.every = every if ranks.device.type == "cuda" else 1
+        self.interval = interval if ranks.device.type == "cuda" else 1
         self._unchecked: list[tuple[int, Tensor, Tensor]] = []
 
     def step(self, step: int, loss: Tensor, row_positions: Tensor) -> Exception | None:  # [], [B]
         """Record the loss of a step; return an error if an unchecked loss is not finite."""
         self._unchecked.append((step, loss, row_positions))
-        return self.check() if len(self._unchecked) >= self.every else None
+        return self.check() if len(self._unchecked) >= self.interval else None
 
     def check(self) -> Exception | None:
         """Check the losses recorded so far; return an error if one is not finite."""

@@ -83,7 +83,7 @@ def train(rank: int, folder: Path, sharding: Any, optimizer: Any) -> dict[str, A
     plan = plan_sharding(model, tables, device=device, batch_size=1, copies=COPIES)
     sharded = distributed(model, plan, device)
     combined, _ = build_dense_optimizer(sharded, [DenseGroup("all", [""], learning_rate=0.01)])
-    mean, rows = CopiesMean(sharded, every=1), slice(rank, rank + 1)
+    mean, rows = CopiesMean(sharded, interval=1), slice(rank, rank + 1)
     labels, logits = LABELS[:, rows].to(device), []
     for step in range(STEPS):
         output, _ = sharded(jagged(step, rows, device))

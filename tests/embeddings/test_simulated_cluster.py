@@ -14,14 +14,14 @@ from embeddings import (
     fuse_table_optimizers,
     plan_sharding,
 )
-from embeddings.hardware import RESERVED_SHARE, hardware_of
+from embeddings.hardware import RESERVED_SHARE, find_hardware
 from embeddings.simulated_cluster import (
     DEVICES,
     GIB,
     Cluster,
+    memory_problems,
     table_bytes,
     table_memory,
-    what_does_not_fit,
 )
 
 BILLION = 10**9
@@ -58,7 +58,7 @@ def planned(tables: list[TableConfig], cluster: Cluster) -> ShardingPlan:
 def test_bandwidths_are_those_of_the_card_and_of_no_other(
     name: str, memory: float | None, intra_node: float | None
 ) -> None:
-    hardware = hardware_of(name)
+    hardware = find_hardware(name)
     assert (hardware.memory, hardware.intra_node) == (memory, intra_node)
     assert hardware.is_unknown == (memory is None)
 
@@ -76,10 +76,10 @@ def test_a_table_in_host_memory_takes_the_bytes_of_its_cache_on_the_device() -> 
     assert memory.kernel == "fused_uvm_caching"
     rows = 62_500_000  # of a rank
     # A tenth of the weights; for each row of the table 4 bytes, for each of the cache 16.
-    assert memory.on_device_of(0) == rows * 128 * 4 // 10 + 4 * rows + 16 * rows // 10
-    assert memory.on_host_of(0) == rows * (128 * 4 + 4)
+    assert memory.bytes_on_device(0) == rows * 128 * 4 // 10 + 4 * rows + 16 * rows // 10
+    assert memory.bytes_on_host(0) == rows * (128 * 4 + 4)
     uncached = table(pooling="none", kernel="uvm")
-    assert table_memory(uncached, planned([uncached], EIGHT_BY_EIGHT)).on_device_of(0) == 0
+    assert table_memory(uncached, planned([uncached], EIGHT_BY_EIGHT)).bytes_on_device(0) == 0
 
 
 @pytest.mark.parametrize("kernel", ["uvm", "uvm_caching"])
@@ -102,10 +102,10 @@ def test_rows_of_half_precision_take_half_the_memory_and_their_state_as_much(ker
     whole = table(rows=6 * BILLION, kernel=kernel, sharding="row_wise")
     half = replace(whole, precision="fp16")
     parts = [table_memory(part, planned([part], EIGHT_BY_EIGHT)) for part in (whole, half)]
-    (weights, state), (half_weights, half_state) = (part.on_rank(0) for part in parts)
+    (weights, state), (half_weights, half_state) = (part.bytes_on_rank(0) for part in parts)
     assert (half_weights, half_state) == (weights / 2, state)
     on_device = 0 if kernel == "uvm" else half_weights + half_state
-    assert parts[1].on_device_of(0) == on_device
+    assert parts[1].bytes_on_device(0) == on_device
     assert half.megabytes == whole.megabytes / 2
     # The planner counts as we do: a table that fits in half precision alone is refused in whole.
     large = replace(whole, num_embeddings=10 * BILLION)
@@ -120,14 +120,14 @@ def test_column_shards_keep_moments_of_their_own() -> None:
     memory = table_memory(item, planned([item], EIGHT_BY_EIGHT))
 
     assert len(memory.shards) == 32
-    assert sum(memory.on_rank(rank)[1] for rank in range(64)) == 32 * 1000 * 4
+    assert sum(memory.bytes_on_rank(rank)[1] for rank in range(64)) == 32 * 1000 * 4
 
 
 def test_what_does_not_fit_is_refused_by_the_planner_too() -> None:
     tables = [table(rows=20 * BILLION, pooling="none"), table("user", 1000)]
     with pytest.raises(ValueError, match="'item'"):
         planned(tables, EIGHT_BY_EIGHT)
-    lines = what_does_not_fit(tables, EIGHT_BY_EIGHT.device.memory_bytes, 64)
+    lines = memory_problems(tables, EIGHT_BY_EIGHT.device.memory_bytes, 64)
 
     room = int(79 * GIB * (1 - RESERVED_SHARE))
     size = 20 * BILLION * (512 + 4)
@@ -151,23 +151,23 @@ def test_what_does_not_fit_is_refused_by_the_planner_too() -> None:
 def test_a_fix_that_is_named_is_enough(change: dict[str, Any], fix: str) -> None:
     too_large = replace(table(rows=6 * BILLION), **change)
     bytes_per_rank, host_bytes = 79 * GIB, EIGHT_BY_EIGHT.device.host_memory_bytes
-    lines = what_does_not_fit([too_large], bytes_per_rank, 64, host_bytes)
+    lines = memory_problems([too_large], bytes_per_rank, 64, host_bytes)
 
     assert f"enough would be: {fix} for table 'item'" in lines
     setting, value = fix.split(" ")
     changed = replace(too_large, **{setting: value.strip("'")})
-    assert not what_does_not_fit([changed], bytes_per_rank, 64, host_bytes)
-    too_little = what_does_not_fit([too_large], bytes_per_rank, 64, host_bytes // 100)
+    assert not memory_problems([changed], bytes_per_rank, 64, host_bytes)
+    too_little = memory_problems([too_large], bytes_per_rank, 64, host_bytes // 100)
     assert not any("kernel" in line for line in too_little)
 
 
 def test_dimension_and_rows_that_would_fit_are_the_largest_that_do() -> None:
-    lines = what_does_not_fit([table(rows=20 * BILLION)], 79 * GIB, 64)
+    lines = memory_problems([table(rows=20 * BILLION)], 79 * GIB, 64)
     dim = next(int(line.split()[4]) for line in lines if "embedding_dim" in line)
     rows = next(int(line.split()[4].replace(",", "")) for line in lines if "num_emb" in line)
 
     fitting = replace(table(rows=20 * BILLION), embedding_dim=dim)
-    assert not what_does_not_fit([fitting], 79 * GIB, 64)
-    assert what_does_not_fit([replace(fitting, embedding_dim=dim + 4)], 79 * GIB, 64)
-    assert not what_does_not_fit([table(rows=rows)], 79 * GIB, 64)
-    assert what_does_not_fit([table(rows=rows + 1_000_000)], 79 * GIB, 64)
+    assert not memory_problems([fitting], 79 * GIB, 64)
+    assert memory_problems([replace(fitting, embedding_dim=dim + 4)], 79 * GIB, 64)
+    assert not memory_problems([table(rows=rows)], 79 * GIB, 64)
+    assert memory_problems([table(rows=rows + 1_000_000)], 79 * GIB, 64)

@@ -67,7 +67,7 @@ def train(module: SplitTableBatchedEmbeddingBagsCodegen, steps: int) -> list[Ten
 )
 def test_vectors_weights_and_moments_equal_those_without_pooling(optimizer: EmbOptimType) -> None:
     unpooled, bags = lookup(optimizer), lookup(optimizer)
-    SingleIdBags.take_over(bags)
+    SingleIdBags.convert(bags)
     expected, results = train(unpooled, steps=2), train(bags, steps=2)
     assert len(expected) == len(results)
     for result, reference in zip(results, expected):

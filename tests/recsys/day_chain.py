@@ -18,7 +18,7 @@ from typing import Any
 
 from jsonargparse import auto_cli
 
-from recsys.distributed.job import environment_of_no_rank
+from recsys.distributed.job import environment_without_rank
 from recsys.training.continual import walk
 from tests.ranks import HANG_SECONDS, forking_server
 from tests.recsys.command_runs import TINY, run_rank, run_recsys
@@ -100,7 +100,7 @@ def _counted(words: list[str], folder: Path, steps: str, kill_at: int | None) ->
             os.kill(os.getpid(), signal.SIGKILL)
 
     def export(command: list[str], **_: Any) -> Any:  # in a process that has all imports
-        return run_recsys(*command[3:], folder=folder, environment=environment_of_no_rank())
+        return run_recsys(*command[3:], folder=folder, environment=environment_without_rank())
 
     walk.subprocess = SimpleNamespace(run=export)  # type: ignore[assignment]
     sys.addaudithook(hook)

@@ -32,7 +32,7 @@ from recsys.storage.files import atomic_file, atomic_folder
 
 logger = logging.getLogger(__name__)
 
-ABOUT = "about.json"
+METADATA_FILE = "about.json"
 SECONDS_BETWEEN_LINES = 10.0
 LINE = "{n:,} of {total:,} items, {rate_noinv_fmt}, {remaining} left"
 ITEMS_PER_CALL = 64
@@ -40,25 +40,25 @@ SECONDS_UNTIL_VISIBLE = 120  # network folders appear on other machines with a d
 
 
 def distinct_rows(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [N] -> [S], [N]
-    """Return the first row of each content, ascending, and each row's place among these, or -1."""
+    """Return the first row of each content, ascending, and each row's index among these, or -1."""
     rows = np.flatnonzero(hashes != b"")
     _, first, group = np.unique(hashes[rows], return_index=True, return_inverse=True)
     order = np.argsort(first)
-    places = np.full(len(hashes), -1)
-    places[rows] = np.argsort(order)[group.reshape(-1)]
-    return rows[first[order]], places
+    indices = np.full(len(hashes), -1)
+    indices[rows] = np.argsort(order)[group.reshape(-1)]
+    return rows[first[order]], indices
 
 
 def encoder_key(encoder: Encoder) -> str:
     """Return a hash of frozen weights, settings and batch shapes, without trained weights."""
-    dtype = () if encoder.frozen_dtype == torch.float32 else (dtype_of(encoder),)
+    dtype = () if encoder.frozen_dtype == torch.float32 else (dtype_name(encoder),)
     shapes = (ITEMS_PER_GROUP, SHORT_LENGTHS, encoder.max_length, *dtype)
     trained = {name for name, value in encoder.named_parameters() if value.requires_grad}
-    weights = weights_digest(encoder, leave_out=trained)
+    weights = weights_digest(encoder, excluded=trained)
     return digest_of(weights, encoder.frozen_settings(), shapes)
 
 
-def dtype_of(encoder: Encoder) -> str:
+def dtype_name(encoder: Encoder) -> str:
     """Return the name of the type in which an encoder's cache stores its outputs."""
     return str(encoder.frozen_dtype).removeprefix("torch.")
 
@@ -69,7 +69,7 @@ class EarlierCache:
 
     folder: Path
     rows: np.ndarray  # [n], of the new cache
-    places: np.ndarray  # [n], rows of this one with the same content
+    hits: np.ndarray  # [n], rows of this one with the same content
 
 
 def with_progress(calls: list[np.ndarray], name: str, shown: bool) -> Generator[np.ndarray]:
@@ -136,19 +136,19 @@ class _Fill:
         self.source, self.content = store.arrays[name], store.folders[name].name
         self.key = encoder_key(encoder)
         self.cache, self.hashes = store.cache, store.hashes[name]
-        self.first, self.places = distinct_rows(self.hashes)
+        self.first_rows, self.indices = distinct_rows(self.hashes)
         self.folder = self.cache / f"frozen-{name}-{digest_of(self.content, self.key)}"
-        self.parts = self.cache / f".{self.folder.name}.parts"
-        self.num_items, self.encoded = int((self.places >= 0).sum()), 0
+        self.chunks = self.cache / f".{self.folder.name}.parts"
+        self.num_items, self.encoded = int((self.indices >= 0).sum()), 0
 
     def run(self) -> None:
         """Encode all missing items and write the cache. A collective."""
         ranks = self.ranks
         self.encoder.to(ranks.device).eval()
         number = ranks.from_first(secrets.randbits(32))  # identifies this job
-        failed = self.parts / f".failed-{number}"
+        failed = self.chunks / f".failed-{number}"
         with ranks.raise_on_all_ranks():
-            self.parts.mkdir(parents=True, exist_ok=True)
+            self.chunks.mkdir(parents=True, exist_ok=True)
             earlier, missing = self._earlier_caches()
             rows = missing[np.argsort(self.source.lengths[missing], kind="stable")]  # by length
             calls = [rows[at : at + ITEMS_PER_CALL] for at in range(0, len(rows), ITEMS_PER_CALL)]
@@ -158,14 +158,14 @@ class _Fill:
             with ranks.raise_on_all_ranks(), self._unless_another_job_was_faster():
                 order = np.random.default_rng(number).permutation(len(calls))
                 order = np.roll(order, -(len(calls) * ranks.rank // ranks.world_size))
-                num_earlier = len(self.first) - len(missing)
-                self._encode_missing([calls[place] for place in order], num_earlier, failed)
+                num_earlier = len(self.first_rows) - len(missing)
+                self._encode_missing([calls[index] for index in order], num_earlier, failed)
             with ranks.raise_on_all_ranks():
                 if ranks.is_first_of_machine and not self.folder.exists():
                     with self._unless_another_job_was_faster():
-                        self._put_together(earlier, calls)
+                        self._assemble(earlier, calls)
             if ranks.is_first_of_machine:
-                shutil.rmtree(self.parts, ignore_errors=True)
+                shutil.rmtree(self.chunks, ignore_errors=True)
         finally:
             failed.unlink(missing_ok=True)
 
@@ -179,45 +179,45 @@ class _Fill:
 
     def _earlier_caches(self) -> tuple[list[EarlierCache], np.ndarray]:
         """Return caches of this encoder, with the rows to read from each, and the missing rows."""
-        usable, missing = [], self.first
-        for about in self.cache.glob(f"frozen-*/{ABOUT}"):
+        usable, missing = [], self.first_rows
+        for metadata in self.cache.glob(f"frozen-*/{METADATA_FILE}"):
             # Damaged ones, or those being removed, are left out: encoding again is always correct.
             with suppress(OSError, ValueError, KeyError, TypeError):
-                if json.loads(about.read_text())["encoder_key"] == self.key:
-                    cached_hashes = np.load(about.parent / HASHES, allow_pickle=False)
-                    if len(cached_hashes) == len(RaggedArray(about.parent)) > 0:
-                        usable.append((about.stat().st_mtime_ns, about.parent, cached_hashes))
+                if json.loads(metadata.read_text())["encoder_key"] == self.key:
+                    cached_hashes = np.load(metadata.parent / HASHES, allow_pickle=False)
+                    if len(cached_hashes) == len(RaggedArray(metadata.parent)) > 0:
+                        usable.append((metadata.stat().st_mtime_ns, metadata.parent, cached_hashes))
         caches = []
         for _, folder, cached_hashes in sorted(usable, key=lambda entry: entry[:2], reverse=True):
             order = np.argsort(cached_hashes, kind="stable")
-            place = np.searchsorted(cached_hashes, self.hashes[missing], sorter=order)
-            place = order[place.clip(max=len(order) - 1)]
-            is_cached = cached_hashes[place] == self.hashes[missing]
+            match = np.searchsorted(cached_hashes, self.hashes[missing], sorter=order)
+            match = order[match.clip(max=len(order) - 1)]
+            is_cached = cached_hashes[match] == self.hashes[missing]
             if is_cached.any():
-                caches.append(EarlierCache(folder, missing[is_cached], place[is_cached]))
+                caches.append(EarlierCache(folder, missing[is_cached], match[is_cached]))
             missing = missing[~is_cached]
         return caches, missing
 
-    def _part(self, call: np.ndarray) -> Path:  # [n]
-        return self.parts / f"{digest_of(self.hashes[call].tobytes())}.npz"
+    def _chunk_path(self, call: np.ndarray) -> Path:  # [n]
+        return self.chunks / f"{digest_of(self.hashes[call].tobytes())}.npz"
 
     def _read(self, call: np.ndarray, array: str) -> np.ndarray:  # [n] -> `lengths` or `values`
-        part = self._part(call)
-        content = BytesIO(part.read_bytes())
+        path = self._chunk_path(call)
+        content = BytesIO(path.read_bytes())
         try:
             with np.load(content, allow_pickle=False) as arrays:
                 return arrays[array]
         # Damage to an archive may raise any exception.
         except Exception as error:
-            raise ValueError(f"{part}: damaged ({error}); remove it, it is made again") from error
+            raise ValueError(f"{path}: damaged ({error}); remove it, it is made again") from error
 
     def _remove_damaged(self, calls: list[np.ndarray]) -> None:
-        for call in (call for call in calls if self._part(call).exists()):
+        for call in (call for call in calls if self._chunk_path(call).exists()):
             try:
                 self._read(call, "lengths")
                 self._read(call, "values")
             except ValueError:
-                self._part(call).unlink(missing_ok=True)
+                self._chunk_path(call).unlink(missing_ok=True)
 
     def _encode_missing(self, calls: list[np.ndarray], num_earlier: int, failed: Path) -> None:
         """Encode the calls that no rank or job has encoded yet; a failure ends all ranks.
@@ -225,7 +225,7 @@ class _Fill:
         Each rank has its own order, so that ranks and jobs with one folder share the work, and the
         rate averages over short and long texts.
         """
-        todo = [call for call in calls if not self._part(call).exists()]
+        todo = [call for call in calls if not self._chunk_path(call).exists()]
         if todo:
             logger.info(self._announcement(sum(map(len, todo)), num_earlier))
         with closing(with_progress(todo, self.name, self.ranks.is_first)) as counted:
@@ -240,62 +240,62 @@ class _Fill:
                 raise
 
     def _announcement(self, total: int, num_earlier: int) -> str:
-        num_done = len(self.first) - num_earlier - total
+        num_done = len(self.first_rows) - num_earlier - total
         reused = f"; {num_done:,} were done before" if num_done else ""
         reused += f"; {num_earlier:,} are in an earlier cache" if num_earlier else ""
-        is_distinct = len(self.first) == self.num_items
+        is_distinct = len(self.first_rows) == self.num_items
         unit = "items" if is_distinct else f"distinct contents of {self.num_items:,} items"
         return f"encoding '{self.name}' of {total:,} {unit} once, into {self.folder}{reused}"
 
     def _encode(self, call: np.ndarray) -> None:  # [n]
-        part = self._part(call)
-        if part.exists():
+        path = self._chunk_path(call)
+        if path.exists():
             return  # another rank or job was faster
         content = self.kind.as_input(*self.source.gather(call))
         output = self.encoder.frozen_outputs(content.to(self.ranks.device))
         lengths = output.mask.sum(dim=1).cpu().numpy()
         values = output.values[output.mask].cpu().numpy()
-        with atomic_file(part) as partial, partial.open("wb") as file:
+        with atomic_file(path) as partial, partial.open("wb") as file:
             np.savez(file, lengths=lengths, values=values)
         self.encoded += len(call)
 
-    def _put_together(self, earlier: list[EarlierCache], calls: list[np.ndarray]) -> None:
-        """Write the cache from earlier caches and parts; it appears whole or not at all."""
+    def _assemble(self, earlier: list[EarlierCache], calls: list[np.ndarray]) -> None:
+        """Write the cache from earlier caches and chunks; it appears complete or not at all."""
         with atomic_folder(self.folder) as temporary:
-            lengths = np.zeros(len(self.first), np.int64)
+            lengths = np.zeros(len(self.first_rows), np.int64)
             for cache in earlier:
-                lengths[self.places[cache.rows]] = RaggedArray(cache.folder).lengths[cache.places]
+                lengths[self.indices[cache.rows]] = RaggedArray(cache.folder).lengths[cache.hits]
             for call in calls:
-                lengths[self.places[call]] = self._read(call, "lengths")
+                lengths[self.indices[call]] = self._read(call, "lengths")
             shape = (self.encoder.frozen_dim,)
-            with closing(RowWriter(temporary, lengths, shape, dtype_of(self.encoder))) as writer:
+            with closing(RowWriter(temporary, lengths, shape, dtype_name(self.encoder))) as writer:
                 for cache in earlier:
                     array = RaggedArray(cache.folder)
                     for at in range(0, len(cache.rows), ITEMS_PER_CALL):
                         block = slice(at, at + ITEMS_PER_CALL)
-                        values, mask = array.gather(cache.places[block])
-                        writer.write(self.places[cache.rows[block]], values[mask])
+                        values, mask = array.gather(cache.hits[block])
+                        writer.write(self.indices[cache.rows[block]], values[mask])
                 for call in calls:
-                    writer.write(self.places[call], self._read(call, "values"))
-            share_rows(temporary, self.places)
+                    writer.write(self.indices[call], self._read(call, "values"))
+            share_rows(temporary, self.indices)
             np.save(temporary / HASHES, self.hashes)
-            self._write_about(temporary / ABOUT, int(lengths.sum()))
+            self._write_metadata(temporary / METADATA_FILE, int(lengths.sum()))
 
-    def _write_about(self, file: Path, num_tokens: int) -> None:
+    def _write_metadata(self, file: Path, num_tokens: int) -> None:
         modality, identity = self.kind.modality, self.encoder.identity
         packages = ("recsys-em3", "torch")
-        about = {
+        metadata = {
             "encoder": modality.encoder or modality.module,
             "revision": modality.revision if identity is None else identity.revision,
             "training": modality.training,
             "pooling": modality.pooling,
             "encoder_key": self.key,
             "content": self.content,
-            "dtype": dtype_of(self.encoder),
+            "dtype": dtype_name(self.encoder),
             "items": self.num_items,
             "tokens": num_tokens,
             "width": self.encoder.frozen_dim,
             "device": str(self.ranks.device),
             "versions": {name: importlib.metadata.version(name) for name in packages},
         }
-        file.write_text(json.dumps(about, indent=2) + "\n")
+        file.write_text(json.dumps(metadata, indent=2) + "\n")

@@ -25,7 +25,7 @@ def mean_token(tokens: Tensor, mask: Tensor) -> Tensor:  # [U, T, D], [U, T] -> 
     return (tokens * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
 
-def last_place(mask: Tensor) -> Tensor:  # [U, T] -> [U]
+def last_index(mask: Tensor) -> Tensor:  # [U, T] -> [U]
     """Return the index of the last token; 0 for an item without tokens."""
     return (mask.sum(dim=1) - 1).clamp(min=0)
 
@@ -37,7 +37,7 @@ def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> ContentInput:
     if pooling == "cls":
         token = hidden[:, 0]
     elif pooling == "last":
-        token = hidden[torch.arange(len(hidden), device=hidden.device), last_place(mask)]
+        token = hidden[torch.arange(len(hidden), device=hidden.device), last_index(mask)]
     else:
         token = mean_token(hidden, mask)
     return ContentInput(token.unsqueeze(1), mask.any(dim=1, keepdim=True))
@@ -119,7 +119,7 @@ class Encoder(nn.Module):
         return self.output_dim
 
     @property
-    def trained_parts(self) -> list[nn.Module]:
+    def trained_modules(self) -> list[nn.Module]:
         """Modules that gradients pass and that run in every step."""
         return []
 
@@ -164,8 +164,8 @@ class Encoder(nn.Module):
         outputs: list[tuple[Tensor, ContentInput]] = []
         with torch.autocast(content.values.device.type, enabled=False):
             for shape in shapes[lengths > 0].unique().tolist():
-                places = torch.where((shapes == shape) & (lengths > 0))[0]
-                for items in places.split(ITEMS_PER_GROUP):
+                indices = torch.where((shapes == shape) & (lengths > 0))[0]
+                for items in indices.split(ITEMS_PER_GROUP):
                     group = _group(content, items, shape if is_text else None)
                     outputs.append((items, self.frozen(group)[: len(items)]))
         return _merge(outputs, content.mask, self.frozen_dim)

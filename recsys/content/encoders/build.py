@@ -9,7 +9,7 @@ from recsys.data.items.kind import ModalityKind, make_kind
 __all__ = ["Encoder", "StoredFeatures", "build_encoder"]
 
 
-def encoder_of(kind: ModalityKind, entry_shape: tuple[int, ...] = ()) -> Encoder:
+def make_encoder(kind: ModalityKind, entry_shape: tuple[int, ...] = ()) -> Encoder:
     """Return a kind's encoder with its identity; another type than Encoder is a ValueError."""
     encoder = kind.encoder(entry_shape)
     if not isinstance(encoder, Encoder):

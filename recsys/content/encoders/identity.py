@@ -29,15 +29,15 @@ class EncoderIdentity:
     preparation: str = ""  # hash of the tokenizer or the treatment of pixels; empty for inspection
 
 
-def weights_digest(module: nn.Module, leave_out: Container[str] = ()) -> str:
+def weights_digest(module: nn.Module, excluded: Container[str] = ()) -> str:
     """Return a hash of all weights but those of adapters, which each run initialises anew."""
-    parts: list[Any] = []
+    chunks: list[Any] = []
     for name, tensor in module.state_dict().items():
-        if "lora_" not in name and name not in leave_out:
+        if "lora_" not in name and name not in excluded:
             # peft renames a frozen layer to base_layer when it adds an adapter.
             values = tensor.detach().cpu().contiguous()
-            parts += [name.replace(".base_layer", ""), memoryview(values.numpy().tobytes())]
-    return digest_of(*parts)
+            chunks += [name.replace(".base_layer", ""), memoryview(values.numpy().tobytes())]
+    return digest_of(*chunks)
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -67,8 +67,8 @@ def check_identities(identities: dict[str, EncoderIdentity], run: Path) -> None:
                 f"{file}: the identity of content.modalities.{name} is missing or damaged ({error}"
                 "); bring the file back, or train anew"
             ) from error
-        parts = ("weights", "preparation")
-        differing = [part for part in parts if getattr(stored, part) != getattr(identity, part)]
+        keys = ("weights", "preparation")
+        differing = [key for key in keys if getattr(stored, key) != getattr(identity, key)]
         if differing:
             fix = f"Set content.modalities.{name}.revision to {stored.revision}"
             fix = fix if stored.revision else "Bring its files back"

@@ -79,12 +79,12 @@ class ModuleEncoder(Encoder):
             self.frozen_dtype = torch.float16
 
     @property
-    def trained_parts(self) -> list[nn.Module]:
+    def trained_modules(self) -> list[nn.Module]:
         return [] if self.caches else [self.module]
 
     def frozen_settings(self) -> Any:
-        kind = type(self.module)
-        name = getattr(kind, "cache_name", f"{kind.__module__}.{kind.__qualname__}")
+        cls = type(self.module)
+        name = getattr(cls, "cache_name", f"{cls.__module__}.{cls.__qualname__}")
         return f"{name}: {self.module}"
 
     def train(self, mode: bool = True) -> ModuleEncoder:
@@ -109,7 +109,7 @@ class ModuleEncoder(Encoder):
         return content if self.caches else self._encode(content)
 
 
-class SeveralImages(Encoder):
+class MultiImageEncoder(Encoder):
     """Image encoder over pixels uint8 [U, I, 3, H, W] with mask [U, I] -> tokens [U, I * T, D].
 
     `encoder` maps [N, 3, H, W] -> [N, T, D]. An item's images come first in its mask.
@@ -123,8 +123,8 @@ class SeveralImages(Encoder):
         self.caches, self.identity, self.notes = encoder.caches, encoder.identity, encoder.notes
 
     @property
-    def trained_parts(self) -> list[nn.Module]:
-        return self.encoder.trained_parts
+    def trained_modules(self) -> list[nn.Module]:
+        return self.encoder.trained_modules
 
     def frozen_settings(self) -> Any:
         return self.encoder.frozen_settings()
@@ -138,7 +138,7 @@ class SeveralImages(Encoder):
         return _by_item(self.encoder.frozen_outputs(_images(content, is_encoded)), is_encoded)
 
     def forward(self, content: ContentInput) -> ContentInput:  # tokens [U, I * T, D]
-        if not self.trained_parts:
+        if not self.trained_modules:
             return content
         if self.caches:  # tokens of all images, concatenated
             size = self.encoder.frozen_tokens

@@ -38,7 +38,7 @@ def find_entry(model: Any) -> nn.Module | None:
         return None
 
 
-class _Reached(Exception):
+class _CutReached(Exception):
     """Raised to end a run of the model at the cut."""
 
     def __init__(self, hidden: Tensor) -> None:  # [U, T, D]
@@ -49,90 +49,90 @@ class AtCut(nn.Module):
     """Wrapper of the embeddings and each layer below a cut: ends the run, or returns states."""
 
     cut: LayerSplit
-    cut_is_here: bool  # whether this is the last part below the cut
-    rest: tuple[None, ...] | None  # its further outputs; None if it returns a tensor
+    is_last_below: bool  # whether this is the last module below the cut
+    extras: tuple[None, ...] | None  # after its states; None if it returns a tensor
     width: int  # D of its hidden states
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        hidden_states = self.cut.given
+        hidden_states = self.cut.injected
         if hidden_states is not None:
             if hidden_states.shape[-1] != self.width:  # embeddings narrower than layers
                 hidden_states = hidden_states.new_zeros(*hidden_states.shape[:-1], self.width)
-            return hidden_states if self.rest is None else (hidden_states, *self.rest)
+            return hidden_states if self.extras is None else (hidden_states, *self.extras)
         output = super().forward(*arguments, **keywords)
         if isinstance(output, tuple):
-            self.rest = (None,) * (len(output) - 1)
-        hidden = output if self.rest is None else output[0]
+            self.extras = (None,) * (len(output) - 1)
+        hidden = output if self.extras is None else output[0]
         self.width = hidden.shape[-1]
-        if self.cut_is_here and self.cut.stops:
-            raise _Reached(hidden)
+        if self.is_last_below and self.cut.stops:
+            raise _CutReached(hidden)
         return output
 
 
 class LayerSplit:
-    """Cut of `model` above the last of the layers `below`; without any, after its `entry`."""
+    """Cut of `model` above the last of `lower`; without any, after its `entry`."""
 
-    def __init__(self, model: nn.Module, entry: nn.Module, below: Sequence[nn.Module]) -> None:
+    def __init__(self, model: nn.Module, entry: nn.Module, lower: Sequence[nn.Module]) -> None:
         self.model = model
-        self.parts: list[Any] = [entry, *below]
-        self.given: Tensor | None = None
+        self.modules: list[Any] = [entry, *lower]
+        self.injected: Tensor | None = None
         self.stops = False
-        for part in self.parts:
-            wrap(part, AtCut)
-            part.cut, part.cut_is_here = self, part is self.parts[-1]
-            part.rest, part.width = None, 0
+        for module in self.modules:
+            wrap(module, AtCut)
+            module.cut, module.is_last_below = self, module is self.modules[-1]
+            module.extras, module.width = None, 0
 
-    def below(self, run: Callable[[], Any]) -> Tensor:  # [U, T, D]
+    def run_below(self, run: Callable[[], Any]) -> Tensor:  # [U, T, D]
         self.stops = True
         try:
             run()
-        except _Reached as reached:
+        except _CutReached as reached:
             return reached.hidden
         finally:
             self.stops = False
         raise RuntimeError(f"{type(self.model).__name__} did not reach the layer it is cut at")
 
-    def above(self, hidden: Tensor, run: Callable[[], Any]) -> Any:  # [U, T, D]
-        self.given = hidden
+    def run_above(self, hidden: Tensor, run: Callable[[], Any]) -> Any:  # [U, T, D]
+        self.injected = hidden
         try:
             return run()
         finally:
-            self.given = None
+            self.injected = None
 
     def drop(self) -> None:
         """Free the weights below the cut; names of parameters stay, their sizes become 0."""
-        below = {id(module) for top in self.parts for module in top.modules()}
-        above = [module for module in self.model.modules() if id(module) not in below]
-        shared = {id(value) for module in above for value in module.parameters(recurse=False)}
-        for value in (value for module in self.parts for value in module.parameters()):
+        lower_ids = {id(module) for top in self.modules for module in top.modules()}
+        upper = [module for module in self.model.modules() if id(module) not in lower_ids]
+        shared = {id(value) for module in upper for value in module.parameters(recurse=False)}
+        for value in (value for module in self.modules for value in module.parameters()):
             if id(value) not in shared:
                 value.data = value.data.new_empty(0)
 
     def remove(self) -> None:
-        for part in self.parts:
-            unwrap(part, AtCut)
+        for module in self.modules:
+            unwrap(module, AtCut)
 
 
 def find_split(
     model: nn.Module,
-    below: Sequence[nn.Module],
+    lower: Sequence[nn.Module],
     run: Callable[[], Tensor],
     run_from_cut: Callable[[Tensor], Tensor],
 ) -> tuple[LayerSplit | None, str]:
-    """Return a cut above `below`, or None and the reason why outputs differ or it fails.
+    """Return a cut above `lower`, or None and the reason why outputs differ or it fails.
 
     `run` returns tokens [U, T, D] of a sample, `run_from_cut` those from hidden states.
     """
     entry = find_entry(model)
     if entry is None:
         return None, "its embeddings cannot be distinguished from its layers"
-    split = LayerSplit(model, entry, below)
+    split = LayerSplit(model, entry, lower)
     try:
         expected = run()
-        hidden = split.below(run)
+        hidden = split.run_below(run)
         if hidden.dim() != 3:
             raise ValueError(f"hidden states of shape {list(hidden.shape)}")
-        actual = split.above(hidden, lambda: run_from_cut(hidden))
+        actual = split.run_above(hidden, lambda: run_from_cut(hidden))
         if actual.is_meta:  # on meta only shapes can be compared
             return split, ""
         difference = float((actual - expected).abs().max())

@@ -90,13 +90,13 @@ class PretrainedEncoder:
             self.source, revision=self.revision, trust_remote_code=False
         )
         towers = (getattr(config, name, None) for name in ("text_config", "vision_config"))
-        for part in (config, *(tower for tower in towers if isinstance(tower, PreTrainedConfig))):
-            part._attn_implementation = None  # it may name a kernel on the hub
-            part.use_cache = False  # only used by decoders that generate text
-            for key in list(vars(part)):
+        for cfg in (config, *(tower for tower in towers if isinstance(tower, PreTrainedConfig))):
+            cfg._attn_implementation = None  # it may name a kernel on the hub
+            cfg.use_cache = False  # only used by decoders that generate text
+            for key in list(vars(cfg)):
                 # dropout, and drop_path_rate, which skips layers
-                if "drop" in key and isinstance(getattr(part, key), float):
-                    setattr(part, key, 0.0)
+                if "drop" in key and isinstance(getattr(cfg, key), float):
+                    setattr(cfg, key, 0.0)
         return config
 
     @cached_property
@@ -131,7 +131,7 @@ class PretrainedEncoder:
     @property
     def fills_texts(self) -> bool:
         """Whether texts are padded to the maximum length and the encoder reads the padding."""
-        return reads_whole_texts(self.config)
+        return reads_padding(self.config)
 
     @cached_property
     def images(self) -> ImagePreparation:
@@ -198,7 +198,7 @@ class PretrainedEncoder:
         return model
 
 
-def reads_whole_texts(config: Any) -> bool:
+def reads_padding(config: Any) -> bool:
     """Return whether an encoder attends to padding tokens, as SigLIP (arXiv 2303.15343) does."""
     return config.model_type.startswith("siglip")
 
@@ -250,8 +250,8 @@ NAMES = ("random:bert", "random:vit", "random:clip", "random:siglip")
 
 def _vocabulary() -> dict[str, int]:
     letters = string.ascii_lowercase + string.digits + string.punctuation
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
-    return {word: index for index, word in enumerate(words)}
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
+    return {token: index for index, token in enumerate(tokens)}
 
 
 def tiny_tokenizer() -> Any:

@@ -13,8 +13,8 @@ from transformers import masking_utils
 
 from embeddings.host import is_on_host
 from recsys.config import ModalitySettings
-from recsys.content.encoders.base import ITEMS_PER_GROUP, last_place
-from recsys.content.encoders.pretrained import reads_whole_texts
+from recsys.content.encoders.base import ITEMS_PER_GROUP, last_index
+from recsys.content.encoders.pretrained import reads_padding
 from recsys.content.encoders.transformer import TransformerEncoder
 from recsys.data.items.kind import ContentInput
 
@@ -32,13 +32,13 @@ class TextTransformer(TransformerEncoder):
             return
         # RoBERTa numbers its positions from the one after the padding id.
         table = getattr(getattr(self.model, "embeddings", None), "position_embeddings", None)
-        first = getattr(table, "padding_idx", None)
-        limit = positions - (0 if first is None else first + 1)
+        padding_id = getattr(table, "padding_idx", None)
+        limit = positions - (0 if padding_id is None else padding_id + 1)
         if self.max_length > limit:
             raise ValueError(
                 f"{where}.max_length is {self.max_length}; the encoder reads at most {limit} tokens"
             )
-        if reads_whole_texts(self.config) and self.max_length != limit:
+        if reads_padding(self.config) and self.max_length != limit:
             raise ValueError(
                 f"{where}.max_length is {self.max_length}; an encoder of SigLIP type reads texts "
                 f"filled up to {limit} tokens, set {limit}"
@@ -46,10 +46,10 @@ class TextTransformer(TransformerEncoder):
 
     def _sample(self) -> tuple[Tensor, Tensor]:
         device = self.model.device
-        length = self.max_length if reads_whole_texts(self.config) else min(self.max_length, 4)
+        length = self.max_length if reads_padding(self.config) else min(self.max_length, 4)
         ids = torch.arange(2 * length, device=device).view(2, length)
         mask = torch.ones(2, length, dtype=torch.bool, device=device)
-        if not reads_whole_texts(self.config) and length > 1:
+        if not reads_padding(self.config) and length > 1:
             mask[0, -1] = False
         return self._ended(ids % self.config.vocab_size, mask), mask
 
@@ -59,7 +59,7 @@ class TextTransformer(TransformerEncoder):
         if not isinstance(end, int):
             return ids
         ids = ids.where(ids != end, int(end == 0))
-        return ids.scatter(1, last_place(mask).unsqueeze(1), end)
+        return ids.scatter(1, last_index(mask).unsqueeze(1), end)
 
     def _run(self, values: Tensor, mask: Tensor) -> Any:  # [U, T], [U, T]
         # An item without text attends to its padding, or softmax over no token would give NaN; its
@@ -81,22 +81,22 @@ class TextTransformer(TransformerEncoder):
         # Lengths and contents are unknown on meta; on a GPU to read them would make the host wait.
         if content.mask.is_meta or not is_on_host(content.mask):
             return super()._trained(content)
-        first, place = distinct_items(content)
-        has_equal = len(first) < len(place)
+        first, group = distinct_items(content)
+        has_equal = len(first) < len(group)
         content = content[first] if has_equal else content
         tokens = super()._trained(content) if self.pooling == "none" else self._by_length(content)
-        return tokens[place] if has_equal else tokens
+        return tokens[group] if has_equal else tokens
 
     def _by_length(self, content: ContentInput) -> ContentInput:
         lengths = content.mask.sum(dim=1)
         order = lengths.argsort()
-        parts = []
+        outputs = []
         for items in order.split(ITEMS_PER_GROUP):
             longest = max(int(lengths[items[-1]]), 1)
             values, mask = content.values[items, :longest], content.mask[items, :longest]
-            parts.append(super()._trained(ContentInput(values, mask)))
-        values = torch.cat([output.values for output in parts])
-        return ContentInput(values, torch.cat([output.mask for output in parts]))[order.argsort()]
+            outputs.append(super()._trained(ContentInput(values, mask)))
+        values = torch.cat([output.values for output in outputs])
+        return ContentInput(values, torch.cat([output.mask for output in outputs]))[order.argsort()]
 
 
 def unread_masks() -> AbstractContextManager[Any]:
@@ -109,7 +109,7 @@ def unread_masks() -> AbstractContextManager[Any]:
 def distinct_items(content: ContentInput) -> tuple[Tensor, Tensor]:  # [S], [U]
     """Return the first item of each of S distinct contents, and the content of each item."""
     rows = torch.cat([content.values.flatten(1), content.mask.to(content.values.dtype)], dim=1)
-    unique, place = rows.detach().unique(dim=0, return_inverse=True)
+    unique, group = rows.detach().unique(dim=0, return_inverse=True)
     items = torch.arange(len(rows), device=rows.device)
-    first = items.new_full((len(unique),), len(rows)).scatter_reduce(0, place, items, "amin")
-    return first, place
+    first = items.new_full((len(unique),), len(rows)).scatter_reduce(0, group, items, "amin")
+    return first, group

@@ -157,13 +157,13 @@ class TransformerEncoder(Encoder):
         adapted, num_layers = range(0), len(self._layers)
         if modality.training == "lora":
             adapted = adapted_layers(modality.lora, num_layers, where)
-        below = {"lora": adapted.start, "full": 0}
-        self.first_trained = below.get(modality.training, num_layers)
+        first = {"lora": adapted.start, "full": 0}
+        self.first_trained = first.get(modality.training, num_layers)
         self.side: SideNetwork | None = None
         self.is_frozen = modality.training in ("frozen", "side")
         if modality.training == "side":
             model.config.output_hidden_states = True  # type: ignore[union-attr]
-        self._try_out(where)
+        self._probe(where)
         self.caches = self.is_frozen or self.split is not None
         if modality.training != "full":
             self.requires_grad_(False)
@@ -174,7 +174,7 @@ class TransformerEncoder(Encoder):
         if modality.training == "lora":
             add_lora(self._layers[adapted.start : adapted.stop], modality.lora, where)
         if modality.activation_checkpointing:
-            for layer in self.trained_parts:
+            for layer in self.trained_modules:
                 wrap(layer, Recomputed)
 
     @classmethod
@@ -191,13 +191,13 @@ class TransformerEncoder(Encoder):
         """
         is_projected = modality.pooling == "projected"
         tower, projection = pretrained.load_model(is_projected), None
-        if isinstance(part := getattr(tower, cls.tower_name, None), nn.Module):
-            projection, tower = getattr(tower, cls.projection_name, None), part
+        if isinstance(inner := getattr(tower, cls.tower_name, None), nn.Module):
+            projection, tower = getattr(tower, cls.projection_name, None), inner
         identity = None
         if torch.get_default_device().type != "meta":
             # Computed before adapters are added to its weights.
-            parts = [module for module in (tower, projection) if isinstance(module, nn.Module)]
-            weights = weights_digest(nn.ModuleList(parts))
+            modules = [module for module in (tower, projection) if isinstance(module, nn.Module)]
+            weights = weights_digest(nn.ModuleList(modules))
             identity = EncoderIdentity(pretrained.name, pretrained.commit, weights)
         encoder = cls(tower, modality, where, projection if is_projected else None, pixels)
         encoder.identity = identity
@@ -209,7 +209,7 @@ class TransformerEncoder(Encoder):
         return encoder
 
     @property
-    def trained_parts(self) -> list[nn.Module]:
+    def trained_modules(self) -> list[nn.Module]:
         """Layers from the lowest trained or adapted one to the top; or the side network."""
         return [self.side] if self.side is not None else self._layers[self.first_trained :]
 
@@ -219,7 +219,7 @@ class TransformerEncoder(Encoder):
             config.pop(key, None)
         return self.first_trained, self.training_mode, self.pooling, config, self.pixels
 
-    def _try_out(self, where: str) -> None:
+    def _probe(self, where: str) -> None:
         training = self.model.training
         self.model.eval()
         try:
@@ -265,14 +265,14 @@ class TransformerEncoder(Encoder):
                 f"({cause}), so all of its layers run in every step and none is cached"
             )
             return
-        hidden = self.split.below(lambda: self._run(values, mask))
+        hidden = self.split.run_below(lambda: self._run(values, mask))
         self.frozen_dim, self.frozen_tokens = hidden.shape[-1], hidden.shape[1]
 
     def train(self, mode: bool = True) -> TransformerEncoder:
         super().train(mode)
         if self.training_mode != "full":
             self.model.eval()
-            for layer in self.trained_parts:
+            for layer in self.trained_modules:
                 layer.train(mode)
         return self
 
@@ -305,7 +305,7 @@ class TransformerEncoder(Encoder):
             return self._finish(self._run(content.values, content.mask), content.mask)
         if self.split is None:
             return content
-        hidden = self.split.below(lambda: self._run(content.values, content.mask))
+        hidden = self.split.run_below(lambda: self._run(content.values, content.mask))
         return ContentInput(hidden, content.mask.expand(-1, hidden.shape[1]))
 
     def forward(self, content: ContentInput) -> ContentInput:  # tokens [U, T or 1, D]
@@ -317,7 +317,7 @@ class TransformerEncoder(Encoder):
         if self.split is None:
             return self._finish(self._run(content.values, content.mask), content.mask)
         hidden, mask = self._all_tokens(content.values), content.mask
-        return self._finish(self.split.above(hidden, lambda: self._run_above_cut(mask)), mask)
+        return self._finish(self.split.run_above(hidden, lambda: self._run_above_cut(mask)), mask)
 
     def _read_settings(self, modality: ModalitySettings, where: str) -> None:
         """Read and check the settings of texts or images alone."""

@@ -50,7 +50,7 @@ class Image(ModalityKind):
         check_first_image(chunks, decodes=not column.skips_bad_rows)
 
     @property
-    def has_several(self) -> bool:
+    def is_multi_image(self) -> bool:
         return self.modality.max_images > 1
 
     @cached_property
@@ -72,12 +72,12 @@ class Image(ModalityKind):
     def key(self) -> Any:
         return self.modality.image_size, self.modality.max_images, self.preparation, "upright"
 
-    def chosen(self, count: int) -> list[int]:
+    def image_indices(self, count: int) -> list[int]:
         return list(range(min(count, self.modality.max_images)))
 
     def entries(self, chunk: pa.Array, where: str, report: Report) -> tuple[np.ndarray, np.ndarray]:
         lengths, pixels, cut = decoded_images(
-            chunk, self.modality.image_size, self.chosen, self.preparation, where, report
+            chunk, self.modality.image_size, self.image_indices, self.preparation, where, report
         )
         self.num_cut += cut
         return lengths, pixels
@@ -86,20 +86,20 @@ class Image(ModalityKind):
         return num_images(chunk, where).clip(max=self.modality.max_images)
 
     def write(self, column: ItemColumnReader, folder: Path) -> int:
-        num_entries, most = super().write(column, folder), self.modality.max_images
+        num_entries, limit = super().write(column, folder), self.modality.max_images
         if self.num_cut:
             logger.info(
-                f"column '{column.name}': {self.num_cut:,} items have more than max_images {most} "
-                f"images; {self.which_are_used()}"
+                f"column '{column.name}': {self.num_cut:,} items have more than max_images {limit} "
+                f"images; {self.describe_used_images()}"
             )
         return num_entries
 
-    def which_are_used(self) -> str:
+    def describe_used_images(self) -> str:
         return f"the first {self.modality.max_images} of each are used"
 
     def as_input(self, values: np.ndarray, mask: np.ndarray) -> ContentInput:  # mask [U, I]
         # uint8 [U, I, 3, S, S], or tokens of the encoder's frozen part.
-        if not self.has_several and values.dtype == np.uint8:
+        if not self.is_multi_image and values.dtype == np.uint8:
             values = values[:, 0]
         return super().as_input(values, mask)
 
@@ -120,7 +120,7 @@ class Image(ModalityKind):
             trains = modality.training == "full"
             encoder = image_encoders.ModuleEncoder(module, trains, modality.image_size)
             encoder.identity = EncoderIdentity(modality.module, None, weights_digest(module))
-        return image_encoders.SeveralImages(encoder) if self.has_several else encoder
+        return image_encoders.MultiImageEncoder(encoder) if self.is_multi_image else encoder
 
     def preparation_digest(self) -> str:
         return digest_of(self.preparation)
@@ -129,14 +129,14 @@ class Image(ModalityKind):
 class Frames(Image):
     """Videos as lists of frames; `max_images` of them are used, evenly spaced and in order."""
 
-    has_several = True
+    is_multi_image = True
 
-    def chosen(self, count: int) -> list[int]:
+    def image_indices(self, count: int) -> list[int]:
         """Return the indices in the middle of `max_images` equal parts of the video."""
-        most = self.modality.max_images
-        if count <= most:
+        limit = self.modality.max_images
+        if count <= limit:
             return list(range(count))
-        return [int(place) for place in (np.arange(most) + 0.5) * count / most]
+        return [int(index) for index in (np.arange(limit) + 0.5) * count / limit]
 
-    def which_are_used(self) -> str:
+    def describe_used_images(self) -> str:
         return f"{self.modality.max_images} of each are used, evenly over its length"

@@ -24,9 +24,9 @@ from embeddings.simulated_cluster import (
     Cluster,
     RankTime,
     TableMemory,
+    memory_problems,
     slowest_rank,
     table_memory,
-    what_does_not_fit,
 )
 from recsys.config import Config, ModalitySettings, OptimizerSettings, content_settings
 from recsys.content.encoders.build import Encoder, build_encoder
@@ -82,8 +82,8 @@ class ModelPart:
 
 def _table_part(memory: TableMemory, averages: int) -> ModelPart:
     table, ranks = memory.table, sorted({shard.rank for shard in memory.shards})
-    fullest = max(ranks, key=lambda rank: sum(memory.on_rank(rank)))
-    weights, state = memory.on_rank(fullest)
+    fullest = max(ranks, key=lambda rank: sum(memory.bytes_on_rank(rank)))
+    weights, state = memory.bytes_on_rank(fullest)
     location = f"{memory.sharding} on "
     location += f"rank {ranks[0]}" if len(ranks) == 1 else f"{len(ranks)} ranks"
     if table.kernel != "fused":
@@ -186,10 +186,13 @@ def describe(
     is_native = device.kind == "cpu" and config.kernels != "torch"
     copy_ranks = range(world_size // config.embedding.parallel.copies)
     table_bytes = [
-        sum(memory.on_device_of(rank) + averages * memory.on_rank(rank)[0] for memory in memories)
+        sum(
+            memory.bytes_on_device(rank) + averages * memory.bytes_on_rank(rank)[0]
+            for memory in memories
+        )
         for rank in copy_ranks
     ]
-    host_bytes = [sum(memory.on_host_of(rank) for memory in memories) for rank in copy_ranks]
+    host_bytes = [sum(memory.bytes_on_host(rank) for memory in memories) for rank in copy_ranks]
     memory = RankMemory(
         tables=max(table_bytes),
         dense=sum(part.bytes for part in parts if part.where == "every rank"),
@@ -344,7 +347,7 @@ def _plan(
         plan = plan_on(replace(cluster, device=unlimited))  # raises if memory is not the cause
         host_bytes = device.host_memory_bytes if device.kind == "cuda" else 0
         sizes = device.memory_bytes, cluster.world_size // copies, host_bytes
-        problems = what_does_not_fit(tables, *sizes, device.hardware.reserved_share)
+        problems = memory_problems(tables, *sizes, device.hardware.reserved_share)
         problems = problems or [str(error)]
     if device.kind == "cpu":
         return plan, problems, None

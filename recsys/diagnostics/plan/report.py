@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from embeddings.hardware import hardware_of
+from embeddings.hardware import find_hardware
 from embeddings.plan_text import align_columns
 from embeddings.sharding import free_host_memory
 from embeddings.simulated_cluster import DEVICES, Cluster, Device
@@ -91,7 +91,7 @@ def _this_machine(device: str, ranks_per_node: int) -> Device:
     if device == "cpu":
         return Device("cpu of this machine", "cpu", share)
     properties = torch.cuda.get_device_properties(0)
-    name, hardware = f"{properties.name} of this machine", hardware_of(properties.name)
+    name, hardware = f"{properties.name} of this machine", find_hardware(properties.name)
     return Device(name, "cuda", properties.total_memory, share, hardware)
 
 

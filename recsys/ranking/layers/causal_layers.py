@@ -1,9 +1,9 @@
 """Encoders with causal self-attention over the history, whose last token is the target.
 
-HSTU (arXiv 2402.17152) has no softmax, but gates, and biases by place and time. Weights are
+HSTU (arXiv 2402.17152) has no softmax, but gates, and biases by position and time. Weights are
 SiLU(Q K' + bias) / L with L = `ranking.recent_items`, a constant, so that a row does not depend on
 the others of its batch. The causal transformer is SASRec (arXiv 1808.09781) with embeddings of
-place and age as in BST (arXiv 1905.06874), and pre-norm layers.
+position and age as in BST (arXiv 1905.06874), and pre-norm layers.
 Shapes: B batch, T tokens of all histories, S sequences, L longest sequence, D width, H heads.
 """
 
@@ -15,7 +15,7 @@ from recsys.content.dropout import Dropout
 from recsys.ranking.layers.sequence_encoder import (
     NUM_AGES,
     Events,
-    Read,
+    KVPair,
     SequenceEncoder,
     doubling_buckets,
     times_between,
@@ -26,33 +26,31 @@ EPSILON = 1e-12  # of the norm of sums, which are small where a history is short
 
 
 class HstuLayer(nn.Module):
-    """A layer of HSTU, with biases by relative place and, if `has_ages`, by time."""
+    """A layer of HSTU, with biases by relative position and, if `has_ages`, by time."""
 
-    compiled_methods = ("_tokens", "_among_events", "_gated", "_asked")  # on GPUs
+    compiled_methods = ("_tokens", "_attend_events", "_gated", "_queries")  # on GPUs
 
-    def __init__(
-        self, settings: EncoderSettings, has_ages: bool, relative_places: bool = True
-    ) -> None:
+    def __init__(self, settings: EncoderSettings, has_ages: bool, is_relative: bool = True) -> None:
         super().__init__()
         dim, self.heads = settings.sequence_dim, settings.sequence_heads
         self.longest = settings.recent_items
         self.norm, self.sum_norm = nn.LayerNorm(dim), nn.LayerNorm(dim, eps=EPSILON)
         self.kvqu = nn.Linear(dim, 4 * dim)
         self.output, self.dropout = nn.Linear(dim, dim), Dropout(settings.sequence_dropout)
-        self.of_places = _place_biases(settings)
+        self.of_places = _position_biases(settings)
         self.of_times: nn.Parameter | None = None
         if has_ages:
             self.of_times = nn.Parameter(0.02 * torch.randn(self.heads, NUM_AGES))
 
-    def read(self, states: Tensor) -> Read:  # [T, D]
+    def read(self, states: Tensor) -> KVPair:  # [T, D]
         normed = self.norm(states)
         maps = list(zip(self.kvqu.weight.chunk(4), self.kvqu.bias.chunk(4)))
-        keys, values = (F.silu(F.linear(normed, *parts)).float() for parts in maps[:2])
+        keys, values = (F.silu(F.linear(normed, *layer)).float() for layer in maps[:2])
         return keys, values
 
-    def history(self, states: Tensor, events: Events) -> tuple[Tensor, Read]:  # [T, D] -> [T, D]
+    def history(self, states: Tensor, events: Events) -> tuple[Tensor, KVPair]:  # [T, D] -> [T, D]
         tokens, gates, keys, values = self._tokens(states, events.ages)
-        sums = events.sequences.attend(tokens, self._among_events, recomputes=True)
+        sums = events.sequences.attend(tokens, self._attend_events, recomputes=True)
         return self._gated(states, sums, gates), (keys, values)
 
     def _tokens(self, states: Tensor, ages: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -65,7 +63,7 @@ class HstuLayer(nn.Module):
         keys, values = (tensor.contiguous() for tensor in tokens[:, : 2 * dim].chunk(2, dim=1))
         return tokens, kvqu[:, 3 * dim :], keys, values
 
-    def _among_events(self, padded: Tensor) -> Tensor:  # [S, L, 3 * D or 3 * D + 1] -> [S, L, D]
+    def _attend_events(self, padded: Tensor) -> Tensor:  # [S, L, 3 * D or 3 * D + 1] -> [S, L, D]
         """Attend to earlier events of the same sequence; a last column has their ages."""
         width, longest = 3 * self.output.in_features, padded.shape[1]
         vectors = padded[:, :, :width].unflatten(2, (3, self.heads, -1))
@@ -77,41 +75,41 @@ class HstuLayer(nn.Module):
         weights = F.silu(queries @ keys.transpose(2, 3) + biases).tril()
         return (weights @ values).transpose(1, 2).flatten(2)
 
-    def target(self, target: Tensor, read: Read, events: Events) -> Tensor:  # [B, D] -> [B, D]
-        query, event_bias, self_value, gates = self._asked(target, events.places, events.ages)
+    def target(self, target: Tensor, read: KVPair, events: Events) -> Tensor:  # [B, D] -> [B, D]
+        query, event_bias, self_value, gates = self._queries(target, events.positions, events.ages)
         (keys, values), sequences = read, events.sequences
-        dots, bias = sequences.dots(query, keys, self.heads), sequences.at_places(event_bias)
+        dots, bias = sequences.dots(query, keys, self.heads), sequences.at_positions(event_bias)
         sums = sequences.sums(F.silu(dots + bias), values)
         return self._gated(target, sums + self_value, gates)
 
-    def _asked(
-        self, target: Tensor, places: Tensor, ages: Tensor | None
+    def _queries(
+        self, target: Tensor, positions: Tensor, ages: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Map [B, D] to queries, biases of events [H, T], the own summand and gates [B, D]."""
+        """Map [B, D] to queries, biases of events [H, T], the target's term and gates [B, D]."""
         kvqu = F.silu(self.kvqu(self.norm(target)))
-        own_key, own_value, query, gates = kvqu.float().chunk(4, dim=1)
-        event_bias, self_bias = self.of_places[:, places + 1], self.of_places[:, 0]
+        key, value, query, gates = kvqu.float().chunk(4, dim=1)
+        event_bias, self_bias = self.of_places[:, positions + 1], self.of_places[:, 0]
         if self.of_times is not None:
             assert ages is not None
             event_bias = event_bias + self.of_times[:, doubling_buckets(ages.squeeze(1))]
             self_bias = self_bias + self.of_times[:, 0]
-        to_self = (query * own_key).unflatten(1, (self.heads, -1)).sum(dim=2) + self_bias  # [B, H]
-        self_value = F.silu(to_self).unsqueeze(2) * own_value.unflatten(1, (self.heads, -1))
+        to_self = (query * key).unflatten(1, (self.heads, -1)).sum(dim=2) + self_bias  # [B, H]
+        self_value = F.silu(to_self).unsqueeze(2) * value.unflatten(1, (self.heads, -1))
         return query, event_bias, self_value.flatten(1), gates
 
     def _gated(self, states: Tensor, sums: Tensor, gates: Tensor) -> Tensor:
         return states + self.dropout(self.output(self.sum_norm(sums / self.longest) * gates))
 
 
-def _place_biases(settings: EncoderSettings) -> nn.Parameter:
-    """Return biases [H, places] by distance: of a target, 0 to itself, 1 to the latest event."""
+def _position_biases(settings: EncoderSettings) -> nn.Parameter:
+    """Return biases [H, positions] by distance: of a target, 0 to itself, 1 to the latest event."""
     return nn.Parameter(0.02 * torch.randn(settings.sequence_heads, settings.recent_items + 2))
 
 
-def _biases_between(biases: Tensor, longest: int) -> Tensor:  # [H, places] -> [H, L, L]
+def _biases_between(biases: Tensor, longest: int) -> Tensor:  # [H, positions] -> [H, L, L]
     """Return the bias from each event (second axis) to each earlier one (last axis), and itself."""
-    places = torch.arange(longest, device=biases.device)
-    return biases[:, (places.unsqueeze(1) - places).clamp(min=0)]
+    positions = torch.arange(longest, device=biases.device)
+    return biases[:, (positions.unsqueeze(1) - positions).clamp(min=0)]
 
 
 class HstuEncoder(SequenceEncoder):
@@ -123,13 +121,13 @@ class HstuEncoder(SequenceEncoder):
 class TransformerLayer(nn.Module):
     """A layer of attention and feed-forward; its tokens include embeddings of ages.
 
-    Tokens also include embeddings of places, or scores have biases by distance (`relative_places`).
+    Tokens also include embeddings of positions, or scores have biases by distance (`is_relative`).
     """
 
-    compiled_methods = ("_tokens", "_fed_forward", "_asked", "_attended")  # on GPUs
+    compiled_methods = ("_tokens", "_fed_forward", "_queries", "_attended")  # on GPUs
 
     def __init__(
-        self, settings: EncoderSettings, has_ages: bool, relative_places: bool = False
+        self, settings: EncoderSettings, has_ages: bool, is_relative: bool = False
     ) -> None:
         super().__init__()
         dim, self.heads = settings.sequence_dim, settings.sequence_heads
@@ -138,16 +136,16 @@ class TransformerLayer(nn.Module):
         self.output, self.dropout = nn.Linear(dim, dim), Dropout(settings.sequence_dropout)
         # Four times as wide, as in BST.
         self.hidden = nn.Sequential(nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Linear(4 * dim, dim))
-        self.of_places = _place_biases(settings) if relative_places else None
+        self.of_places = _position_biases(settings) if is_relative else None
 
-    def read(self, states: Tensor) -> Read:  # [T, D]
+    def read(self, states: Tensor) -> KVPair:  # [T, D]
         normed = self.norm(states)
         keys, values = (F.linear(normed, weight).float() for weight in self.kvq.weight.chunk(3)[:2])
         return keys, values
 
-    def history(self, states: Tensor, events: Events) -> tuple[Tensor, Read]:  # [T, D] -> [T, D]
+    def history(self, states: Tensor, events: Events) -> tuple[Tensor, KVPair]:  # [T, D] -> [T, D]
         kvq, keys, values = self._tokens(states)
-        attended = events.sequences.attend(kvq, self._among_events, recomputes=False)
+        attended = events.sequences.attend(kvq, self._attend_events, recomputes=False)
         return self._fed_forward(states, attended), (keys, values)
 
     def _tokens(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [T, D]
@@ -156,40 +154,40 @@ class TransformerLayer(nn.Module):
         keys, values, _ = (tensor.contiguous() for tensor in kvq.chunk(3, dim=1))
         return kvq, keys, values
 
-    def _among_events(self, padded: Tensor) -> Tensor:  # [S, L, 3 * D] -> [S, L, D]
+    def _attend_events(self, padded: Tensor) -> Tensor:  # [S, L, 3 * D] -> [S, L, D]
         keys, values, queries = padded.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        places = self.of_places
-        biases = None if places is None else _biases_between(places, padded.shape[1])
+        relative = self.of_places
+        biases = None if relative is None else _biases_between(relative, padded.shape[1])
         return _causal_attention(queries, keys, values, biases).transpose(1, 2).flatten(2)
 
-    def target(self, target: Tensor, read: Read, events: Events) -> Tensor:  # [B, D] -> [B, D]
-        query, own_value, to_self = self._asked(target)
+    def target(self, target: Tensor, read: KVPair, events: Events) -> Tensor:  # [B, D] -> [B, D]
+        query, self_value, to_self = self._queries(target)
         (keys, values), sequences = read, events.sequences
         history = sequences.history
         scores = sequences.dots(query, keys, self.heads)  # [H, T or B * T]
         if self.of_places is not None:
-            scores = scores + sequences.at_places(self.of_places[:, events.places + 1])
+            scores = scores + sequences.at_positions(self.of_places[:, events.positions + 1])
             to_self = to_self + self.of_places[:, 0]
         with torch.no_grad():  # any number may be subtracted from all scores of a row
             highest = torch.maximum(to_self, history.maximum(scores.T.contiguous(), -torch.inf))
         weights = torch.exp(scores - history.spread(highest).T)
         self_weight = torch.exp(to_self - highest)
         total, summed = history.sum(weights.T.contiguous()), sequences.sums(weights, values)
-        return self._fed_forward(target, self._attended(total, summed, self_weight, own_value))
+        return self._fed_forward(target, self._attended(total, summed, self_weight, self_value))
 
-    def _asked(self, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Map [B, D] to queries and own values [B, D], and scores of the own keys [B, H]."""
-        own_key, own_value, query = self.kvq(self.norm(target)).float().chunk(3, dim=1)
+    def _queries(self, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Map [B, D] to queries and the target's values [B, D], and scores of its keys [B, H]."""
+        self_key, self_value, query = self.kvq(self.norm(target)).float().chunk(3, dim=1)
         query = query * (query.shape[1] // self.heads) ** -0.5
-        return query, own_value, (query * own_key).unflatten(1, (self.heads, -1)).sum(dim=2)
+        return query, self_value, (query * self_key).unflatten(1, (self.heads, -1)).sum(dim=2)
 
     def _attended(
-        self, total: Tensor, summed: Tensor, self_weight: Tensor, own_value: Tensor
+        self, total: Tensor, summed: Tensor, self_weight: Tensor, self_value: Tensor
     ) -> Tensor:
-        """Map sums over events of weights [B, H] and values [B, D], and the own: means [B, D]."""
+        """Add the target to the events' sums of weights [B, H] and values [B, D]: means [B, D]."""
         total = (total + self_weight).unsqueeze(2)  # [B, H, 1]
         summed = summed.unflatten(1, (self.heads, -1))
-        summed = summed + self_weight.unsqueeze(2) * own_value.unflatten(1, (self.heads, -1))
+        summed = summed + self_weight.unsqueeze(2) * self_value.unflatten(1, (self.heads, -1))
         return (summed / total).flatten(1)
 
     def _fed_forward(self, states: Tensor, attended: Tensor) -> Tensor:
@@ -214,7 +212,7 @@ def _causal_attention(
 
 
 class TransformerEncoder(SequenceEncoder):
-    """Layers of the causal transformer, with embeddings of place and age."""
+    """Layers of the causal transformer, with embeddings of position and age."""
 
     Layer = TransformerLayer
     embeds_positions = True

@@ -116,7 +116,7 @@ class ContentInterest(nn.Module):
             self.output_dim += (1 + num_modalities) * num_similarity_features(num_parallel)
 
     @staticmethod
-    def of(content: ContentSettings, num_parallel: int) -> ContentInterest:
+    def from_settings(content: ContentSettings, num_parallel: int) -> ContentInterest:
         return ContentInterest(content.dim, len(content.modalities), num_parallel, content.history)
 
     def forward(self, content: ContentVectors, history: JaggedHistory, parallel: Tensor) -> Tensor:
@@ -124,8 +124,8 @@ class ContentInterest(nn.Module):
         settings, dtype = self.settings, result_dtype(content.target, self.attention.query.weight)
         if settings.recent:
             parallel = torch.cat([parallel, latest_flags(history, settings.recent)], dim=1)
-        is_own = not history.is_shared and not parallel.requires_grad
-        may_be_native = is_own and content.read_stored is not None and not self.kernel_refusal()
+        is_plain = not history.is_shared and not parallel.requires_grad
+        may_be_native = is_plain and content.read_stored is not None and not self.kernel_refusal()
         if may_be_native and has_native(content.target, *self.attention.parameters()):
             return self._by_kernel(content, history, parallel).to(dtype)
         items, modalities = content.read_history()
@@ -161,7 +161,7 @@ class ContentInterest(nn.Module):
         attention, stored = self.attention, content.read_stored()
         with torch.autocast("cpu", enabled=False):
             target, matrix = content.target.float(), stored.matrix.float()
-            query, list_factors = attention.query_of(target.to(attention.query.weight.dtype))
+            query, list_factors = attention.map_query(target.to(attention.query.weight.dtype))
             queries = [query @ matrix]
             if self.settings.similarity_features:
                 queries.append(F.normalize(target, dim=-1) @ matrix)

@@ -64,53 +64,53 @@ class EvidenceNetwork(nn.Module):
 
 @dataclass
 class RidgePredictions:
-    """Mean and variance of w . target, given residuals = w . past + noise, w ~ N(0, diag(prior)).
+    """Mean and variance of w . target, given residuals = w . event + noise, w ~ N(0, diag(prior)).
 
-    The mean is k (K + diag(1 / precisions))^-1 residuals, with K = past diag(prior) past' and k the
-    same of target and past (Rasmussen and Williams 2006, equation 2.11).
+    The mean is k (K + diag(1 / precisions))^-1 residuals, with K = E diag(prior) E' and k the
+    same of target and E, the events (Rasmussen and Williams 2006, equation 2.11).
     """
 
     fixed: Tensor  # [R, L, F], the first part of the vectors of the history
-    past: Tensor  # [R, L, Z - F], the second part
+    events: Tensor  # [R, L, Z - F], the second part
     residuals: Tensor  # [R, L]
-    precisions: Tensor  # [R, L], 1 / variance of the noise; 0 where a place holds no item
+    precisions: Tensor  # [R, L], 1 / variance of the noise; 0 where a position holds no item
     target: Tensor  # [R, Z, K]
     prior: Tensor  # [Z]
 
     def exact(self) -> tuple[Tensor, Tensor]:  # [R * K], [R * K]
         """Compute in double precision: packages and predictions agree to 1e-6."""
-        past = torch.cat([self.fixed, self.past], dim=2)
-        parts = past, self.residuals, self.precisions, self.target, self.prior
-        weights, directions = _solve(*(tensor.double() for tensor in parts))
+        events = torch.cat([self.fixed, self.events], dim=2)
+        inputs = events, self.residuals, self.precisions, self.target, self.prior
+        weights, directions = _solve(*(tensor.double() for tensor in inputs))
         mean, variance = (weights * self.target).sum(1), (directions * self.target).sum(1)
         return mean.flatten().float(), variance.flatten().float()
 
     def fast(self) -> tuple[Tensor, Tensor]:  # [R], [R]
         """Compute in float32, of one target each; the gradient costs O(L Z), not O(L Z ** 2)."""
         return _Ridge.apply(
-            self.fixed, self.past, self.residuals, self.precisions, self.target, self.prior
+            self.fixed, self.events, self.residuals, self.precisions, self.target, self.prior
         )
 
 
 def _solve(
-    past: Tensor, residuals: Tensor, precisions: Tensor, target: Tensor, prior: Tensor
+    events: Tensor, residuals: Tensor, precisions: Tensor, target: Tensor, prior: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the means of w [R, Z, 1], and the covariance of w times the targets [R, Z, K]."""
-    weighted = (past * precisions.unsqueeze(2)).transpose(1, 2)  # [R, Z, L]
-    factor = _factor(torch.baddbmm(torch.diag(1 / prior), weighted, past))
+    weighted = (events * precisions.unsqueeze(2)).transpose(1, 2)  # [R, Z, L]
+    factor = _factor(torch.baddbmm(torch.diag(1 / prior), weighted, events))
     products = weighted @ residuals.unsqueeze(2)
     solved = torch.cholesky_solve(torch.cat([products, target], dim=2), factor)
     return solved[:, :, :1], solved[:, :, 1:]
 
 
 def _solve_by_items(
-    past: Tensor, residuals: Tensor, precisions: Tensor, target: Tensor, prior: Tensor
+    events: Tensor, residuals: Tensor, precisions: Tensor, target: Tensor, prior: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the results of `_solve`, from matrices [L, L] in place of [Z, Z]."""
     scale = precisions.sqrt().unsqueeze(2)
-    scaled = past * scale
+    scaled = events * scale
     weighted = scaled * prior
-    ones = torch.eye(past.shape[1], dtype=past.dtype, device=past.device)
+    ones = torch.eye(events.shape[1], dtype=events.dtype, device=events.device)
     factor = _factor(torch.baddbmm(ones, weighted, scaled.mT))
     products = torch.cat([scale * residuals.unsqueeze(2), weighted @ target], dim=2)
     solved = weighted.mT @ torch.cholesky_solve(products, factor)  # [R, Z, 1 + K]
@@ -127,29 +127,29 @@ class _Ridge(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, fixed: Tensor, trained: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        past = torch.cat([fixed, trained], dim=2)
-        solve = _solve_by_items if past.shape[1] < past.shape[2] else _solve
-        weights, directions = solve(past, *inputs)
+        events = torch.cat([fixed, trained], dim=2)
+        solve = _solve_by_items if events.shape[1] < events.shape[2] else _solve
+        weights, directions = solve(events, *inputs)
         ctx.num_fixed = fixed.shape[2]
-        ctx.save_for_backward(past, *inputs, weights, directions)
+        ctx.save_for_backward(events, *inputs, weights, directions)
         mean, variance = ((vectors * inputs[2]).sum(1) for vectors in (weights, directions))
         return mean.flatten(), variance.flatten()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:  # [R], [R]
-        past, residuals, precisions, _, prior, weights, directions = ctx.saved_tensors
+        events, residuals, precisions, _, prior, weights, directions = ctx.saved_tensors
         mean, variance = (gradient.unsqueeze(1) for gradient in gradients)
-        along, predicted = (past @ torch.cat([directions, weights], dim=2)).unbind(2)  # [R, L]
+        cov, predicted = (events @ torch.cat([directions, weights], dim=2)).unbind(2)  # [R, L]
         errors = residuals - predicted
-        factors = precisions * (mean * errors - 2 * variance * along), precisions * mean * along
+        factors = precisions * (mean * errors - 2 * variance * cov), precisions * mean * cov
         rows = torch.cat([directions, -weights], dim=2)[:, ctx.num_fixed :].transpose(1, 2)
         weights, directions = weights.squeeze(2), directions.squeeze(2)
         scaled = mean * weights + variance * directions  # [R, Z]
         return (
             None,
             torch.stack(factors, dim=2) @ rows if ctx.needs_input_grad[1] else None,
-            precisions * mean * along,
-            along * (mean * errors - variance * along),
+            precisions * mean * cov,
+            cov * (mean * errors - variance * cov),
             (scaled + variance * directions).unsqueeze(2),
             (scaled * directions).sum(0) / prior.square(),
         )

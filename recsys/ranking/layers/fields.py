@@ -80,7 +80,7 @@ class Fields(nn.Module):
             self.num_numbers += num_history_numbers(dimensions.num_parallel)
         self.content_interest: ContentInterest | None = None
         if content is not None:
-            self.content_interest = ContentInterest.of(content, dimensions.num_parallel)
+            self.content_interest = ContentInterest.from_settings(content, dimensions.num_parallel)
             self.num_similarities = self.content_interest.output_dim - content.dim
             self.target_map, self.interest_map = _map(content.dim, dim), _map(content.dim, dim)
             self.num_fields += 2

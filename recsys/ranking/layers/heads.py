@@ -79,8 +79,8 @@ class EnsembleHead(nn.Module):
         return MemberLogits(self.layers(features.expand(self.members, -1, -1)))
 
     def folded(self) -> list[tuple[Tensor, Tensor]]:  # [I, K, O], [K, O] of each layer
-        kinds = EnsembleLinear | MemberLinear
-        return [layer.folded() for layer in self.layers if isinstance(layer, kinds)]
+        layer_types = EnsembleLinear | MemberLinear
+        return [layer.folded() for layer in self.layers if isinstance(layer, layer_types)]
 
     def packaged(self, bfloat16: bool) -> FoldedHead:
         """Return the head of a package; with `bfloat16` all layers but the last compute in it."""

@@ -28,7 +28,7 @@ from recsys.ranking.vectors import IDVectors, InputDimensions
 STEPS = 1000  # horizon of the running mean; older steps count less and less
 LARGEST = 8.0  # standard deviations; larger values are clamped
 KNOT_RANGE = (-2.0, 3.5)  # in standard deviations: counts have their mass below the mean
-LEAST_VARIANCE = 1e-4  # keeps nearly constant numbers from being scaled up
+MIN_VARIANCE = 1e-4  # keeps nearly constant numbers from being scaled up
 
 
 class Standardization(nn.Module):
@@ -52,7 +52,7 @@ class Standardization(nn.Module):
         """Update the statistics in training, and return the standardised numbers. A collective."""
         if self.training:
             self._update(numbers.detach(), row_weights)
-        scale = (self.variance + LEAST_VARIANCE).rsqrt()
+        scale = (self.variance + MIN_VARIANCE).rsqrt()
         return ((numbers - self.mean) * scale).clamp(-LARGEST, LARGEST)
 
     @torch.no_grad()
@@ -108,7 +108,7 @@ class RowFeatures(nn.Module):
         numbers = dimensions.num_dense + num_history_numbers(dimensions.num_parallel)
         self.content_interest: ContentInterest | None = None
         if content is not None:
-            self.content_interest = ContentInterest.of(content, dimensions.num_parallel)
+            self.content_interest = ContentInterest.from_settings(content, dimensions.num_parallel)
             width += 2 * content.dim
             numbers += self.content_interest.output_dim - content.dim
         self.piecewise: PiecewiseLinear | None = None
@@ -131,22 +131,22 @@ class RowFeatures(nn.Module):
         parallel: Tensor,  # [K, P]
     ) -> Tensor:  # [B, W]
         """Return all vectors and numbers of each row, concatenated. A collective."""
-        content_parts, parts = [], [batch.dense_features, numbers]
+        content_vectors, blocks = [], [batch.dense_features, numbers]
         if self.content_interest is not None:
             assert content is not None
             interests = self.content_interest(content, history, parallel)
             dim = content.target.shape[1]
-            content_parts = [content.target, interests[:, :dim]]
-            parts.append(interests[:, dim:])
+            content_vectors = [content.target, interests[:, :dim]]
+            blocks.append(interests[:, dim:])
         if self.standardization is not None:  # in one call, so that ranks exchange one message
-            widths = [part.shape[1] for part in parts]
-            joined = self.standardization(torch.cat(parts, dim=1), batch.rows.loss_weights)
-            parts = list(joined.split(widths, dim=1))
-        dense, numbers, *similarities = parts
+            widths = [block.shape[1] for block in blocks]
+            joined = self.standardization(torch.cat(blocks, dim=1), batch.rows.loss_weights)
+            blocks = list(joined.split(widths, dim=1))
+        dense, numbers, *similarities = blocks
         if self.piecewise is not None:
             dense = torch.cat([dense, self.piecewise(dense)], dim=1)
         vectors = [dense, *ids.pooled, ids.target, interest, numbers]
-        return torch.cat([*vectors, *content_parts, *similarities], dim=1)
+        return torch.cat([*vectors, *content_vectors, *similarities], dim=1)
 
 
 class AttendedFeatures(RowFeatures):
@@ -189,17 +189,17 @@ class ExtraSequences(nn.Module):
         attended = settings if isinstance(settings, AttendedSettings) else AttendedSettings()
         is_mean = settings.further_histories == "mean"
         attention = partial(TargetAttention, units=attended.attention_units)
-        kind: Callable[[int, int], HistoryAttention] = MeanOfEvents if is_mean else attention
-        self.encoders = nn.ModuleList(kind(dim, len(sequence.numbers)) for sequence in histories)
+        encoder: Callable[[int, int], HistoryAttention] = MeanOfEvents if is_mean else attention
+        self.encoders = nn.ModuleList(encoder(dim, len(sequence.numbers)) for sequence in histories)
         self.widths = {sequence.name: dim for sequence in histories}
-        self.content_places: list[int] = []
+        self.content_indices: list[int] = []
         self.content_encoders = nn.ModuleList()
-        for place, sequence in enumerate(histories):
+        for index, sequence in enumerate(histories):
             if content is not None and sequence.name in content.history.columns:
                 # Both are built, so that later parts' initial weights do not depend on the setting.
-                interest = ContentInterest.of(content, len(sequence.numbers))
+                interest = ContentInterest.from_settings(content, len(sequence.numbers))
                 mean = MeanOfEvents(content.dim, len(sequence.numbers))
-                self.content_places.append(place)
+                self.content_indices.append(index)
                 self.content_encoders.append(mean if is_mean else interest)
                 width = content.dim if is_mean else interest.output_dim
                 self.widths[f"content of {sequence.name}"] = width
@@ -211,9 +211,9 @@ class ExtraSequences(nn.Module):
             encode(ids.target, events, history.jagged(), history.values)
             for encode, events, history in histories
         ]
-        for place, encode in zip(self.content_places, self.content_encoders):
+        for index, encode in zip(self.content_indices, self.content_encoders):
             assert content is not None
-            history = batch.history.extras[place]
+            history = batch.history.extras[index]
             vectors, jagged = history.content_of(content, batch.history.items.shape[0])
             if isinstance(encode, MeanOfEvents):
                 items = vectors.read_history()[0]

@@ -18,7 +18,7 @@ from recsys.content.dropout import Dropout
 from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.data.jagged_history import JaggedHistory
-from recsys.ranking.layers.sequences import Sequences, sequences_of
+from recsys.ranking.layers.sequences import Sequences, build_sequences
 from recsys.ranking.settings import EncoderSettings, GapScale
 from recsys.ranking.vectors import IDVectors, InputDimensions
 
@@ -27,13 +27,13 @@ SECONDS_PER_DAY = 86_400
 EXPONENT_BITS, EXPONENT_OF_ONE = 23, 127  # of a float32
 
 
-def age_of(gaps: Tensor) -> Tensor:  # [K] -> [K]
+def age_row(gaps: Tensor) -> Tensor:  # [K] -> [K]
     """Return floor(log2(1 + gap)), int64 in [0, NUM_AGES): rows of the table of ages."""
     return torch.log2(1 + gaps.double().clamp(min=0)).long().clamp(max=NUM_AGES - 1)
 
 
 def doubling_buckets(gaps: Tensor) -> Tensor:
-    """Return `age_of` float32 gaps of any shape, by their exponents; negative gaps count as 0."""
+    """Return `age_row` of float32 gaps of any shape, by exponents; negative gaps count as 0."""
     bits = (gaps.float().clamp(min=0) + 1).view(torch.int32)
     return ((bits >> EXPONENT_BITS) - EXPONENT_OF_ONE).clamp(max=NUM_AGES - 1).long()
 
@@ -61,7 +61,7 @@ class TimeGaps:
         self.column = None if name is None else lists.index(name)
         self.scale = scale  # linear: a unit such as seconds; log_days: log10(1 + days) / 2
         dropped = self.column if scale == "linear" else None
-        self.flags = [place for place in range(dimensions.num_parallel) if place != dropped]
+        self.flags = [index for index in range(dimensions.num_parallel) if index != dropped]
 
     def ages(self, values: Tensor) -> Tensor | None:  # [N, P] -> [N, 1]
         if self.column is None:
@@ -72,15 +72,15 @@ class TimeGaps:
         return ages.clamp(min=0)
 
 
-Read = tuple[Tensor, Tensor]  # keys and values [T, D] that targets read of events
+KVPair = tuple[Tensor, Tensor]  # keys and values [T, D] that targets read of events
 
 
 @dataclass
 class Events:
-    """Sequences, places and ages of the tokens that a layer reads."""
+    """Sequences, positions and ages of the tokens that a layer reads."""
 
     sequences: Sequences
-    places: Tensor  # int64 [T], the number of newer tokens, at most `ranking.recent_items`
+    positions: Tensor  # int64 [T], the number of newer tokens, at most `ranking.recent_items`
     ages: Tensor | None  # float32 [T, 1], or None if no list has them
 
 
@@ -134,7 +134,7 @@ class SequenceEncoder(nn.Module):
 
     A layer maps states of events [T, D] to keys and values (`read`), or to these and new states
     (`history`). `target` maps states of targets [B, D] and keys and values to new states.
-    With `embeds_positions` tokens include embeddings of ages and, unless relative, of places.
+    With `embeds_positions` tokens include embeddings of ages and, unless relative, of positions.
     """
 
     Layer: type[nn.Module]
@@ -146,7 +146,7 @@ class SequenceEncoder(nn.Module):
         dimensions: InputDimensions,
         content: ContentSettings | None,
         reads_target: bool = True,
-        relative_places: bool = False,
+        is_relative: bool = False,
     ) -> None:
         super().__init__()
         dim, heads = settings.sequence_dim, settings.sequence_heads
@@ -161,11 +161,11 @@ class SequenceEncoder(nn.Module):
         self.tokens = EventTokens(dim, dimensions.id_dim, content_dim, num_lists, reads_target)
         has_ages = self.gaps.column is not None
         self.layers = nn.ModuleList(
-            self.Layer(settings, has_ages, relative_places) for _ in range(settings.sequence_layers)
+            self.Layer(settings, has_ages, is_relative) for _ in range(settings.sequence_layers)
         )
         self.norm, self.dropout = nn.LayerNorm(dim), Dropout(settings.sequence_dropout)
-        has_places = self.embeds_positions and not relative_places
-        self.places = nn.Embedding(self.recent_items + 1, dim) if has_places else None
+        has_positions = self.embeds_positions and not is_relative
+        self.places = nn.Embedding(self.recent_items + 1, dim) if has_positions else None
         self.ages = nn.Embedding(NUM_AGES, dim) if self.embeds_positions and has_ages else None
         for table in (self.places, self.ages):
             if table is not None:
@@ -176,11 +176,11 @@ class SequenceEncoder(nn.Module):
         if batch.history.full is not None:
             return self._at_all_positions(ids, content, batch)
         history = batch.history.jagged()
-        sequences = sequences_of(history)
+        sequences = build_sequences(history)
         ages = self.gaps.ages(batch.history.recorded_values)
-        ages = None if ages is None else sequences.own(ages)
+        ages = None if ages is None else sequences.per_token(ages)
         events = Events(sequences, sequences.ages().clamp(max=self.recent_items), ages)
-        lists = sequences.own(batch.history.values[:, self.gaps.flags])
+        lists = sequences.per_token(batch.history.values[:, self.gaps.flags])
         tokens, target = self.tokens(ids, content, history, sequences, lists)
         return self.encoded(tokens.float(), target.float(), events)
 
@@ -190,9 +190,9 @@ class SequenceEncoder(nn.Module):
         if lower:
             sequences = events.sequences
             latest = sequences.latest(self.recent_items)
-            places = sequences.take_latest(events.places.unsqueeze(1), latest).squeeze(1)
+            positions = sequences.take_latest(events.positions.unsqueeze(1), latest).squeeze(1)
             ages = None if events.ages is None else sequences.take_latest(events.ages, latest)
-            recent, states = Events(latest, places, ages), sequences.take_latest(tokens, latest)
+            recent, states = Events(latest, positions, ages), sequences.take_latest(tokens, latest)
             for layer in lower:
                 states, read = layer.history(states, recent)
                 target = layer.target(target, read, recent)
@@ -204,16 +204,16 @@ class SequenceEncoder(nn.Module):
         self, ids: IDVectors, content: ContentVectors | None, batch: Batch
     ) -> Tensor:  # [B, D]
         """Return the result of `forward`, by one causal pass over each whole history."""
-        history, whole = batch.history.jagged(), batch.history.full
-        assert whole is not None
-        source = whole.jagged(history.num_items)
-        sequences = sequences_of(source)
-        lists = ids.target.new_empty(len(whole.index), 0)
+        history, full = batch.history.jagged(), batch.history.full
+        assert full is not None
+        source = full.jagged(history.num_items)
+        sequences = build_sequences(source)
+        lists = ids.target.new_empty(len(full.index), 0)
         tokens, target = self.tokens(ids, content, source, sequences, lists)
         events, target = Events(sequences, sequences.ages(), None), target.float()
         states = self.dropout(self._positioned(tokens.float(), events))
-        prefixes = replace(history, index=whole.positions, num_items=len(whole.index))
-        prefix_events = Events(sequences_of(prefixes), prefixes.ages, None)
+        prefixes = replace(history, index=full.positions, num_items=len(full.index))
+        prefix_events = Events(build_sequences(prefixes), prefixes.ages, None)
         *lower, last = cast(Any, self.layers)
         for layer in lower:
             states, read = layer.history(states, events)
@@ -223,7 +223,7 @@ class SequenceEncoder(nn.Module):
 
     def _positioned(self, tokens: Tensor, events: Events) -> Tensor:  # [T, D] -> [T, D]
         if self.places is not None:
-            tokens = tokens + self.places(events.places)
+            tokens = tokens + self.places(events.positions)
         if self.ages is not None:
             assert events.ages is not None
             tokens = tokens + self.ages(doubling_buckets(events.ages.squeeze(1)))

@@ -2,7 +2,7 @@
 
 Keys [T, H * D] are a table of T * H rows of width D: head h of token t is row t * H + h.
 Shapes: B rows, S sequences (B, or 1 shared by all rows), T tokens of all sequences, L longest
-sequence, U unique items, N places of all rows (T, or B * L if rows share a sequence), H heads,
+sequence, U unique items, N positions of all rows (T, or B * L if rows share a sequence), H heads,
 D width of all heads (of one head where it is H * D), K any width.
 """
 
@@ -88,27 +88,27 @@ class _Sums(torch.autograd.Function):
 
 
 Attention = Callable[[Tensor], Tensor]  # [S, L, K] -> [S, L, D]
-CELLS_OF_BLOCK = 2**20  # pairs of places, whose scores fit a cache
-BYTES_OF_CELL = 320  # 4 bytes * 5 tensors * 4 heads * 4, to fill a quarter of a GPU's memory
+BLOCK_CELLS = 2**20  # pairs of positions, whose scores fit a cache
+CELL_BYTES = 320  # 4 bytes * 5 tensors * 4 heads * 4, to fill a quarter of a GPU's memory
 
 
 @torch.compiler.assume_constant_result
 def _cells_on_gpu() -> int:
     if not torch.cuda.is_available():
-        return CELLS_OF_BLOCK
+        return BLOCK_CELLS
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return properties.total_memory // BYTES_OF_CELL
+    return properties.total_memory // CELL_BYTES
 
 
-def sequences_of(history: Any) -> Sequences:
+def build_sequences(history: Any) -> Sequences:
     """Return the sequences of a `JaggedHistory`, or of the history that candidates share."""
     if isinstance(history, JaggedHistory):
         return JaggedSequences(history.unindexed())
     if history.is_shared:
         return EqualSequences(history)
     rows, longest = history.num_rows, history.longest
-    places = torch.arange(rows * longest, device=history.device).view(rows, longest)
-    return EqualSequences(replace(history, num_items=rows * longest, places=places))
+    indices = torch.arange(rows * longest, device=history.device).view(rows, longest)
+    return EqualSequences(replace(history, num_items=rows * longest, indices=indices))
 
 
 @dataclass
@@ -116,13 +116,13 @@ class JaggedSequences:
     """Sequences of different lengths, one per row."""
 
     history: JaggedHistory  # over T tokens
-    places: Tensor | None = None  # int64, the tokens that `latest` chose; None: all
+    indices: Tensor | None = None  # int64, the tokens that `latest` chose; None: all
 
     def tokens(self, items: Tensor, history: JaggedHistory) -> Tensor:  # [U, K] -> [T, K]
         return history.gather(items)
 
-    def own(self, values: Tensor) -> Tensor:  # [N, K] -> [T, K]
-        return values  # each place of a row is a token
+    def per_token(self, values: Tensor) -> Tensor:  # [N, K] -> [T, K]
+        return values  # each position of a row is a token
 
     def ages(self) -> Tensor:  # int64 [T]: the number of newer tokens of the same row
         return self.history.ages
@@ -139,7 +139,7 @@ class JaggedSequences:
         """Map tokens [T, K] -> [T, D] by causal attention; `recomputes` saves its memory."""
         padded, lengths = self.padded(tokens), self.history.lengths
         longest = padded.shape[1]
-        cells = CELLS_OF_BLOCK if is_on_host(padded) else _cells_on_gpu()
+        cells = BLOCK_CELLS if is_on_host(padded) else _cells_on_gpu()
         order, size = lengths.argsort(), max(cells // longest**2, 1)
         if len(order) <= size:
             return self.flat(attention(padded))
@@ -166,25 +166,25 @@ class JaggedSequences:
     def sums(self, weights: Tensor, values: Tensor) -> Tensor:  # [H, T], [T, D] -> [B, D]
         return _Sums.apply(weights, values, self.history)
 
-    def at_places(self, values: Tensor) -> Tensor:  # [H, T] -> [H, N]
-        return values  # each token has one place
+    def at_positions(self, values: Tensor) -> Tensor:  # [H, T] -> [H, N]
+        return values  # each token has one position
 
     def latest(self, count: int) -> JaggedSequences:
         if self.history.longest <= count:
             return JaggedSequences(self.history)
-        places = self.history.newest(count)
-        history = self.history.select(places, count).unindexed()
-        return JaggedSequences(replace(history, longest=count), places)
+        indices = self.history.newest(count)
+        history = self.history.select(indices, count).unindexed()
+        return JaggedSequences(replace(history, longest=count), indices)
 
     def take_latest(self, tokens: Tensor, latest: Sequences) -> Tensor:
         assert isinstance(latest, JaggedSequences)
-        return tokens if latest.places is None else tokens.index_select(0, latest.places)
+        return tokens if latest.indices is None else tokens.index_select(0, latest.indices)
 
     def put_latest(self, tokens: Tensor, latest_tokens: Tensor, latest: Sequences) -> Tensor:
         assert isinstance(latest, JaggedSequences)
-        if latest.places is None:
+        if latest.indices is None:
             return latest_tokens
-        return tokens.index_copy(0, latest.places, latest_tokens.to(tokens.dtype))
+        return tokens.index_copy(0, latest.indices, latest_tokens.to(tokens.dtype))
 
 
 @dataclass
@@ -200,7 +200,7 @@ class EqualSequences:
     def tokens(self, items: Tensor, history: Any) -> Tensor:  # [U, K] -> [T, K]
         return items if history.is_shared else history.gather(items)
 
-    def own(self, values: Tensor) -> Tensor:  # [N, K] -> [T, K]
+    def per_token(self, values: Tensor) -> Tensor:  # [N, K] -> [T, K]
         return self.history.of_one_row(values) if self.history.is_shared else values
 
     def ages(self) -> Tensor:
@@ -218,23 +218,23 @@ class EqualSequences:
         return self.flat(attention(self.padded(tokens)))
 
     def dots(self, queries: Tensor, keys: Tensor, heads: int) -> Tensor:
-        parts = zip(queries.chunk(heads, dim=1), keys.chunk(heads, dim=1))
-        return torch.stack([self.history.dot(query, key) for query, key in parts])
+        pairs = zip(queries.chunk(heads, dim=1), keys.chunk(heads, dim=1))
+        return torch.stack([self.history.dot(query, key) for query, key in pairs])
 
     def sums(self, weights: Tensor, values: Tensor) -> Tensor:
-        parts = zip(weights, values.chunk(weights.shape[0], dim=1))
-        return torch.cat([self.history.weighted_sum(*part) for part in parts], dim=1)
+        pairs = zip(weights, values.chunk(weights.shape[0], dim=1))
+        return torch.cat([self.history.weighted_sum(*pair) for pair in pairs], dim=1)
 
-    def at_places(self, values: Tensor) -> Tensor:  # [H, T] -> [H, N], the token of each place
+    def at_positions(self, values: Tensor) -> Tensor:  # [H, T] -> [H, N], each position's token
         return self.history.gather(values.T).T
 
     def latest(self, count: int) -> EqualSequences:
         length = torch.sym_min(self.history.longest, count)
-        places = None
+        indices = None
         if not self.history.is_shared:
             numbers = torch.arange(self.count * length, device=self.history.device)
-            places = numbers.view(self.count, length)
-        return EqualSequences(replace(self.history, num_items=self.count * length, places=places))
+            indices = numbers.view(self.count, length)
+        return EqualSequences(replace(self.history, num_items=self.count * length, indices=indices))
 
     def take_latest(self, tokens: Tensor, latest: Sequences) -> Tensor:
         older = self.history.longest - latest.history.longest
@@ -242,8 +242,8 @@ class EqualSequences:
 
     def put_latest(self, tokens: Tensor, latest_tokens: Tensor, latest: Sequences) -> Tensor:
         older = self.history.longest - latest.history.longest
-        parts = [self.padded(tokens)[:, :older], latest.padded(latest_tokens)]
-        return self.flat(torch.cat(parts, dim=1))
+        padded = [self.padded(tokens)[:, :older], latest.padded(latest_tokens)]
+        return self.flat(torch.cat(padded, dim=1))
 
 
 Sequences = JaggedSequences | EqualSequences

@@ -106,7 +106,7 @@ class TargetAttention(HistoryAttention):
             return shared_target_attention(
                 target, items, values, lists, self.score, self.rounds_shared
             )
-        weights = ScoreWeights.of(self.score)
+        weights = ScoreWeights.from_layers(self.score)
         may_be_native = isinstance(history, JaggedHistory) and not parallel.requires_grad
         if weights is not None and may_be_native and has_native(target, items, *weights):
             values = parallel[:, : lists.shape[1]]
@@ -151,7 +151,7 @@ class DotAttention(HistoryAttention):
     def scores(
         self, target: Tensor, items: Tensor, history: JaggedHistory, parallel: Tensor
     ) -> Tensor:  # [B, D], [U, D], [N, P] -> [N]
-        query, list_factors = self.query_of(target)
+        query, list_factors = self.map_query(target)
         scores = history.dot(query, items.to(query.dtype))
         if self.parallel_map is not None and history.is_shared:
             scores = scores + (list_factors @ history.of_one_row(parallel).T).reshape(-1)
@@ -159,7 +159,7 @@ class DotAttention(HistoryAttention):
             scores = scores + (history.spread(list_factors) * parallel).sum(dim=1)
         return scores
 
-    def query_of(self, target: Tensor) -> tuple[Tensor, Tensor]:  # [B, D] -> [B, D], [B, P]
+    def map_query(self, target: Tensor) -> tuple[Tensor, Tensor]:  # [B, D] -> [B, D], [B, P]
         """Return the query of each row, and the factors of its parallel lists in the scores."""
         query = at_least_float32(self.query(target)) * self.scale
         if self.parallel_map is None:

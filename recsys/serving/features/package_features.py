@@ -48,10 +48,10 @@ class IndexedRows:
 
     def find(self, keys: list[pa.Array]) -> np.ndarray:  # K ids each -> int64 [K], -1: none
         ids = joined_keys(keys)
-        places = np.full(len(ids), -1)
+        rows = np.full(len(ids), -1)
         if not pa.types.is_null(ids.type):
-            places[np.asarray(ids.is_valid())] = self._ids.find(ids.drop_null())
-        return places
+            rows[np.asarray(ids.is_valid())] = self._ids.find(ids.drop_null())
+        return rows
 
 
 # By identity of the file: successive packages share unchanged files, and so their index.
@@ -75,21 +75,21 @@ class PackageFeatures(FeatureSource):
     def __init__(self, package: Path, schema: Schema, later_rows: pa.Table | None = None) -> None:
         """Open the files; `later_rows`, by the ranked item, replace rows of the files."""
         self.types: dict[str, pa.Schema] = {}
-        self._parts: dict[str, list[IndexedRows]] = {}  # of each table; later parts take precedence
+        self._sources: dict[str, list[IndexedRows]] = {}  # of each table; the last ones win
         for table in schema.features:
-            parts = [_opened(features_file(package, table), table)]
-            self.types[table.name] = parts[0].schema
+            sources = [_opened(features_file(package, table), table)]
+            self.types[table.name] = sources[0].schema
             if later_rows is not None and table.by == [schema.target_item]:
-                parts.append(IndexedRows(later_rows, table))
-            self._parts[table.name] = parts
+                sources.append(IndexedRows(later_rows, table))
+            self._sources[table.name] = sources
 
     def read(self, table: FeatureTable, keys: list[pa.Array]) -> pa.Table:  # K ids each -> [K]
         columns: dict[str, pa.Array] = {}
-        for part in self._parts[table.name]:
+        for source in self._sources[table.name]:
             with errors_at(f"features by {table.name}"):
-                places = part.find(keys)
-            rows, has_row = pa.array(places, mask=places < 0), pa.array(places >= 0)
-            for name, values in part.columns.items():
+                indices = source.find(keys)
+            rows, has_row = pa.array(indices, mask=indices < 0), pa.array(indices >= 0)
+            for name, values in source.columns.items():
                 latest = values.take(rows)
                 is_first = name not in columns
                 columns[name] = latest if is_first else pc.if_else(has_row, latest, columns[name])
@@ -106,7 +106,7 @@ def updated_rows(
     for name in value_columns(table):
         kind = types.field(name).type
         if name in rows.column_names:
-            columns[name] = _of_type(one_chunk(rows[name]), kind, name)
+            columns[name] = _cast_to(one_chunk(rows[name]), kind, name)
         elif name.removesuffix("@") in rows.column_names:  # the time of such a value
             columns[name] = pa.array([int(unix_time * 1_000_000)] * len(rows), pa.int64())
         else:
@@ -119,7 +119,7 @@ def updated_rows(
     return updated, pa.array(changes, pa.bool_())
 
 
-def _of_type(values: pa.Array, kind: pa.DataType, name: str) -> pa.Array:
+def _cast_to(values: pa.Array, kind: pa.DataType, name: str) -> pa.Array:
     """Return values in the type of the package; 7 and "7" are two ids, and none is cast."""
     kinds = [dtype.value_type if is_list(dtype) else dtype for dtype in (values.type, kind)]
     if any(map(pa.types.is_null, kinds)):
@@ -151,21 +151,21 @@ def write_features(root: Location, schema: Schema, package: Path) -> None:
             writer.write_table(rows)
 
 
-def _check_types(schema: Schema, table: FeatureTable, rows: pa.Table, place: str) -> None:
+def _check_types(schema: Schema, table: FeatureTable, rows: pa.Table, location: str) -> None:
     """Require types that the model's columns can be made of, else each request would fail."""
     kinds = {name: rows.schema.field(name).type for name in rows.column_names}
     known = {name for name, kind in kinds.items() if not pa.types.is_null(kind)}
     for name in known & {*table.times.values()}:
         if not is_number(kinds[name]):
             raise ValueError(
-                f"{place}: column '{name}' has type {kinds[name]}; write microseconds since 1970"
+                f"{location}: column '{name}' has type {kinds[name]}; write microseconds since 1970"
             )
     names = [name for name in schema.columns if known >= {*schema.file_columns([name])}]
-    check_types(schema, names, kinds.__getitem__, place)
+    check_types(schema, names, kinds.__getitem__, location)
 
 
 def _read(folder: Location, names: Sequence[str]) -> pa.Table:
-    parts = []
+    tables = []
     if not folder.exists():
         raise ValueError(
             f"{folder}: no such folder, but schema.yaml has features by these ids; prepare the "
@@ -175,11 +175,11 @@ def _read(folder: Location, names: Sequence[str]) -> pa.Table:
         with open_parquet(file) as parquet:
             for name in names:
                 column_type(parquet, file, name)
-            parts.append(parquet.read(columns=list(names)))
-    if not parts:
+            tables.append(parquet.read(columns=list(names)))
+    if not tables:
         return pa.schema([(name, pa.null()) for name in names]).empty_table()
     with errors_at(folder, pa.ArrowException):
-        rows = pa.concat_tables(parts, promote_options="permissive")
+        rows = pa.concat_tables(tables, promote_options="permissive")
         return pa.table({name: one_chunk(rows[name]) for name in names})
 
 
@@ -222,6 +222,6 @@ def _write_missing_features(package: Path, schema: Schema, rows: pa.Table, path:
     columns = {name: one_chunk(missing[name]) for name in missing.column_names}
     with errors_at("features of added items"):
         for name in value_columns(table):  # types of the newer dataset
-            columns[name] = _of_type(columns[name], stored.schema.field(name).type, name)
+            columns[name] = _cast_to(columns[name], stored.schema.field(name).type, name)
     path.unlink()  # a link to the file of the other package
     pq.write_table(pa.table(columns), path)

@@ -124,13 +124,13 @@ def feature_source(
         raise FeatureSettingsError(str(error)) from error
 
 
-def _with_numbers(rows: pa.Table, types: pa.Schema) -> pa.Table:
+def _with_integers(rows: pa.Table, types: pa.Schema) -> pa.Table:
     """Return rows whose dates and times are integers in the units of these types."""
-    for place, name in enumerate(rows.column_names):
+    for index, name in enumerate(rows.column_names):
         kind = types.field(name).type if name in types.names else pa.null()
         if pa.types.is_temporal(kind):
             integer = pa.int64() if kind.bit_width == 64 else pa.int32()
-            rows = rows.set_column(place, name, rows[name].cast(kind).cast(integer))
+            rows = rows.set_column(index, name, rows[name].cast(kind).cast(integer))
     return rows
 
 
@@ -183,7 +183,7 @@ class RedisFeatures(FeatureSource):
         """
         pipeline = self._redis.pipeline(transaction=False)
         texts = key_texts([rows[name].combine_chunks() for name in table.by])
-        values = _with_numbers(rows.drop_columns(table.by), self.types[table.name])
+        values = _with_integers(rows.drop_columns(table.by), self.types[table.name])
         for text, row in zip(texts, values.to_pylist(), strict=True):
             if text is None:
                 continue
@@ -221,10 +221,10 @@ class FeastFeatures(FeatureSource):
     def read(self, table: FeatureTable, keys: list[pa.Array]) -> pa.Table:
         """Read the features of all keys by one call; their times are those of the events."""
         view = self._views[table.name]
-        parts = [part.to_pylist() for part in keys]
-        ids = [row for row in zip(*parts) if None not in row]
+        key_values = [values.to_pylist() for values in keys]
+        ids = [row for row in zip(*key_values) if None not in row]
         if not ids:
-            return table_of_rows([{}] * len(parts[0]), table, self.types)
+            return table_of_rows([{}] * len(key_values[0]), table, self.types)
         response = self._store.get_online_features(
             features=[f"{view}:{name}" for name in table.columns],
             entity_rows=[dict(zip(table.by, row)) for row in ids],
@@ -235,5 +235,5 @@ class FeastFeatures(FeatureSource):
             for name, time in table.times.items()
         }
         stored = iter([dict(zip(columns, row)) for row in zip(*columns.values())])
-        rows = [{} if None in row else next(stored) for row in zip(*parts)]
+        rows = [{} if None in row else next(stored) for row in zip(*key_values)]
         return table_of_rows(rows, table, self.types)

@@ -75,7 +75,7 @@ def add_items(package: Path, items: str, encoders: EncoderCache | None = None) -
     with FileLock(package / ".lock"):
         manifest = read_manifest(package, verify=False)
         schema = load_run_schema(package)
-        table = next((part for part in schema.features if part.by == [schema.target_item]), None)
+        table = next((entry for entry in schema.features if entry.by == [schema.target_item]), None)
         _require_addable(package, manifest, table, encoders.verified)
         previous, files = AddedItems.open(package, manifest.added), Location.of(items)
         num_features, features = 0, previous.features
@@ -134,7 +134,7 @@ def _changed_features(
     """Return the features of the items of files whose features are new or change."""
     features, unix_time = PackageFeatures(package, schema, previous.features), time.time()
     item = schema.target_item if schema.items is None else schema.items.id
-    parts, changes = [], []
+    tables, changes = [], []
     for file in files.files(".parquet"):
         with open_parquet(file) as parquet:
             column_type(parquet, file, item)
@@ -148,31 +148,31 @@ def _changed_features(
         except (ValueError, pa.ArrowException) as error:
             raise ValueError(f"{file}: {error}; write ids and features as for training") from error
         _check_values(schema, table, updated, str(file))
-        parts.append(updated)
+        tables.append(updated)
         changes.append(is_changed)
-    if not parts:
+    if not tables:
         raise ValueError(f"{files}: no such Parquet file, nor a folder with *.parquet files")
-    rows = pa.concat_tables(parts, promote_options="permissive")  # ids of any width
+    rows = pa.concat_tables(tables, promote_options="permissive")  # ids of any width
     if pc.count_distinct(rows[schema.target_item]).as_py() < len(rows):
         raise ValueError(f"{files}: column '{item}': an item has several rows; keep one")
     return rows.filter(pa.chunked_array(changes))
 
 
-def _check_values(schema: Schema, table: FeatureTable, rows: pa.Table, place: str) -> None:
+def _check_values(schema: Schema, table: FeatureTable, rows: pa.Table, location: str) -> None:
     """Require values that the model's columns can be made of, where these features suffice."""
 
     def refuse(name: str, bad: np.ndarray, reason: str, message: Callable[[int], str]) -> None:
         if bad.any():
             row = int(bad.argmax())
             item = rows[schema.target_item][row].as_py()
-            raise ValueError(f"{place}: column '{name}', item '{item}': {message(row)}")
+            raise ValueError(f"{location}: column '{name}', item '{item}': {message(row)}")
 
     for name in schema.columns:
         sources = schema.file_columns([name])
         if set(sources) <= set(table.columns):
             kinds = {source: rows[source].type for source in sources}
-            check_types(schema, [name], kinds.__getitem__, place)
-            usable_column(read_columns(rows, schema, [name], place), name, schema, refuse)
+            check_types(schema, [name], kinds.__getitem__, location)
+            usable_column(read_columns(rows, schema, [name], location), name, schema, refuse)
 
 
 def _new_content(
@@ -221,9 +221,9 @@ def _compare(
 ) -> tuple[np.ndarray, np.ndarray]:  # bool [N] each
     stored = np.zeros(len(index), index.dtype)
     is_new = np.ones(len(index), bool)
-    for part in (exported, previous):
-        place, has_item = lookup(part, index["item"])
-        stored[has_item] = part[place[has_item]]
+    for source in (exported, previous):
+        positions, has_item = lookup(source, index["item"])
+        stored[has_item] = source[positions[has_item]]
         is_new &= ~has_item
     collides = ~is_new & (stored["raw"] != index["raw"])
     if collides.any():
@@ -320,7 +320,7 @@ def _with_floats(kind: pa.DataType) -> pa.DataType:
 
 def _decoded(value: Any, item: Any) -> Any:
     if isinstance(value, list):
-        return [_decoded(part, item) for part in value]
+        return [_decoded(element, item) for element in value]
     try:
         return None if value is None else base64.b64decode(value, validate=True)
     except (ValueError, TypeError) as error:

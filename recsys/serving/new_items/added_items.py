@@ -43,7 +43,7 @@ class AddedItems:
     number: int  # of additions so far
     index: np.ndarray  # INDEX_TYPE [K], by item
     ids: pa.Array  # raw ids that the run does not know, in the order of their rows
-    vectors: VectorFile | None  # float32 [K, E] by place in the index; None if K = 0
+    vectors: VectorFile | None  # float32 [K, E] by position in the index; None if K = 0
     features: pa.Table | None = None  # rows of the features by item, in place of the export's
 
     @staticmethod
@@ -69,10 +69,10 @@ class AddedItems:
         remaining = self.features.filter(pc.invert(is_replaced))
         return pa.concat_tables([remaining, rows], promote_options="permissive")  # ids of any width
 
-    def replace_in(self, vectors: Tensor, items: np.ndarray) -> None:  # [N, E], [N]
-        place, is_added = lookup(self.index, items)
+    def replace_vectors(self, vectors: Tensor, items: np.ndarray) -> None:  # [N, E], [N]
+        positions, is_added = lookup(self.index, items)
         if self.vectors is not None and is_added.any():
-            vectors[torch.from_numpy(is_added)] = self.vectors.rows(place[is_added])
+            vectors[torch.from_numpy(is_added)] = self.vectors.rows(positions[is_added])
 
     def merged_with(
         self, index: np.ndarray, vectors: Tensor
@@ -84,11 +84,11 @@ class AddedItems:
         width = vectors.shape[1] if self.vectors is None else self.vectors.shape.dim
         result = torch.empty(len(union), width)
         if self.vectors is not None:
-            place, is_old = lookup(self.index, union["item"])
-            result[torch.from_numpy(is_old)] = self.vectors.rows(place[is_old])
+            positions, is_old = lookup(self.index, union["item"])
+            result[torch.from_numpy(is_old)] = self.vectors.rows(positions[is_old])
         if len(index):
-            place, is_new = lookup(index, union["item"])
-            result[torch.from_numpy(is_new)] = vectors[torch.from_numpy(place[is_new])]
+            positions, is_new = lookup(index, union["item"])
+            result[torch.from_numpy(is_new)] = vectors[torch.from_numpy(positions[is_new])]
         return union, result
 
     def write_next(
@@ -179,8 +179,8 @@ def _raw_ids(table: ItemTable) -> np.ndarray:  # int64, of all rows of the files
 
 
 def lookup(index: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [N]
-    """Return the place of each item in an index, and whether it is in it."""
+    """Return the position of each item in an index, and whether it is in it."""
     if not len(index):
         return np.zeros(len(items), np.int64), np.zeros(len(items), bool)
-    place = np.searchsorted(index["item"], items).clip(max=len(index) - 1)
-    return place, index["item"][place] == items
+    positions = np.searchsorted(index["item"], items).clip(max=len(index) - 1)
+    return positions, index["item"][positions] == items

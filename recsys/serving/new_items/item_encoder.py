@@ -18,12 +18,12 @@ from torch import Tensor
 from embeddings import MemoryBank
 from recsys.config import Config, content_settings, load_config
 from recsys.content.branch import ContentBranch
-from recsys.content.encoders.build import encoder_of
+from recsys.content.encoders.build import make_encoder
 from recsys.content.encoders.identity import check_identities
 from recsys.data.items.content_store import ContentStore
 from recsys.data.items.item_table import ItemTable
 from recsys.data.items.kind import make_kinds
-from recsys.model.precision import content_parts, use_bfloat16
+from recsys.model.precision import content_modules, use_bfloat16
 from recsys.serving.package import Manifest
 from recsys.storage.manifest import VerifiedFiles
 
@@ -97,7 +97,7 @@ class ItemEncoder:
             return self._branch
         kinds = make_kinds(self.content.modalities)
         encoders = {
-            name: encoder_of(kind, tuple(self.shapes[name])) for name, kind in kinds.items()
+            name: make_encoder(kind, tuple(self.shapes[name])) for name, kind in kinds.items()
         }
         identities = {
             name: encoder.identity for name, encoder in encoders.items() if encoder.identity
@@ -107,7 +107,7 @@ class ItemEncoder:
         bank = None if mode == "full" else MemoryBank(1, width, "cpu")  # no history is read
         branch = ContentBranch(encoders, self.content, bank)
         if self.config.precision == "bf16":
-            use_bfloat16(content_parts(branch).values(), torch.device("cpu"))
+            use_bfloat16(content_modules(branch).values(), torch.device("cpu"))
         result = branch.load_state_dict(load_file(self.folder / WEIGHTS), strict=False)
         trained = {name for name, value in branch.named_parameters() if value.requires_grad}
         assert not result.unexpected_keys and not trained & set(result.missing_keys), result

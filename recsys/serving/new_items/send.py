@@ -40,12 +40,12 @@ def _plain(value: Any) -> str | float:
     return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
 
 
-def _send(server: str, body: str, token: str | None, place: str) -> dict[str, int]:
+def _send(server: str, body: str, token: str | None, location: str) -> dict[str, int]:
     url = urlsplit(server)
-    kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
+    client = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
     headers = {"content-type": "application/json"}
     headers |= {} if token is None else {"authorization": f"Bearer {token}"}
-    connection = kind(url.netloc, timeout=SECONDS)
+    connection = client(url.netloc, timeout=SECONDS)
     try:
         connection.request("POST", f"{url.path.rstrip('/')}/v1/items", body, headers)
         response = connection.getresponse()
@@ -55,5 +55,5 @@ def _send(server: str, body: str, token: str | None, place: str) -> dict[str, in
     finally:
         connection.close()
     if response.status != http.HTTPStatus.OK:
-        raise ValueError(f"{place}: {server} refuses them: {content.get('error')}")
+        raise ValueError(f"{location}: {server} refuses them: {content.get('error')}")
     return {name: count for name, count in content.items() if isinstance(count, int)}

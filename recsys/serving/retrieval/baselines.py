@@ -40,26 +40,26 @@ from recsys.serving.retrieval import nearest_items
 from recsys.serving.retrieval.catalogue import item_table, item_vectors, unit
 from recsys.serving.retrieval.query_rows import (
     QueryRows,
+    index_of,
     other_candidates,
-    place_of,
-    places,
-    places_among,
+    rank_among,
+    rank_rows,
     read_query_rows,
 )
 
 logger = logging.getLogger(__name__)
 DECAYS = (0.3, 0.5, 0.8, 1.0)  # weight of a history item relative to the next newer one
 FACTORS = (0, 0.25, 0.5, 0.7, 1.4, 2, 4)  # multiples of a weight to try
-NEW_FACTORS = (0.03, 0.1, 0.3, 1, 3)  # deviations of a new part to try, relative to the others'
-MOST_SWEEPS = 4
-MOST_SCORES = 2**25  # scores to choose weights by; more rows are sampled
+NEW_FACTORS = (0.03, 0.1, 0.3, 1, 3)  # deviations of a new term to try, relative to the others'
+MAX_SWEEPS = 4
+MAX_SCORES = 2**25  # scores to choose weights by; more rows are sampled
 SCORES_PER_BLOCK = 2**22
 TEXT_NEIGHBOURS = 100
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """All items, with the statistics and vectors by which parts of a blend score them.
+    """All items, with the statistics and vectors by which terms of a blend score them.
 
     Neighbours are by users (item_cf), by order (transitions), by text to the nearest items
     (near_text), and an item itself (repeat) where items may be taken again.
@@ -75,13 +75,13 @@ class Catalogue:
         return self._present("item_cf", "transitions", "content", "encoders", "text", "repeat")
 
     @property
-    def served_parts(self) -> tuple[str, ...]:
-        """Parts of the blend with the model."""
+    def served_terms(self) -> tuple[str, ...]:
+        """Terms of the blend with the model."""
         return self._present("item_cf", "transitions", "content", "near_text", "repeat", "model")
 
     def _present(self, *names: str) -> tuple[str, ...]:
-        parts = {*self.neighbours, *self.vectors}
-        return ("popularity", *(name for name in names if name in parts))
+        available = {*self.neighbours, *self.vectors}
+        return ("popularity", *(name for name in names if name in available))
 
     def scores(
         self, rows: QueryRows, decay: float, names: Sequence[str]
@@ -90,27 +90,27 @@ class Catalogue:
         scores: dict[str, np.ndarray] = {}
         for name in names:
             if name in self.neighbours:
-                part = history @ self.neighbours[name]
+                term = history @ self.neighbours[name]
             elif name == "popularity":
-                part = np.broadcast_to(self.popularity, history.shape)
+                term = np.broadcast_to(self.popularity, history.shape)
             elif name == "model":
-                part = rows.queries @ self.vectors[name].T
+                term = rows.queries @ self.vectors[name].T
             else:
-                part = (history @ self.vectors[name]) @ self.vectors[name].T
-            scores[name] = part.toarray() if issparse(part) else part
+                term = (history @ self.vectors[name]) @ self.vectors[name].T
+            scores[name] = term.toarray() if issparse(term) else term
         return scores
 
 
 @dataclass(frozen=True)
 class Blend:
-    """A weighted sum of parts."""
+    """A weighted sum of terms."""
 
     decay: float
     weights: Mapping[str, float]
 
-    def scores(self, parts: Mapping[str, np.ndarray]) -> np.ndarray:  # [R, I]
+    def scores(self, terms: Mapping[str, np.ndarray]) -> np.ndarray:  # [R, I]
         weighted = (
-            np.float32(weight) * parts[name] for name, weight in self.weights.items() if weight
+            np.float32(weight) * terms[name] for name, weight in self.weights.items() if weight
         )
         return sum(weighted, np.zeros((), np.float32))
 
@@ -118,7 +118,7 @@ class Blend:
 def choose_blend(
     catalogue: Catalogue, rows: QueryRows, names: tuple[str, ...], settings: RetrievalSettings
 ) -> Blend:
-    """Return the blend of parts whose decay and weights rank the targets of rows best.
+    """Return the blend of terms whose decay and weights rank the targets of rows best.
 
     The measure is NDCG over all items, less noisy than that at a depth. Weights are at least 0.
     """
@@ -130,14 +130,14 @@ def choose_blend(
             "items/*.parquet, and validation chooses the weights; give it such rows"
         )
     num_items = len(catalogue.popularity)
-    rows = rows.sample(max(MOST_SCORES // num_items, 1))
+    rows = rows.sample(max(MAX_SCORES // num_items, 1))
     if len(names) > 1:
         message = "choosing the weights of %s parts by %s rows of validation and %s items"
         logger.info(message, len(names), f"{len(rows.targets):,}", f"{num_items:,}")
     is_other = other_candidates(rows, num_items, settings.exclude_seen)
 
     def ndcg(scores: np.ndarray) -> float:
-        above, tied = map(torch.from_numpy, places_among(scores, rows.targets, is_other))
+        above, tied = map(torch.from_numpy, rank_among(scores, rows.targets, is_other))
         gains = row_gains("ndcg", above, tied, num_items).numpy()
         return float(np.average(gains, weights=rows.weights))
 
@@ -153,39 +153,39 @@ Measure = Callable[[np.ndarray], float]  # of scores [R, I]
 
 
 def best_weights(
-    parts: Mapping[str, np.ndarray], measure: Measure
+    terms: Mapping[str, np.ndarray], measure: Measure
 ) -> tuple[dict[str, float], float]:
-    """Return weights of at least 0 for a sum of parts [R, I], and the measure of that sum.
+    """Return weights of at least 0 for a sum of terms [R, I], and the measure of that sum.
 
-    The better of two coordinate ascents wins: from the best part alone, so that the sum is never
-    worse than a part, and from all parts at equal deviations, which seldom drops one by chance.
+    The better of two coordinate ascents wins: from the best term alone, so that the sum is never
+    worse than a term, and from all terms at equal deviations, which seldom drops one by chance.
     """
-    single_parts = {name: measure(part) for name, part in parts.items()}
-    starts = [dict.fromkeys(parts, 0.0) | {max(single_parts, key=single_parts.__getitem__): 1.0}]
-    # A part that is constant in these rows has no weight, as it may vary in others.
-    deviations = {name: float(part.std()) if np.ptp(part) else 0.0 for name, part in parts.items()}
+    single_terms = {name: measure(term) for name, term in terms.items()}
+    starts = [dict.fromkeys(terms, 0.0) | {max(single_terms, key=single_terms.__getitem__): 1.0}]
+    # A term that is constant in these rows has no weight, as it may vary in others.
+    deviations = {name: float(term.std()) if np.ptp(term) else 0.0 for name, term in terms.items()}
     if any(deviations.values()):
         starts.append({name: 1 / width if width else 0.0 for name, width in deviations.items()})
-    return max((_ascend(parts, measure, start) for start in starts), key=itemgetter(1))
+    return max((_ascend(terms, measure, start) for start in starts), key=itemgetter(1))
 
 
 def _ascend(
-    parts: Mapping[str, np.ndarray], measure: Measure, start: Mapping[str, float]
+    terms: Mapping[str, np.ndarray], measure: Measure, start: Mapping[str, float]
 ) -> tuple[dict[str, float], float]:
     """Set one weight after the other to the best of a few multiples, until none gains."""
     weights = dict(start)
-    highest = measure(Blend(1.0, weights).scores(parts))
-    for _ in range(MOST_SWEEPS):
+    highest = measure(Blend(1.0, weights).scores(terms))
+    for _ in range(MAX_SWEEPS):
         previous = highest
-        for name, part in parts.items():
-            other_parts = Blend(1.0, {key: weights[key] for key in parts if key != name})
-            if not any(other_parts.weights.values()):
+        for name, term in terms.items():
+            other_terms = Blend(1.0, {key: weights[key] for key in terms if key != name})
+            if not any(other_terms.weights.values()):
                 continue
-            scores = other_parts.scores(parts)
-            unit = weights[name] or float(scores.std()) / max(float(part.std()), 1e-12)
+            scores = other_terms.scores(terms)
+            unit = weights[name] or float(scores.std()) / max(float(term.std()), 1e-12)
             for factor in FACTORS if weights[name] else NEW_FACTORS:
                 weight = unit * factor
-                if (value := measure(scores + np.float32(weight) * part)) > highest:
+                if (value := measure(scores + np.float32(weight) * term)) > highest:
                     highest, weights[name] = value, weight
         if highest == previous:
             break
@@ -200,7 +200,7 @@ class RowGains:
     weights: torch.Tensor | None
     ndcg: dict[str, torch.Tensor]  # float64 [R]
 
-    def over(self, name: str, baseline: str) -> list[float | None]:
+    def gain_over(self, name: str, baseline: str) -> list[float | None]:
         """Return the mean difference of two scores and its `interval`."""
         return interval(self.ndcg[name] - self.ndcg[baseline], self.users, self.weights)
 
@@ -231,16 +231,16 @@ def compare_with_baselines(
         )
     baselines = catalogue.baselines
     compared: dict[str, tuple[str, ...]] = {name: (name,) for name in (*baselines, "model")}
-    compared |= {"blend": baselines, "blend with model": catalogue.served_parts}
+    compared |= {"blend": baselines, "blend with model": catalogue.served_terms}
     reports, gains = {}, RowGains(rows.users, rows.weights, {})
-    for name, parts in compared.items():
-        blend = choose_blend(catalogue, valid, parts, settings)
-        above, tied = _places_of_rows(catalogue, blend, rows, settings)
+    for name, terms in compared.items():
+        blend = choose_blend(catalogue, valid, terms, settings)
+        above, tied = _count_above_rows(catalogue, blend, rows, settings)
         gains.ndcg[name] = row_gains("ndcg", above, tied, settings.depths[0])
         choice = {"decay": blend.decay, "weights": dict(blend.weights)}
         reports[name] = choice | metrics_by_frequency(above, tied, rows, settings)
     for name in ("model", "blend with model"):
-        reports[name]["gain over blend"] = gains.over(name, "blend")
+        reports[name]["gain over blend"] = gains.gain_over(name, "blend")
     return reports, gains
 
 
@@ -249,13 +249,13 @@ def metrics_by_frequency(
 ) -> dict[str, dict[str, Any]]:  # int64 [R], int64 [R]
     """Return `retrieval_metrics` of all rows, and by the frequency of targets in training."""
     return {
-        part: retrieval_metrics(
+        subset: retrieval_metrics(
             above[mask],
             tied[mask],
             None if rows.weights is None else rows.weights[mask],
             settings.depths,
         )
-        for part, mask in frequency_masks(rows.counts).items()
+        for subset, mask in frequency_masks(rows.counts).items()
     }
 
 
@@ -267,7 +267,7 @@ def blend_to_serve(run: Path, job: Job) -> tuple[Catalogue, Blend]:
     settings = settings_with_vectors(run, job)
     items, catalogue = _read_catalogue(run, job, settings)
     valid = read_query_rows(job, "valid", items, read_item_counts(run, job.schema.item_id_limit))
-    return catalogue, choose_blend(catalogue, valid, catalogue.served_parts, settings)
+    return catalogue, choose_blend(catalogue, valid, catalogue.served_terms, settings)
 
 
 def settings_with_vectors(run: Path, job: Job) -> RetrievalSettings:
@@ -300,11 +300,11 @@ def interval(
     shares = np.ones(len(users)) if weights is None else weights.double().numpy()
     shares = shares / shares.sum()
     mean = float(shares @ differences.numpy())
-    _, place = np.unique(users, return_inverse=True)
-    user_shares = np.bincount(place, shares)
+    _, user_index = np.unique(users, return_inverse=True)
+    user_shares = np.bincount(user_index, shares)
     if (user_shares > 0).sum() < MIN_USERS:
         return [mean, None, None]
-    errors = np.bincount(place, shares * (differences.numpy() - mean))
+    errors = np.bincount(user_index, shares * (differences.numpy() - mean))
     stretch = interval_stretch(effective_users(user_shares))
     margin = 1.96 * stretch * float(np.sqrt(errors @ errors))
     return [mean, mean - margin, mean + margin]
@@ -312,9 +312,9 @@ def interval(
 
 def format_interval(gain: Sequence[float | None]) -> str:
     """Format the result of `interval`, such as +0.0116 [+0.0071, +0.0161]."""
-    mean, low, high = gain
+    mean, lower, upper = gain
     ends = "without an interval: too few users"
-    return f"{mean:+.4f} " + (ends if low is None else f"[{low:+.4f}, {high:+.4f}] over users")
+    return f"{mean:+.4f} " + (ends if lower is None else f"[{lower:+.4f}, {upper:+.4f}] over users")
 
 
 def format_baselines(reports: Mapping[str, Any]) -> str:
@@ -323,7 +323,7 @@ def format_baselines(reports: Mapping[str, Any]) -> str:
     columns = [("all", name) for name in metrics] + [("unseen", metrics[0])]
     rows = [("", *metrics, f"{metrics[0]} unseen")]
     for name, report in reports.items():
-        values = (report[part][metric] for part, metric in columns)
+        values = (report[subset][metric] for subset, metric in columns)
         rows.append((name, *("-" if value is None else f"{value:.4f}" for value in values)))
     widths = [max(map(len, column)) for column in zip(*rows)]
     text = "\n".join(
@@ -336,14 +336,14 @@ def format_baselines(reports: Mapping[str, Any]) -> str:
     return text
 
 
-def _places_of_rows(
+def _count_above_rows(
     catalogue: Catalogue, blend: Blend, rows: QueryRows, settings: RetrievalSettings
 ) -> tuple[torch.Tensor, torch.Tensor]:  # int64 [R], int64 [R]
     size = max(SCORES_PER_BLOCK // len(catalogue.popularity), 1)
     counted = []
     for block in rows.blocks(size):
         scores = blend.scores(catalogue.scores(block, blend.decay, list(blend.weights)))
-        counted.append(places(scores, block, settings.exclude_seen))
+        counted.append(rank_rows(scores, block, settings.exclude_seen))
     above, tied = (torch.from_numpy(np.concatenate(column)) for column in zip(*counted))
     return above, tied
 
@@ -355,9 +355,9 @@ def _read_catalogue(
     ids, vectors = catalogue_vectors(job, Lockstep(job.ranks))
     items = ids.numpy()
     users, event_items, pairs = _read_events(run, job, items)
-    parts: dict[str, np.ndarray | csr_matrix] = {"model": vectors.float().numpy()}
+    by_name: dict[str, np.ndarray | csr_matrix] = {"model": vectors.float().numpy()}
     if job.store is not None:
-        parts["content"] = unit(item_vectors(job, "content").vectors)
+        by_name["content"] = unit(item_vectors(job, "content").vectors)
     counts = np.bincount(event_items, minlength=len(items))
     popularity = np.log1p(counts).astype(np.float32)
     neighbours = {
@@ -366,16 +366,16 @@ def _read_catalogue(
     }
     table = None if job.schema.items is None else item_table(job)
     if table is not None and (texts := nearest_items.item_texts(table)) is not None:
-        parts["text"] = nearest_items.text_vectors(texts)
-        neighbours["near_text"] = nearest_items.nearest(parts["text"], TEXT_NEIGHBOURS)
+        by_name["text"] = nearest_items.text_vectors(texts)
+        neighbours["near_text"] = nearest_items.nearest(by_name["text"], TEXT_NEIGHBOURS)
     if not settings.exclude_seen:
         neighbours["repeat"] = identity(len(items), np.float32, "csr")
-    return items, Catalogue(popularity, neighbours, parts)
+    return items, Catalogue(popularity, neighbours, by_name)
 
 
 def _encoders(job: Job, items: np.ndarray) -> np.ndarray | None:  # [I, V]
     branch = job.em3.content
-    if branch is None or not all(isinstance(part, Encoder) for part in branch.encoders.values()):
+    if branch is None or not all(isinstance(model, Encoder) for model in branch.encoders.values()):
         return None
     return nearest_items.encoder_means(job, items) / np.float32(len(branch.encoders) ** 0.5)
 
@@ -383,7 +383,7 @@ def _encoders(job: Job, items: np.ndarray) -> np.ndarray | None:  # [I, V]
 def _read_events(
     run: Path, job: Job, items: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, csr_matrix]:
-    """Return users and items' places of training rows with a positive first label, and pairs.
+    """Return users and items' positions of training rows with a positive first label, and pairs.
 
     Rows are of all partitions that the run has learned from and that still exist, without rows of
     weight 0. Pairs [I, I] have the weights of history items (rows) and the row's item (columns).
@@ -393,10 +393,10 @@ def _read_events(
     assert schema.history is not None
     for table in chain.from_iterable(rows.read(*rows.share(0, 1)) for rows in _sources(run, job)):
         events = RowColumns.of(table)
-        targets = place_of(items, events.values(schema.target_item))
+        targets = index_of(items, events.values(schema.target_item))
         is_positive = rows_that_count(table, schema) & (events.values(label) > 0) & (targets >= 0)
         events, targets = events.take(np.flatnonzero(is_positive)), targets[is_positive]
-        history = place_of(items, events.values(schema.history))
+        history = index_of(items, events.values(schema.history))
         lengths = events.lengths(schema.history)
         pairs += nearest_items.pair_weights(history, lengths, targets, len(items))
         group = events.values(RAW_GROUP if RAW_GROUP in events.numbers else schema.group)

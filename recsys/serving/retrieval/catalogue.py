@@ -22,7 +22,7 @@ VectorKind = Literal["content", "item_tower", "codes"]
 
 @dataclass(frozen=True)
 class ItemVectors:
-    """Vectors of the same items: rows of the item's table, raw ids and vectors, by place."""
+    """Vectors of the same items: rows of the item's table, raw ids and vectors, by position."""
 
     rows: np.ndarray  # int64 [I], ascending
     ids: pa.Array  # int64 or string [I]

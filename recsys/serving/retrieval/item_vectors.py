@@ -26,7 +26,7 @@ from recsys.evaluation.retrieval import catalogue_of
 from recsys.extras import require_extra
 from recsys.model.tables import pooled_features
 from recsys.ranking.generative import (
-    MOST_BEAMS,
+    MAX_BEAMS,
     CodeDecoder,
     CodeTrie,
     Generative,
@@ -61,9 +61,9 @@ class QueryVectors(nn.Module):
         self, ids: IDVectors, content: ContentVectors | None, batch: CandidateBatch
     ) -> Tensor:  # [N, V]
         """Return the query of each row, which does not depend on the ranked item."""
-        by_place = dict(zip(self.towers.pooled, ids.pooled, strict=True))
+        by_index = dict(zip(self.towers.pooled, ids.pooled, strict=True))
         unread = batch.dense_features.new_zeros(0)
-        pooled = [by_place.get(place, unread) for place in range(self.num_pooled)]
+        pooled = [by_index.get(index, unread) for index in range(self.num_pooled)]
         dense = batch.dense_features.new_zeros(ids.target.shape[0], self.num_dense)
         dense = dense.index_copy(1, self.places, batch.dense_features)
         rows = replace(batch, dense_features=dense)
@@ -75,21 +75,21 @@ class QueryVectors(nn.Module):
 
 def write_user_tower(run: Path, job: Job, folder: Path) -> Manifest:
     """Write the package of the user tower of a retrieval model into an empty folder."""
-    towers, further = job.em3.ranking, job.em3.further_histories
+    towers, extra = job.em3.ranking, job.em3.further_histories
     if not isinstance(towers, QueryTower):
         raise ValueError(
             f"{run}: ranking.name is '{job.config.ranking.name}', which has no user tower; give a "
             "run of two_tower or generative, or --vectors content"
         )
     pooled, dense = pooled_features(job.config.embedding, job.schema), job.schema.of_kind("dense")
-    num_pooled = len(pooled) + (0 if further is None else len(further.widths))
+    num_pooled = len(pooled) + (0 if extra is None else len(extra.widths))
     return write_package(
         run,
         job,
         folder,
         ranking=QueryVectors(towers, num_pooled, len(dense)),
-        pooled=[pooled[place] for place in towers.pooled if place < len(pooled)],
-        dense=[dense[place] for place in towers.dense],
+        pooled=[pooled[index] for index in towers.pooled if index < len(pooled)],
+        dense=[dense[index] for index in towers.dense],
         reads_targets=False,
     )
 
@@ -183,17 +183,17 @@ class CodeIndex:
         width = max(count, self.beam_size)
         results = [
             beam_search(self.decoder, self.trie, states, width)
-            for states in torch.from_numpy(queries).split(max(1, MOST_BEAMS // width))
+            for states in torch.from_numpy(queries).split(max(1, MAX_BEAMS // width))
         ]
-        scores, places = (torch.cat(parts)[:, :count].numpy() for parts in zip(*results))
-        return scores, places
+        scores, positions = (torch.cat(blocks)[:, :count].numpy() for blocks in zip(*results))
+        return scores, positions
 
     def trie_with(self, codes: np.ndarray) -> CodeTrie:  # int64 [N, L]
         """Return a trie with more items; too many items that share all codes are a ValueError."""
-        table, most = add_codes(self.trie.table, codes), self.decoder.codes.shape[1]
-        if table[:, -1].max(initial=0) > most:
+        table, limit = add_codes(self.trie.table, codes), self.decoder.codes.shape[1]
+        if table[:, -1].max(initial=0) > limit:
             raise ValueError(
-                f"more than {most} items share all their codes; train with more ranking.num_codes"
+                f"more than {limit} items share all their codes; train with more ranking.num_codes"
             )
         return CodeTrie(table)
 
@@ -290,7 +290,7 @@ def export_vectors(
         if kind == "codes":
             assert isinstance(model, Generative) and isinstance(settings, GenerativeSettings)
             manifest.decoder = write_decoder(partial, model, settings)
-        write_manifest(partial, manifest, leave_out=QUERIES)
+        write_manifest(partial, manifest, excluded=QUERIES)
     return manifest
 
 
@@ -328,7 +328,7 @@ def _blended_vectors(folder: Path, run: Path, job: Job) -> tuple[ItemVectors, di
     from recsys.serving.retrieval.served_blend import ServedBlend
 
     catalogue, blend = blend_to_serve(run, job)
-    served, vectors = ServedBlend.of(catalogue, blend)
+    served, vectors = ServedBlend.make(catalogue, blend)
     served.write(folder)
     logger.info("blend: decay %s, weights %s", blend.decay, dict(blend.weights))
     entry = {"decay": served.decay, "weights": served.weights, "widths": served.widths}

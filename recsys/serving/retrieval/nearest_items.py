@@ -26,10 +26,10 @@ from recsys.data.items.item_values import texts_of
 from recsys.serving.retrieval.catalogue import unit
 
 SIGNIFICANCE = 10
-MOST_STEPS = 10  # from an item to one that follows it
+MAX_STEPS = 10  # from an item to one that follows it
 STEP_DECAY = 0.8  # of the weight of a pair with each step
 PAIR_SIGNIFICANCE = 3
-MOST_EVENTS = 1000  # latest events of a user: the cost of their pairs grows with the square
+MAX_EVENTS = 1000  # latest events of a user: the cost of their pairs grows with the square
 WORD = re.compile(r"\w\w+")
 PRODUCTS_PER_BLOCK = 2**24  # of items with all items, in memory at a time
 ITEMS_PER_CALL = 1024  # of the encoders
@@ -40,7 +40,7 @@ def user_similarities(users: np.ndarray, items: np.ndarray, num_items: int) -> c
     order = np.argsort(users, kind="stable")
     users, items = users[order], items[order]
     later = np.searchsorted(users, users, side="right") - 1 - np.arange(len(users))
-    users, items = users[later < MOST_EVENTS], items[later < MOST_EVENTS]
+    users, items = users[later < MAX_EVENTS], items[later < MAX_EVENTS]
     number = np.unique(users, return_inverse=True)[1]
     ones = np.ones(len(items), np.float32)
     interactions = csr_matrix(
@@ -59,10 +59,10 @@ def pair_weights(
     """Return the summed weights of pairs of an item (row) and one that followed it (column)."""
     steps = np.repeat(lengths.cumsum(), lengths) - 1 - np.arange(len(histories))
     pair_targets = np.repeat(targets, lengths)
-    is_pair = (steps < MOST_STEPS) & (histories >= 0) & (histories != pair_targets)
+    is_pair = (steps < MAX_STEPS) & (histories >= 0) & (histories != pair_targets)
     weights = (STEP_DECAY ** steps[is_pair].astype(np.float64)).astype(np.float32)
-    places = histories[is_pair], pair_targets[is_pair]
-    return csr_matrix((weights, places), shape=(num_items, num_items))
+    cells = histories[is_pair], pair_targets[is_pair]
+    return csr_matrix((weights, cells), shape=(num_items, num_items))
 
 
 def transitions(pairs: csr_matrix, counts: np.ndarray) -> csr_matrix:
@@ -94,17 +94,17 @@ def item_texts(table: ItemTable) -> list[str] | None:  # [I], by ascending id
 
 def text_vectors(texts: Iterable[str]) -> csr_matrix:  # float32 [I, W]
     """Return the TF-IDF vectors of texts; a text without words has a vector of zeros."""
-    words: dict[str, int] = {}
-    places, lengths = [], []
+    vocabulary: dict[str, int] = {}
+    columns, lengths = [], []
     for text in texts:
         tokens = WORD.findall(text.lower())
-        places += [words.setdefault(token, len(words)) for token in tokens]
+        columns += [vocabulary.setdefault(token, len(vocabulary)) for token in tokens]
         lengths.append(len(tokens))
     rows = np.repeat(np.arange(len(lengths)), lengths)
-    ones = np.ones(len(places), np.float32)
-    counts = csr_matrix((ones, (rows, places)), shape=(len(lengths), len(words)))
+    ones = np.ones(len(columns), np.float32)
+    counts = csr_matrix((ones, (rows, columns)), shape=(len(lengths), len(vocabulary)))
     counts.sum_duplicates()
-    num_items = np.bincount(counts.indices, minlength=len(words))
+    num_items = np.bincount(counts.indices, minlength=len(vocabulary))
     counts.data = 1 + np.log(counts.data)
     weighted = counts @ diags(1 + np.log((1 + len(lengths)) / (1 + num_items)))
     norms = np.sqrt(np.asarray(weighted.power(2).sum(axis=1)).ravel())
@@ -122,8 +122,8 @@ def nearest(vectors: csr_matrix, count: int) -> csr_matrix:  # [I, W] -> float32
         width = min(count, products.shape[1])
         columns = np.argpartition(-products, width - 1, axis=1)[:, :width]
         values = np.take_along_axis(products, columns, axis=1)
-        places = np.repeat(row, width), columns.ravel()
-        blocks.append(csr_matrix((values.ravel(), places), shape=products.shape))
+        cells = np.repeat(row, width), columns.ravel()
+        blocks.append(csr_matrix((values.ravel(), cells), shape=products.shape))
     joined = vstack(blocks, format="csr")
     joined.eliminate_zeros()
     return joined

@@ -1,4 +1,4 @@
-"""Query rows, whose first label is positive: histories, candidates and places of their targets.
+"""Query rows, whose first label is positive: histories, candidates and positions of their targets.
 
 Shapes: R rows with a query, I items of the catalogue, S history items of all rows, D width.
 """
@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 class QueryRows:
     """Rows whose first label is positive, with their users' histories and query vectors."""
 
-    targets: np.ndarray  # int64 [R], places in the catalogue
-    histories: np.ndarray  # int64 [S], places or -1, oldest first
+    targets: np.ndarray  # int64 [R], positions in the catalogue
+    histories: np.ndarray  # int64 [S], positions or -1, oldest first
     lengths: np.ndarray  # int64 [R], of the histories
     queries: np.ndarray  # float32 [R, D] of the model
     counts: np.ndarray  # int64 [R], training rows of the targets
@@ -36,7 +36,7 @@ class QueryRows:
     weights: torch.Tensor | None = None  # float32 [R] in metrics; None: each row counts as one
     later: LaterItems | None = None  # items that are no candidates of rows; None: all always are
 
-    def take(self, rows: np.ndarray) -> QueryRows:  # places
+    def take(self, rows: np.ndarray) -> QueryRows:  # positions
         lengths = self.lengths[rows]
         first = (self.lengths.cumsum() - self.lengths)[rows] - (lengths.cumsum() - lengths)
         return QueryRows(
@@ -50,10 +50,10 @@ class QueryRows:
             None if self.later is None else replace(self.later, rows=self.later.rows[rows]),
         )
 
-    def sample(self, most: int) -> QueryRows:
-        """Return at most `most` evenly spaced rows: adjacent ones share a user or a moment."""
+    def sample(self, limit: int) -> QueryRows:
+        """Return at most `limit` evenly spaced rows: adjacent ones share a user or a moment."""
         return self.take(
-            np.linspace(0, len(self.targets) - 1, min(most, len(self.targets)), dtype=int)
+            np.linspace(0, len(self.targets) - 1, min(limit, len(self.targets)), dtype=int)
         )
 
     def blocks(self, size: int) -> Iterator[QueryRows]:
@@ -67,8 +67,8 @@ class QueryRows:
         weights = np.where(self.histories >= 0, decay ** ages.astype(np.float64), 0)
         totals = np.bincount(rows, weights, len(self.lengths))
         shares = (weights / np.maximum(totals[rows], np.finfo(float).tiny)).astype(np.float32)
-        places = rows, self.histories.clip(min=0)
-        return csr_matrix((shares, places), shape=(len(self.lengths), num_items))
+        cells = rows, self.histories.clip(min=0)
+        return csr_matrix((shares, cells), shape=(len(self.lengths), num_items))
 
 
 def other_candidates(rows: QueryRows, num_items: int, exclude_seen: bool) -> np.ndarray:
@@ -87,14 +87,14 @@ def other_candidates(rows: QueryRows, num_items: int, exclude_seen: bool) -> np.
     return is_candidate
 
 
-def places(
+def rank_rows(
     scores: np.ndarray, rows: QueryRows, exclude_seen: bool
 ) -> tuple[np.ndarray, np.ndarray]:  # float32 [R, I] -> int64 [R], int64 [R]
     """Count the other candidates with a higher and an equal score."""
-    return places_among(scores, rows.targets, other_candidates(rows, scores.shape[1], exclude_seen))
+    return rank_among(scores, rows.targets, other_candidates(rows, scores.shape[1], exclude_seen))
 
 
-def places_among(
+def rank_among(
     scores: np.ndarray, targets: np.ndarray, is_other: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:  # float32 [R, I], int64 [R], bool [R, I] -> int64 [R] twice
     """Count the items of `is_other` with a higher, and with an equal score."""
@@ -104,10 +104,10 @@ def places_among(
     return above, ((scores >= target - margin) & is_other).sum(axis=1) - above
 
 
-def place_of(items: np.ndarray, ids: np.ndarray) -> np.ndarray:  # ascending [I], [N] -> int64 [N]
-    """Return the place of each id among the items, or -1."""
-    places = np.searchsorted(items, ids).clip(max=len(items) - 1)
-    return np.where(items[places] == ids, places, -1)
+def index_of(items: np.ndarray, ids: np.ndarray) -> np.ndarray:  # ascending [I], [N] -> int64 [N]
+    """Return the index of each id among the items, or -1."""
+    indices = np.searchsorted(items, ids).clip(max=len(items) - 1)
+    return np.where(items[indices] == ids, indices, -1)
 
 
 def read_query_rows(job: Job, split: str, items: np.ndarray, counts: ItemCounts) -> QueryRows:
@@ -115,7 +115,7 @@ def read_query_rows(job: Job, split: str, items: np.ndarray, counts: ItemCounts)
     interactions, settings = split_interactions(job, split), job.config.ranking
     outputs = score(job, interactions, with_queries=True, with_histories=True)
     scored = {name: column.numpy() for name, column in outputs.items()}
-    targets = place_of(items, scored["query_items"])
+    targets = index_of(items, scored["query_items"])
     with_item = np.flatnonzero(targets >= 0)
     if num_other := len(targets) - len(with_item):
         logger.warning(
@@ -124,7 +124,7 @@ def read_query_rows(job: Job, split: str, items: np.ndarray, counts: ItemCounts)
         )
     rows = QueryRows(
         targets=targets,
-        histories=place_of(items, scored["query_seen"]),
+        histories=index_of(items, scored["query_seen"]),
         lengths=scored["query_seen_lengths"],
         queries=scored["queries"].astype(np.float32),
         counts=target_counts(counts, scored["query_items"], job.schema),

@@ -137,9 +137,9 @@ class Retriever:
                 "export the vectors of the new items, too"
             )
         ids, codes = read_codes(Path(folder), self.ids.type)
-        places = pc.index_in(ids, self.ids)
-        is_new = places.is_null().to_numpy(zero_copy_only=False)
-        existing_codes = self._index.trie.table[places.drop_null().to_numpy(), :-2]
+        indices = pc.index_in(ids, self.ids)
+        is_new = indices.is_null().to_numpy(zero_copy_only=False)
+        existing_codes = self._index.trie.table[indices.drop_null().to_numpy(), :-2]
         is_same_shape = len(existing_codes) > 0 and existing_codes.shape[1] == codes.shape[1]
         if not is_same_shape or (existing_codes != codes[~is_new]).any():
             raise ValueError(
@@ -148,7 +148,7 @@ class Retriever:
                 "trained on"
             )
         trie = self._index.trie_with(codes[is_new])
-        # The ids first: a search of another thread may find the new places at once.
+        # The ids first: a search of another thread may find the new indices at once.
         self.ids = pa.concat_arrays([self.ids, ids.filter(pa.array(is_new))])
         self._index.trie = trie
         return int(is_new.sum())
@@ -162,25 +162,25 @@ class Retriever:
         if self.tower is not None:
             query = self.tower.query(user, history)
             if self._blend is not None:
-                query = self._blend.query(query, self._places(history), self.vectors)
+                query = self._blend.query(query, self._indices(history), self.vectors)
             return query
-        places = self._places(history)
-        if not len(places := places[places >= 0]):
+        indices = self._indices(history)
+        if not len(indices := indices[indices >= 0]):
             raise NoQueryError(
                 f"history: no item of '{self._history}' has a vector in {self.folder}, and the "
                 "query is their mean; give items that it has"
             )
-        mean: np.ndarray = unit(self.vectors[places]).mean(axis=0)
+        mean: np.ndarray = unit(self.vectors[indices]).mean(axis=0)
         return mean
 
-    def _places(self, history: History) -> np.ndarray:  # int64 [H], -1: an item without a vector
+    def _indices(self, history: History) -> np.ndarray:  # int64 [H], -1: an item without a vector
         name = self._history
         items = history.get(name) if isinstance(history, Mapping) else history
         items = value_list({name: () if items is None else items}, name, "history")
         with errors_at(f"history: column '{name}'", pa.ArrowException, TypeError, OverflowError):
             item_ids = pa.array(items, self.ids.type)
-        places: np.ndarray = pc.index_in(item_ids, self.ids).fill_null(-1).to_numpy()
-        return places.astype(np.int64)
+        indices: np.ndarray = pc.index_in(item_ids, self.ids).fill_null(-1).to_numpy()
+        return indices.astype(np.int64)
 
     def search(
         self,
@@ -202,14 +202,14 @@ class Retriever:
         depth = count + max(map(len, excluded), default=0)
         matches = search_index(self._index, queries, depth)
         results = []
-        for row, (scores, places, excluded_ids) in enumerate(zip(*matches, excluded, strict=True)):
-            scores, places = scores[places >= 0], places[places >= 0]
+        for row, (scores, indices, excluded_ids) in enumerate(zip(*matches, excluded, strict=True)):
+            scores, indices = scores[indices >= 0], indices[indices >= 0]
             if self._blend is not None:
                 assert histories is not None
-                history = self._places(histories[row])
-                scores, places = self._blend.search(queries[row], history, places, self.vectors)
-                scores, places = scores[:depth], places[:depth]
-            ids = self.ids.take(pa.array(places)).to_pylist()
+                history = self._indices(histories[row])
+                scores, indices = self._blend.search(queries[row], history, indices, self.vectors)
+                scores, indices = scores[:depth], indices[:depth]
+            ids = self.ids.take(pa.array(indices)).to_pylist()
             best = [rank for rank, item in enumerate(ids) if item not in excluded_ids][:count]
             results.append(Retrieved([ids[rank] for rank in best], scores[best]))
         return results
@@ -227,7 +227,7 @@ class Retriever:
 
 REQUESTS_PER_BLOCK = 1024
 
-PlacedRequest = tuple[str, Any, Any]  # place for messages, user, history
+LocatedRequest = tuple[str, Any, Any]  # location for messages, user, history
 
 
 def retrieve_files(
@@ -257,19 +257,19 @@ def retrieve_files(
 
 
 def _retrieved(
-    retriever: Retriever, requests: Iterator[PlacedRequest], count: int
+    retriever: Retriever, requests: Iterator[LocatedRequest], count: int
 ) -> Iterator[list[dict[str, list[Any]]]]:
     num_empty = 0
     while block := list(itertools.islice(requests, REQUESTS_PER_BLOCK)):
         rows: list[dict[str, list[Any]]] = [{"items": [], "scores": []} for _ in block]
-        queries: dict[int, np.ndarray] = {}  # [V] by place in the block
-        for number, (place, user, history) in enumerate(block):
+        queries: dict[int, np.ndarray] = {}  # [V] by index in the block
+        for number, (location, user, history) in enumerate(block):
             try:
                 queries[number] = retriever.query(user, history)
             except NoQueryError:
                 num_empty += 1
             except ValueError as error:
-                raise ValueError(f"{place}: {error}") from error
+                raise ValueError(f"{location}: {error}") from error
         if queries:
             histories = [block[number][2] for number in queries]
             matches = retriever.search(np.stack([*queries.values()]), count, histories=histories)
@@ -283,7 +283,7 @@ def _retrieved(
         )
 
 
-def _requests(name: str, retriever: Retriever) -> Iterator[PlacedRequest]:
+def _requests(name: str, retriever: Retriever) -> Iterator[LocatedRequest]:
     if name.endswith(".json"):
         yield from _json_requests(Location.of(name))
         return
@@ -305,13 +305,13 @@ def _requests(name: str, retriever: Retriever) -> Iterator[PlacedRequest]:
                 yield f"{file} row {number}", values, lists
 
 
-def _json_requests(file: Location) -> Iterator[PlacedRequest]:
+def _json_requests(file: Location) -> Iterator[LocatedRequest]:
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file}: no readable JSON ({error})") from error
     for number, request in enumerate(content if isinstance(content, list) else [content]):
-        place = f"{file} request {number}"
+        location = f"{file} request {number}"
         if not isinstance(request, dict):
-            raise ValueError(f"{place}: is no object; give one with `user` and `history`")
-        yield place, request.get("user", {}), request.get("history", [])
+            raise ValueError(f"{location}: is no object; give one with `user` and `history`")
+        yield location, request.get("user", {}), request.get("history", [])

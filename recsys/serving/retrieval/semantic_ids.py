@@ -157,7 +157,7 @@ def collision_report(codes: np.ndarray, ids: list[Any], num_codes: int) -> dict[
         "distinct": len(counts),
         "colliding": int(counts[counts > 1].sum()),
         "largest": int(counts.max()),
-        "largest_items": [ids[place] for place in largest[:SHOWN]],
+        "largest_items": [ids[index] for index in largest[:SHOWN]],
         "levels": levels,
     }
 
@@ -266,14 +266,14 @@ def codes_of_items(job: Job, folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Return rows of the item table [I] and codes [I, L] of a job's items that have some."""
     ids = raw_ids(job)
     coded, codes = read_codes(folder, ids.type)
-    places = pc.index_in(ids, coded)
-    has_codes = places.is_valid().to_numpy(zero_copy_only=False)
+    positions = pc.index_in(ids, coded)
+    has_codes = positions.is_valid().to_numpy(zero_copy_only=False)
     if not has_codes.all():
         logger.warning(
             f"{folder}: {int((~has_codes).sum()):,} of {len(ids):,} items have no semantic ids and "
             "cannot be retrieved; write them by --codebooks for these items, too"
         )
-    return np.asarray(catalogue_of(job))[has_codes], codes[places.drop_null().to_numpy()]
+    return np.asarray(catalogue_of(job))[has_codes], codes[positions.drop_null().to_numpy()]
 
 
 def read_codes(folder: Path, id_type: pa.DataType) -> tuple[pa.Array, np.ndarray]:
@@ -333,8 +333,8 @@ def _add_lookup(
     if files:
         values = pq.read_table(folder, partitioning=None)
         stored = values[item].combine_chunks().cast(ids[item].type)
-        places = pc.index_in(stored, ids[item].combine_chunks())
-        values = values.append_column(column, ids[column].combine_chunks().take(places))
+        positions = pc.index_in(stored, ids[item].combine_chunks())
+        values = values.append_column(column, ids[column].combine_chunks().take(positions))
         is_missing = pc.invert(pc.is_in(ids[item], stored))
         ids = pa.concat_tables([values, ids.filter(is_missing)], promote_options="permissive")
         for file in files:
@@ -361,7 +361,7 @@ def _write_file(file: Location, out: Path, schema: Schema, ids: pa.Table, column
     ):
         for index in range(parquet.num_row_groups):
             rows = parquet.read_row_group(index)
-            places = pc.index_in(rows[schema.target_item].cast(items.type), items)
-            row_lists = lists.take(places.combine_chunks())
+            positions = pc.index_in(rows[schema.target_item].cast(items.type), items)
+            row_lists = lists.take(positions.combine_chunks())
             row_lists = pc.if_else(row_lists.is_valid(), row_lists, pa.scalar([], lists.type))
             writer.write_table(rows.append_column(field, row_lists))

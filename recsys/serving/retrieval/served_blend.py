@@ -1,7 +1,7 @@
 """A blend of a two-tower model with its baselines, as files of a folder of item vectors.
 
-Parts that are dot products are concatenated in one vector per item: model, content, logarithm of
-the count. The other parts are neighbours of the history's items, summed with their weights in one
+Terms that are dot products are concatenated in one vector per item: model, content, logarithm of
+the count. The other terms are neighbours of the history's items, summed with their weights in one
 matrix. An item's score is the dot product plus the mean of its matrix entries over the history.
 Entries are not negative, so the best items are among the index's best and the neighbours.
 
@@ -23,7 +23,7 @@ NEIGHBOURS = "neighbours.npz"
 
 @dataclass(frozen=True)
 class ServedBlend:
-    """Weights and widths of the parts of vectors, in order, and weighted neighbours [I, I]."""
+    """Weights and widths of the terms of vectors, in order, and weighted neighbours [I, I]."""
 
     decay: float
     weights: dict[str, float]
@@ -31,7 +31,7 @@ class ServedBlend:
     neighbours: csr_matrix
 
     @staticmethod
-    def of(catalogue: Catalogue, blend: Blend) -> tuple[ServedBlend, np.ndarray]:  # float32 [I, V]
+    def make(catalogue: Catalogue, blend: Blend) -> tuple[ServedBlend, np.ndarray]:  # [I, V]
         """Return a blend to serve, and the vectors of its items."""
         weights = {name: weight for name, weight in blend.weights.items() if weight}
         vectors = {"model": catalogue.vectors["model"]}  # an index needs a vector of each item
@@ -46,7 +46,7 @@ class ServedBlend:
         served_blend = ServedBlend(
             blend.decay,
             {name: float(weights.get(name, 0)) for name in vectors},
-            {name: part.shape[1] for name, part in vectors.items()},
+            {name: matrix.shape[1] for name, matrix in vectors.items()},
             neighbours.astype(np.float32),
         )
         return served_blend, np.concatenate([*vectors.values()], axis=1)
@@ -60,40 +60,40 @@ class ServedBlend:
     ) -> ServedBlend:
         return ServedBlend(decay, weights, widths, load_npz(folder / NEIGHBOURS).tocsr())
 
-    def shares(self, places: np.ndarray) -> np.ndarray:  # int64 [H], -1: no item -> float32 [H]
+    def age_weights(self, indices: np.ndarray) -> np.ndarray:  # [H], -1: no item -> float32 [H]
         """Return the weights of a history, oldest first, which add up to 1."""
-        ages = np.arange(len(places) - 1, -1, -1, dtype=np.float64)
-        weights = np.where(places >= 0, self.decay**ages, 0)
+        ages = np.arange(len(indices) - 1, -1, -1, dtype=np.float64)
+        weights = np.where(indices >= 0, self.decay**ages, 0)
         shares: np.ndarray = (weights / max(weights.sum(), np.finfo(float).tiny)).astype(np.float32)
         return shares
 
     def query(
-        self, query: np.ndarray, places: np.ndarray, vectors: np.ndarray
+        self, query: np.ndarray, indices: np.ndarray, vectors: np.ndarray
     ) -> np.ndarray:  # float32 of the model's, int64 [H], float32 [I, V] -> float32 [V]
-        """Return the vector whose dot product with an item's is the sum of the parts of vectors."""
-        parts, start = [], 0
-        shares, history = self.shares(places), vectors[places.clip(min=0)]
+        """Return the vector whose dot product with an item's is the sum of the terms of vectors."""
+        terms, start = [], 0
+        shares, history = self.age_weights(indices), vectors[indices.clip(min=0)]
         for name, width in self.widths.items():
-            part = {"model": query, "popularity": np.ones(1, np.float32)}.get(name)
-            if part is None:
-                part = shares @ history[:, start : start + width]
-            parts.append(self.weights[name] * part)
+            term = {"model": query, "popularity": np.ones(1, np.float32)}.get(name)
+            if term is None:
+                term = shares @ history[:, start : start + width]
+            terms.append(self.weights[name] * term)
             start += width
-        return np.concatenate(parts).astype(np.float32)
+        return np.concatenate(terms).astype(np.float32)
 
     def search(
         self,
         query: np.ndarray,  # float32 [V]
-        history: np.ndarray,  # int64 [H] places, -1: no item
-        nearest: np.ndarray,  # int64 places of the index's best
+        history: np.ndarray,  # int64 [H] indices, -1: no item
+        nearest: np.ndarray,  # int64 indices of the index's best
         vectors: np.ndarray,  # float32 [I, V]
     ) -> tuple[np.ndarray, np.ndarray]:  # float32, int64, of the best and of neighbours
-        """Return scores and places of the best items by all parts, best first."""
+        """Return scores and indices of the best items by all terms, best first."""
         is_item = history >= 0
-        shares = csr_matrix(self.shares(history)[is_item])
+        shares = csr_matrix(self.age_weights(history)[is_item])
         near = (shares @ self.neighbours[history[is_item]]).tocsr()
-        places = np.union1d(nearest, near.indices)
-        scores = vectors[places] @ query
-        scores[np.searchsorted(places, near.indices)] += near.data
+        indices = np.union1d(nearest, near.indices)
+        scores = vectors[indices] @ query
+        scores[np.searchsorted(indices, near.indices)] += near.data
         best = np.argsort(-scores, kind="stable")
-        return scores[best], places[best]
+        return scores[best], indices[best]

@@ -89,7 +89,7 @@ class BoundedConnection(HttpToolsProtocol):
             self._timer = None
 
     def _end_reading(self, seconds: int) -> None:
-        if self._awaits_answer():  # bytes after that request are not read meanwhile
+        if self._awaits_response():  # bytes after that request are not read meanwhile
             self._start_timer()
             return
         problem = f"the request was not complete after {seconds} s"
@@ -102,14 +102,14 @@ class BoundedConnection(HttpToolsProtocol):
     def _refuse(self, status: HTTPStatus, problem: str) -> None:
         """Answer the request that is being read, unless it has an answer; end the connection."""
         self._is_refused = True
-        if self._awaits_answer():
+        if self._awaits_response():
             self.cycle.keep_alive = False
         elif not self.transport.is_closing():
             if self._in_head or (self.cycle is not None and not self.cycle.response_started):
                 self.transport.write(self._response(status, problem))
             self.transport.close()
 
-    def _awaits_answer(self) -> bool:
+    def _awaits_response(self) -> bool:
         cycle = self.cycle
         return bool(self.pipeline) or not (
             cycle is None or cycle.response_complete or cycle.more_body

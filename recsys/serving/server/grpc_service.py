@@ -23,8 +23,8 @@ from recsys.serving.server.metrics import ID_HEADER, RequestLog
 from recsys.serving.server.protocol import (
     NamedTensor,
     RequestError,
-    tensor_of_bytes,
-    tensor_of_values,
+    tensor_from_bytes,
+    tensor_from_values,
 )
 from recsys.serving.server.scoring_service import ScoringService
 
@@ -79,7 +79,7 @@ class InferenceService:
         self._scoring = scoring
 
     def handler(self, name: str, request: Any, response: Any) -> Callable[..., Any]:
-        async def answer(messages: AsyncIterator[bytes], context: ServicerContext) -> Any:
+        async def respond(messages: AsyncIterator[bytes], context: ServicerContext) -> Any:
             metadata = {key: str(value) for key, value in context.invocation_metadata() or ()}
             log, code = RequestLog(f"grpc {name}", metadata.get(ID_HEADER, "")), "OK"
             context.set_trailing_metadata(((ID_HEADER, log.id),))
@@ -99,7 +99,7 @@ class InferenceService:
                 log.end(code)
             return await context.abort(grpc.StatusCode[code], problem)
 
-        return answer
+        return respond
 
     async def _read_message(self, messages: AsyncIterator[bytes], kind: Any) -> Any:
         seconds = self._scoring.settings.read_timeout
@@ -153,11 +153,11 @@ def _tensors(message: Any) -> list[NamedTensor]:
     for number, tensor in enumerate(message.inputs):
         header = tensor.name, tensor.datatype, list(tensor.shape)
         if raw:
-            tensors.append(tensor_of_bytes(*header, raw[number]))
+            tensors.append(tensor_from_bytes(*header, raw[number]))
         else:
             fields = tensor.contents.ListFields()
             if len(fields) > 1:
                 names = [field.name for field, _ in fields]
                 raise RequestError(f"input '{tensor.name}': its contents have {names}; give one")
-            tensors.append(tensor_of_values(*header, fields[0][1] if fields else []))
+            tensors.append(tensor_from_values(*header, fields[0][1] if fields else []))
     return tensors

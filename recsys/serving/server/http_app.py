@@ -222,7 +222,7 @@ class Routes:
         best = scores[order]
         return {
             "by": by,
-            "items": [items[place] for place in order.tolist()],
+            "items": [items[index] for index in order.tolist()],
             "scores": {label: best[:, number].tolist() for number, label in enumerate(labels)},
         }
 

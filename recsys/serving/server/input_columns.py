@@ -122,21 +122,21 @@ class InputColumns:
             _check_size(f"candidates: '{name}'", values, limits.max_candidates, limits)
 
 
-def _require_column(name: str, columns: Sequence[str], place: str) -> None:
+def _require_column(name: str, columns: Sequence[str], origin: str) -> None:
     if name not in columns:
-        raise RequestError(f"{place}: '{name[:99]}' is none of the columns {list(columns)}")
+        raise RequestError(f"{origin}: '{name[:99]}' is none of the columns {list(columns)}")
 
 
-def _check_size(place: str, values: Sequence[Any], limit: int, limits: ServerSettings) -> None:
+def _check_size(origin: str, values: Sequence[Any], limit: int, limits: ServerSettings) -> None:
     """Require at most `limit` values, and lists and strings in them within the limits."""
     if len(values) > limit:
-        raise RequestError(f"{place} has {len(values)} values; the limit is {limit}")
+        raise RequestError(f"{origin} has {len(values)} values; the limit is {limit}")
     if not {str, list} & set(map(type, values)):  # skips the loop, as slow as parsing the request
         return
     for value in values:
         if isinstance(value, str) and len(value) > limits.max_text:
             raise RequestError(
-                f"{place} has a text of {len(value)} characters; the limit is {limits.max_text}"
+                f"{origin} has a text of {len(value)} characters; the limit is {limits.max_text}"
             )
         if isinstance(value, list):
-            _check_size(place, value, limits.max_values, limits)
+            _check_size(origin, value, limits.max_values, limits)

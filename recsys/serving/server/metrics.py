@@ -83,8 +83,8 @@ def out_of_range(
     """Count numbers, and those beyond the range of training, by column that has one."""
     counts = {}
     for name, values in columns.items():
-        if "low" in (shares := statistics.get(name, {})):
-            beyond = (values < shares["low"]) | (values > shares["high"])
+        if "low" in (bounds := statistics.get(name, {})):
+            beyond = (values < bounds["low"]) | (values > bounds["high"])
             counts[name] = len(values), int(beyond.sum())
     return counts
 

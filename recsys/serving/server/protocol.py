@@ -180,7 +180,7 @@ class NamedTensor:
     values: list[Any]  # flat
 
 
-def tensor_of_values(
+def tensor_from_values(
     name: str, datatype: str, shape: Sequence[int], data: Sequence[Any]
 ) -> NamedTensor:
     """Return a tensor of values, flat or nested as the shape; null is an unknown id."""
@@ -196,7 +196,7 @@ def tensor_of_values(
     return NamedTensor(name, tuple(shape), texts)
 
 
-def tensor_of_bytes(name: str, datatype: str, shape: Sequence[int], raw: bytes) -> NamedTensor:
+def tensor_from_bytes(name: str, datatype: str, shape: Sequence[int], raw: bytes) -> NamedTensor:
     """Return a tensor of raw bytes; a RequestError says that they do not fit type and shape."""
     size = _num_values(name, datatype, shape)
     if datatype == BYTES:
@@ -229,13 +229,13 @@ def _text(name: str, value: bytes) -> str:
 
 def _strings(name: str, raw: bytes) -> Iterator[bytes]:
     """Yield strings, each after its length in four bytes."""
-    place = 0
-    while place < len(raw):
-        start = place + 4
-        place = start + int.from_bytes(raw[place:start], "little")
-        if place > len(raw) or start > len(raw):
+    offset = 0
+    while offset < len(raw):
+        start = offset + 4
+        offset = start + int.from_bytes(raw[offset:start], "little")
+        if offset > len(raw) or start > len(raw):
             raise RequestError(f"input '{name}': its bytes end within a string")
-        yield raw[start:place]
+        yield raw[start:offset]
 
 
 def read_infer_request(
@@ -245,29 +245,29 @@ def read_infer_request(
 
     `json_length` is the header that tells how many bytes of the body are JSON.
     """
-    place = len(body)
+    offset = len(body)
     if json_length is not None:
         digits = json_length.lstrip("0") or json_length[-1:]
         if not re.fullmatch("[0-9]{1,18}", digits) or int(digits) > len(body):
             raise RequestError(
                 f"{JSON_LENGTH}: '{json_length[:99]}' for a body of {len(body)} bytes"
             )
-        place = int(digits)
-    request, tensors = parse_message(InferRequest, body[:place]), []
+        offset = int(digits)
+    request, tensors = parse_message(InferRequest, body[:offset]), []
     for tensor in request.inputs:
         header = tensor.name, tensor.datatype, tensor.shape
         size = tensor.parameters.get(BINARY_SIZE)
         if size is None:
             if tensor.data is None:
                 raise RequestError(f"input '{tensor.name}': has no data")
-            tensors.append(tensor_of_values(*header, tensor.data))
+            tensors.append(tensor_from_values(*header, tensor.data))
         else:
-            if type(size) is not int or not 0 <= size <= len(body) - place:
+            if type(size) is not int or not 0 <= size <= len(body) - offset:
                 raise RequestError(f"input '{tensor.name}': {BINARY_SIZE} does not fit the body")
-            tensors.append(tensor_of_bytes(*header, body[place : place + size]))
-            place += size
-    if place != len(body):
-        raise RequestError(f"the body has {len(body) - place} bytes more than its inputs")
+            tensors.append(tensor_from_bytes(*header, body[offset : offset + size]))
+            offset += size
+    if offset != len(body):
+        raise RequestError(f"the body has {len(body) - offset} bytes more than its inputs")
     return request, tensors
 
 

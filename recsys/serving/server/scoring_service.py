@@ -144,11 +144,11 @@ class ScoringService:
 
     async def add_items(self, items: Sequence[Item]) -> tuple[AddedCounts, str]:
         """Add items to the package; return their numbers and the version that now answers."""
-        most = self.settings.max_items
+        limit = self.settings.max_items
         if self._intake is None:
             raise RequestError("items: are not taken; start the server with --encoders true", 404)
-        if not 1 <= len(items) <= most:
-            raise RequestError(f"items: are {len(items)}; give 1 to {most}")
+        if not 1 <= len(items) <= limit:
+            raise RequestError(f"items: are {len(items)}; give 1 to {limit}")
         with self._queued("additions"):
             loop = asyncio.get_running_loop()
             counts = await loop.run_in_executor(self._item_thread, self._intake.add, items)

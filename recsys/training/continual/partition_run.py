@@ -42,7 +42,7 @@ from recsys.training import initial_state
 from recsys.training.continual import changes
 from recsys.training.continual.partitions import Partition, is_late, require_files_in_order
 from recsys.training.trackers import Reporter
-from recsys.training.train import training_figures, training_interactions
+from recsys.training.train import training_interactions, training_metrics
 from recsys.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -53,13 +53,13 @@ class PhaseTimer:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._since = time.perf_counter()
+        self._lap_start = time.perf_counter()
 
     def lap(self, phase: str) -> None:
         """End a phase: the time since the last call belongs to it."""
         timestamp = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + timestamp - self._since
-        self._since = timestamp
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + timestamp - self._lap_start
+        self._lap_start = timestamp
 
     def append(self, file: Path, partition: str, rows: int) -> None:
         total = sum(self.seconds.values())
@@ -97,7 +97,7 @@ class PartitionRun:
         warmup = continual.config.optimizer.warmup_steps if number == 0 and from_nothing else 0
         self.config = replace(
             continual.config,
-            epochs=passes_over(continual.config.continual, number, from_nothing),
+            epochs=num_passes(continual.config.continual, number, from_nothing),
             validations_per_epoch=1,
             optimizer=replace(continual.config.optimizer, warmup_steps=warmup),
         )
@@ -121,8 +121,8 @@ class PartitionRun:
                 )
             if ranks.is_first:
                 run_folder.recover_checkpoints(self.run)
-        goes_on = ranks.from_first(bool(folders_by_age(self.run / "checkpoints")))
-        schema, source, ids = self._schema(goes_on)
+        resumes = ranks.from_first(bool(folders_by_age(self.run / "checkpoints")))
+        schema, source, ids = self._schema(resumes)
         self.timer.lap("read")
         job = build_job(self.config, self.continual.data, ranks, schema, self.partition.folder)
         self.timer.lap("build")
@@ -136,17 +136,17 @@ class PartitionRun:
             trainer.reporter.close()
             trainer.checkpoints.close()
         self.timer.lap("finish")
-        return self._as_read(trainer.interactions)
+        return self._with_fingerprint(trainer.interactions)
 
-    def _schema(self, goes_on: bool) -> tuple[Schema, Source | None, changes.NewIds | None]:
+    def _schema(self, resumes: bool) -> tuple[Schema, Source | None, changes.NewIds | None]:
         """Return the schema, the run to start from and the partition's new ids; None if resumed.
 
         New ids get table rows once the partition is scored. A collective.
         """
         data, ranks, root = self.continual.data, self.ranks, Location.of(self.continual.data)
-        if goes_on:
+        if resumes:
             with ranks.raise_on_all_ranks():
-                return schema_of_data(self.run, root, ranks, goes_on), None, None
+                return schema_of_data(self.run, root, ranks, resumes), None, None
         source, previous = None, None
         if self.request is not None:
             source, schema = initial_state.open_warm_start(
@@ -165,7 +165,7 @@ class PartitionRun:
         interactions = training_interactions(job, is_shuffled)
         if not is_shuffled:
             require_files_in_order(chunk.place for chunk in interactions.rows.chunks)
-        current = self._as_read(interactions)
+        current = self._with_fingerprint(interactions)
         with self.ranks.raise_on_all_ranks():
             self._refuse_other_rows(current, ids is None)
         checkpoints = Checkpoints(job, self.run, current.fingerprint, self.continual.writers)
@@ -180,21 +180,21 @@ class PartitionRun:
         reporter = Reporter(job, self.folder.path, progress, counts_all_steps=True)
         if line is not None:
             reporter.evaluation("prequential", 0, {**line, "rows": None})
-            for part in SUBSETS[1:]:
-                reporter.evaluation(f"prequential/{part}", 0, line[part])
+            for subset in SUBSETS[1:]:
+                reporter.evaluation(f"prequential/{subset}", 0, line[subset])
         lockstep = self.continual.lockstep
         return PartitionTrainer(
             job, self.run, interactions, checkpoints, lockstep, reporter, progress, item_counts
         )
 
-    def _as_read(self, interactions: Interactions) -> TrainedPartition:
+    def _with_fingerprint(self, interactions: Interactions) -> TrainedPartition:
         rows = interactions.rows
         return TrainedPartition(self.partition.name, rows.num_rows, rows.fingerprint())
 
-    def _refuse_other_rows(self, current: TrainedPartition, goes_on: bool) -> None:
+    def _refuse_other_rows(self, current: TrainedPartition, resumes: bool) -> None:
         """Refuse rows that have changed since they were scored, and rows trained on before."""
         previous, folder = self.state.begun, self.partition.folder
-        are_scored = goes_on or self.folder.scores_of(current.name).exists()
+        are_scored = resumes or self.folder.scores_of(current.name).exists()
         if previous is not None and previous != current and are_scored:
             raise ValueError(
                 f"{folder}: has changed since it was scored (then {previous.rows:,} rows, now "
@@ -219,7 +219,7 @@ class PartitionRun:
             plan = plan_warm_start(job, source)
             plan.take_unused_rows(job)
             changes.check_items(job, plan)
-            progress = initial_state.take_over(job, plan)
+            progress = initial_state.load_source(job, plan)
             counts = initial_state.counts_before(job, plan)
             self.timer.lap("warm start")
             if is_late(current.name, self.state):
@@ -283,7 +283,7 @@ class PartitionRun:
         job, progress = trainer.job, trainer.progress
         with job.averaged():
             trainer.checkpoints.save_best(progress)
-        metrics = {"partition": self.partition.name, **training_figures(progress, self.ranks)}
+        metrics = {"partition": self.partition.name, **training_metrics(progress, self.ranks)}
         file, text = self.run / run_folder.METRICS, json.dumps(metrics, indent=2) + "\n"
         self.ranks.on_first(atomic_write, file, text)
         self.ranks.on_first(run_folder.finish_run, self.run)
@@ -300,11 +300,11 @@ class PartitionRun:
             return open_rows(self.config.source, root, folder, schema, self.config.on_bad_row)
 
         model = lines[0]["model_of"] or "the run that it was begun from"
-        place = f"{self.continual.data}/{self.partition.folder}, scored by the model of {model}"
+        subject = f"{self.continual.data}/{self.partition.folder}, scored by the model of {model}"
         consequence = (
             "Its scores are kept, and it is trained on; the same command goes on with the next one"
         )
-        require_useful(lines[0], place, rows, consequence, slack=slack_for(lines[0]["rows"]))
+        require_useful(lines[0], subject, rows, consequence, slack=slack_for(lines[0]["rows"]))
 
 
 class PartitionTrainer(Trainer):
@@ -319,7 +319,7 @@ class PartitionTrainer(Trainer):
             initial_state.refill_cold_rows(self.job)
 
 
-def passes_over(settings: ContinualSettings, number: int, from_nothing: bool) -> int:
+def num_passes(settings: ContinualSettings, number: int, from_nothing: bool) -> int:
     """Return the number of passes; a model `from_nothing` gains from several at first."""
     first = settings.first_passes if from_nothing else []
     return first[number] if number < len(first) else settings.passes
@@ -351,11 +351,11 @@ def format_lines(ranking: RankingSettings, lines: list[dict[str, Any]]) -> str:
     if not lines:
         return ""
     names = [name for name in evaluate.shown_metrics(ranking, lines[-1]) if name in lines[-1]]
-    parts = [f"{part} {names[0] if len(names) < 2 else names[1]}" for part in ("cold", "unseen")]
-    rows = [["partition", "rows", *names, *parts]]
+    columns = [f"{kind} {names[0] if len(names) < 2 else names[1]}" for kind in ("cold", "unseen")]
+    rows = [["partition", "rows", *names, *columns]]
     for line in lines:
         values = [line.get(name) for name in names]
-        values += [line[part.split()[0]].get(part.split()[1]) for part in parts]
+        values += [line[kind.split()[0]].get(kind.split()[1]) for kind in columns]
         cells = ["-" if value is None else f"{value:.4f}" for value in values]
         rows.append([line["partition"], f"{line['rows']:,}", *cells])
     return align_columns(rows)

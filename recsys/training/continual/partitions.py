@@ -38,33 +38,33 @@ class Partition:
 
     @property
     def key(self) -> Key:
-        return key_of(self.name)
+        return sort_key(self.name)
 
 
-def levels_of(name: str) -> list[tuple[str, str]]:
+def parse_levels(name: str) -> list[tuple[str, str]]:
     """Return the levels of a partition with their values, such as `date` and `2026-11-01`."""
-    parts = (part.partition("=") for part in name.split("/"))
-    return [(level, unquote(value)) for level, _, value in parts]
+    pairs = (segment.partition("=") for segment in name.split("/"))
+    return [(level, unquote(value)) for level, _, value in pairs]
 
 
-def key_of(name: str) -> Key:
+def sort_key(name: str) -> Key:
     """Return the sort key of a partition."""
-    return tuple(_key_of_value(value) for _, value in levels_of(name))
+    return tuple(_value_key(value) for _, value in parse_levels(name))
 
 
-def key_of_bound(bound: str, like: Key) -> Key:
+def bound_key(bound: str, like: Key) -> Key:
     """Return the sort key of a bound such as `2026-11-01/05`, of the types of key `like`."""
     keys = []
-    for value, (kind, *_) in zip(_values_of_bound(bound), like):
-        keys.append((1, 0, _padded(value)) if kind else _key_of_value(value))
+    for value, (kind, *_) in zip(_bound_values(bound), like):
+        keys.append((1, 0, _padded(value)) if kind else _value_key(value))
     return tuple(keys)
 
 
-def _values_of_bound(bound: str) -> list[str]:
+def _bound_values(bound: str) -> list[str]:
     return [unquote(level.partition("=")[2] or level) for level in bound.split("/")]
 
 
-def _key_of_value(value: str) -> tuple[int, int, str]:
+def _value_key(value: str) -> tuple[int, int, str]:
     return (0, int(value), "") if value.isascii() and value.isdigit() else (1, 0, _padded(value))
 
 
@@ -81,12 +81,12 @@ def list_partitions(root: Location) -> list[Partition]:
     """
     train = root / "train"
     names = list(_leaves(train, ""))
-    most = max((name.count("/") for name in names), default=0)
+    depth = max((name.count("/") for name in names), default=0)
     # A day's folder without hours yet is no partition.
-    names = [name for name in names if name.count("/") == most or (train / name).files(".parquet")]
+    names = [name for name in names if name.count("/") == depth or (train / name).files(".parquet")]
     partitions = [Partition(name) for name in names]
     partitions.sort(key=lambda partition: partition.key)
-    levels = [[level for level, _ in levels_of(partition.name)] for partition in partitions]
+    levels = [[level for level, _ in parse_levels(partition.name)] for partition in partitions]
     for partition, names in zip(partitions, levels):
         if re.search(r"=[0-9]{1,2}[-_.][0-9]{1,2}[-_.][0-9]{4}(/|$)", partition.name):
             raise ValueError(
@@ -125,10 +125,10 @@ def _leaves(train: Location, path: str) -> Iterator[str]:
         yield from _leaves(train, f"{path}/{name}" if path else name)
 
 
-def _is_folder(place: Location, entry: Mapping[str, Any]) -> bool:
+def _is_folder(path: Location, entry: Mapping[str, Any]) -> bool:
     """Whether an entry is a folder or a link to one, even to one that is not there now."""
     is_other = entry["type"] not in ("directory", "file")
-    return entry["type"] == "directory" or (is_other and not place.filesystem.isfile(place.path))
+    return entry["type"] == "directory" or (is_other and not path.filesystem.isfile(path.path))
 
 
 def unfinished_file(folder: Location) -> str | None:
@@ -153,7 +153,7 @@ def refused_partitions(
     usual = max(forms, key=forms.count, default=())
     refused = {}
     for name in (p.name for p in partitions if p.name not in trained):
-        begin = date_of(name)
+        begin = parse_date(name)
         if NULL in name:
             refused[name] = "has rows without a value for its level"
         elif _form(name) != usual:
@@ -164,12 +164,12 @@ def refused_partitions(
     return refused
 
 
-def date_of(name: str) -> datetime | None:
+def parse_date(name: str) -> datetime | None:
     """Return the day in a name, such as `date=2026-11-01`, `20261101` or `year=2026/month=11`."""
-    by_level = {level.lower(): value for level, value in levels_of(name)}
+    by_level = {level.lower(): value for level, value in parse_levels(name)}
     if "year" in by_level:
-        parts = [by_level.get(level, "1").zfill(2) for level in ("year", "month", "day")]
-        return _parsed("-".join(parts))
+        fields = [by_level.get(level, "1").zfill(2) for level in ("year", "month", "day")]
+        return _parsed("-".join(fields))
     return next(filter(None, map(_parsed, by_level.values())), None)
 
 
@@ -178,7 +178,7 @@ def require_order_of_time(where: object, partitions: Sequence[Partition]) -> Non
 
     `partitions` are in order: the next ones of a country would be scored by later days of others.
     """
-    dated = [(begin, p.name) for p in partitions if (begin := date_of(p.name)) is not None]
+    dated = [(begin, p.name) for p in partitions if (begin := parse_date(p.name)) is not None]
     for (previous, name), (following, later_name) in pairwise(dated):
         if previous > following:
             raise ValueError(
@@ -199,12 +199,12 @@ def require_files_in_order(files: Iterable[str]) -> None:
 
 
 def _with_numbers(name: str) -> list[str | int]:
-    parts = re.split("([0-9]+)", name)
-    return [int(part) if place % 2 else part for place, part in enumerate(parts)]
+    segments = re.split("([0-9]+)", name)
+    return [int(segment) if index % 2 else segment for index, segment in enumerate(segments)]
 
 
 def _form(name: str) -> tuple[str, ...]:
-    return tuple(_form_of_value(value) for _, value in levels_of(name))
+    return tuple(_form_of_value(value) for _, value in parse_levels(name))
 
 
 def _form_of_value(value: str) -> str:
@@ -237,9 +237,9 @@ class PartitionRange:
     def check(self, partitions: Sequence[Partition]) -> None:
         """Refuse a bound that cannot be compared with these partitions."""
         example = partitions[0].name if partitions else ""
-        values = [value for _, value in levels_of(example)] if example else []
+        values = [value for _, value in parse_levels(example)] if example else []
         for option, bound in (("from", self.first), ("until", self.last)):
-            levels = [] if bound is None or not values else _values_of_bound(bound)
+            levels = [] if bound is None or not values else _bound_values(bound)
             if len(levels) > len(values) or any(map(_differ_in_form, levels, values)):
                 raise ValueError(
                     f"--{option} {bound}: is not comparable with the partition {example}; write "
@@ -247,18 +247,18 @@ class PartitionRange:
                 )
 
     def begins_after(self, key: Key) -> bool:
-        bound = () if self.first is None else key_of_bound(self.first, key)
+        bound = () if self.first is None else bound_key(self.first, key)
         return key[: len(bound)] < bound
 
     def ends_before(self, key: Key) -> bool:
-        bound = () if self.last is None else key_of_bound(self.last, key)
+        bound = () if self.last is None else bound_key(self.last, key)
         return key[: len(bound)] > bound
 
     def is_over(self, partitions: Sequence[Partition], state: RunState) -> bool:
         if self.last is None or state.last is None:
             return False
-        newest = max(key_of(trained.name) for trained in state.trained)
-        bound = key_of_bound(self.last, newest)
+        newest = max(sort_key(trained.name) for trained in state.trained)
+        bound = bound_key(self.last, newest)
         is_last = len(newest) == len(bound) and newest >= bound
         return is_last or any(self.ends_before(partition.key) for partition in partitions)
 
@@ -274,10 +274,10 @@ def next_partition(
     trained = {partition.name for partition in state.trained}
     waiting = [partition for partition in partitions if partition.name not in trained]
     begun_name = "" if state.begun is None else state.begun.name
-    newest = max(filter(None, [*trained, begun_name]), key=key_of, default=None)
+    newest = max(filter(None, [*trained, begun_name]), key=sort_key, default=None)
     run_range = PartitionRange(span.first if newest is None else state.first)
     waiting = [p for p in waiting if not run_range.begins_after(p.key)]
-    older = [p for p in waiting if newest and p.key < key_of(newest) and p.name != begun_name]
+    older = [p for p in waiting if newest and p.key < sort_key(newest) and p.name != begun_name]
     if older and late == "refuse":
         raise ValueError(
             f"{where}/{older[0].name}: is older than {newest}, which is trained on already; train "
@@ -296,10 +296,10 @@ def next_partition(
 
 def is_late(name: str, state: RunState) -> bool:
     """Return whether the model knows rows that are later in time than those of a partition."""
-    return any(key_of(name) < key_of(trained.name) for trained in state.trained)
+    return any(sort_key(name) < sort_key(trained.name) for trained in state.trained)
 
 
-def check_whole(root: Location, partition: Partition, partitions: Sequence[Partition]) -> None:
+def check_complete(root: Location, partition: Partition, partitions: Sequence[Partition]) -> None:
     """Refuse a partition with an unfinished file, or without the _SUCCESS that others have."""
     folder = root / partition.folder
     if (name := unfinished_file(folder)) is not None:

@@ -22,7 +22,7 @@ from recsys.checkpoint.warm_start.source import WarmStart
 from recsys.config import Config, ContinualSettings
 from recsys.data.row_source import open_rows
 from recsys.data.schema import Schema, load_schema
-from recsys.distributed.job import environment_of_no_rank
+from recsys.distributed.job import environment_without_rank
 from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks, sole_job
@@ -37,7 +37,7 @@ from recsys.training.continual.partition_run import ContinualRun, PartitionRun, 
 from recsys.training.continual.partitions import (
     Partition,
     PartitionRange,
-    check_whole,
+    check_complete,
     list_partitions,
     next_partition,
     refused_partitions,
@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 NEWEST = "newest"
 SECONDS = "seconds.jsonl"  # in the run's folder
-LOOK_SECONDS = 0.2  # between checks for requests to end
+STOP_CHECK_SECONDS = 0.2  # between checks for requests to end
 
 
 def check_packages(settings: ContinualSettings, schema: Schema, run: Path) -> None:
@@ -106,7 +106,7 @@ def _export(run: Path, package: Path, tables: str) -> None:
     command += ["--compile", "false"]  # machine code holds the weights, so each delta would too
     process = subprocess.run(
         command,
-        env=environment_of_no_rank(),
+        env=environment_without_rank(),
         capture_output=True,
         text=True,
         start_new_session=True,  # Ctrl-C ends the walk, once the package is whole
@@ -146,7 +146,7 @@ def train_continually(
         stack.enter_context(sole_job(run, ranks, run / LOCK))
         watchdog = stack.enter_context(Watchdog(ranks, config.stall_timeout))
         lockstep = stack.enter_context(Lockstep(ranks, config.checkpoint.every_seconds, watchdog))
-        writers, warm_start = ranks.apart(), options.warm_start
+        writers, warm_start = ranks.with_new_group(), options.warm_start
         continual = ContinualRun(config, data, folder, ranks, lockstep, writers, warm_start)
         return _walk(continual, options)
 
@@ -214,11 +214,11 @@ def _earlier_state(continual: ContinualRun, options: WalkOptions) -> RunState:
         state = replace(state, first=options.span.first)
     _check_trained(continual, state)
     export_newest(continual.config.continual, continual.folder, state)  # if a job was killed in it
-    _name_unused(continual.config)
+    _log_unused_settings(continual.config)
     return state
 
 
-def _name_unused(config: Config) -> None:
+def _log_unused_settings(config: Config) -> None:
     """Log the settings on validation that a continual run ignores."""
     names = ("epochs", "patience", "patience_share", "validations_per_epoch", "best_model_by")
     default = Config()
@@ -286,14 +286,14 @@ def _candidate(
         if refusal:
             raise ValueError(refusal)
         if state.last is None:
-            raise ValueError(_nothing(train, partitions, span))
+            raise ValueError(_no_partitions(train, partitions, span))
         return None, None
     if options.follow:
         quiet = continual.config.continual.quiet_seconds
         if (waits_for := waiting_for(root, partition, quiet)) is not None:
             return partition, waits_for
     else:
-        check_whole(root, partition, partitions)
+        check_complete(root, partition, partitions)
     require_rows(root, partition)
     return partition, None
 
@@ -307,7 +307,7 @@ def _refusal(
     return first and f"{train}/{first}: {refused[first]}; rename or remove it"
 
 
-def _nothing(train: Location, partitions: list[Partition], span: PartitionRange) -> str:
+def _no_partitions(train: Location, partitions: list[Partition], span: PartitionRange) -> str:
     if not partitions:
         return f"{train}: has no partition; write the rows to folders such as date=2026-11-01 in it"
     bounds = [
@@ -339,7 +339,7 @@ def _pause(lockstep: Lockstep, seconds: float) -> None:
         remaining = lockstep.ranks.from_first(end - time.monotonic())
         if remaining <= 0:
             return
-        time.sleep(min(LOOK_SECONDS, remaining))
+        time.sleep(min(STOP_CHECK_SECONDS, remaining))
 
 
 def _prune(folder: ContinualFolder, state: RunState, keep: int) -> None:

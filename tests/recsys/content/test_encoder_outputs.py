@@ -12,7 +12,7 @@ from embeddings import MemoryBank
 from recsys.config import ContentSettings, ModalitySettings
 from recsys.content import encoder_outputs
 from recsys.content.branch import ContentBranch
-from recsys.content.encoder_outputs import EncoderOutputs, sampled_places
+from recsys.content.encoder_outputs import EncoderOutputs, sample_indices
 from recsys.content.encoders.base import Encoder
 from recsys.data.batch import ContentInput
 from tests.recsys.content.tiny_branch import (
@@ -68,7 +68,7 @@ def test_chosen_items_are_encoded_and_the_others_have_their_stored_outputs() -> 
     assert branch.outputs is not None and plain.outputs is not None
     stored, _ = plain.outputs.bank.lookup(torch.arange(NUM_ITEMS))
     unique = TARGETS.unique()
-    (place,) = sampled_places(unique, 1, 8).tolist()
+    (place,) = sample_indices(unique, 1, 8).tolist()
     sampled_item = int(unique[place])
 
     vectors = branch(batch_of("bank_lora")).target
@@ -93,9 +93,9 @@ def test_places_chosen_ahead_of_the_step_are_those_that_the_step_would_choose() 
     ahead.step = plain.step = 8
     assert ahead.outputs is not None
     encoded = ahead.outputs.choose(batch.content.items, 8)()
-    assert torch.equal(encoded.positions, sampled_places(batch.content.items, 1, 8))
+    assert torch.equal(encoded.positions, sample_indices(batch.content.items, 1, 8))
     with_places = replace(batch, content=replace(batch.content, encoded=encoded))
-    with patch.object(encoder_outputs, "sampled_places", side_effect=AssertionError):
+    with patch.object(encoder_outputs, "sample_indices", side_effect=AssertionError):
         vectors = ahead(with_places).target
     assert_equal_runs(ahead, vectors, plain, plain(batch).target)
 
@@ -109,8 +109,8 @@ def test_without_training_every_item_is_encoded() -> None:
 def test_every_item_has_its_turn_by_step_alone() -> None:
     items, counts = torch.arange(100), torch.zeros(100)
     for step in range(200):
-        sampled_item = sampled_places(items, 20, step)
-        assert torch.equal(sampled_item, sampled_places(items, 20, step))
+        sampled_item = sample_indices(items, 20, step)
+        assert torch.equal(sampled_item, sample_indices(items, 20, step))
         counts[sampled_item] += 1
     assert counts.sum() == 4000 and counts.min() > 15 and counts.max() < 65
 
@@ -142,4 +142,4 @@ def test_a_trained_module_of_several_tokens_is_refused() -> None:
     torch.nn.Module.__init__(encoder)
     encoder.frozen_tokens = 6
     with pytest.raises(ValueError, match=r"encoder_share is 0\.1.*modalities\.poster.* 6 tokens"):
-        EncoderOutputs.beside(MemoryBank(4, 8, "cpu"), settings, {"poster": encoder})
+        EncoderOutputs.from_settings(MemoryBank(4, 8, "cpu"), settings, {"poster": encoder})

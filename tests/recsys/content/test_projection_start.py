@@ -21,7 +21,7 @@ from recsys.config import (
 from recsys.content.branch import ContentBranch, Projection
 from recsys.content.encoders.base import mean_token
 from recsys.content.encoders.build import StoredFeatures
-from recsys.content.item_vectors import start_at_components, start_projections, whitening_map
+from recsys.content.item_vectors import init_from_components, init_projections, whitening_map
 from recsys.data.batch import ContentInput
 from recsys.data.item_frequency import ItemCounts
 from recsys.data.items.content_store import ContentStore, ItemTable
@@ -50,7 +50,7 @@ def started_branch(
     branch = ContentBranch({"clip": StoredFeatures(WIDTH)}, settings, None)
     device = torch.device("cpu")
     ranks = Ranks(rank, world_size, rank, world_size, device)
-    start_projections(branch, store, ranks, trained=trained if rank == 0 else None)
+    init_projections(branch, store, ranks, trained=trained if rank == 0 else None)
     content: ContentInput = store.gather(np.sort(store.items.ids))["clip"]
     projection = branch.projections["clip"]
     is_present = content.mask.any(dim=1)
@@ -133,7 +133,7 @@ def test_projected_outputs_are_bounded_at_the_start(case: str, size: int) -> Non
     for dim in (2, WIDTH, 16):
         projection = Projection(WIDTH, dim)
         with torch.no_grad():
-            start_at_components(projection, outputs)
+            init_from_components(projection, outputs)
             projected = projection(outputs)
             unseen = projection(outputs.mean(dim=0) * 1.5)
         # Of n numbers of variance 1, the largest is at most the root of n.

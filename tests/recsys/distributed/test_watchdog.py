@@ -123,7 +123,7 @@ def train(job: Job, watchdog: Watchdog, marker: Path) -> None:
         if job.section is not None:
             sections.enter_context(watchdog.armed())
         for step, batch in enumerate(batches(job, marker)):
-            watchdog.mark(f"batch {step}")
+            watchdog.record_progress(f"batch {step}")
             dist.all_reduce(batch)
             dist.all_reduce(batch)
     job.at_the_end()

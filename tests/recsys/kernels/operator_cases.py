@@ -22,7 +22,7 @@ from recsys.kernels import (
     native_fusion,
     native_target_attention,
 )
-from recsys.ranking.dlrm import dot_interaction, pair_places
+from recsys.ranking.dlrm import dot_interaction, pair_indices
 from recsys.ranking.layers.content_interest import num_similarity_features, similarity_features
 
 Inputs = dict[str, Any]  # tensors, lists of tensors and numbers, in the order of the schema
@@ -178,7 +178,7 @@ def plain_dots(inputs: Inputs) -> Result:
     dense = inputs["dense"]
     parts = [part if part.dim() == 3 else part.unsqueeze(1) for part in inputs["sparse"]]
     sparse = torch.cat([dense.new_empty(len(dense), 0, dense.shape[1]), *parts], dim=1)
-    return dot_interaction(dense, sparse, pair_places(sparse.shape[1] + 1))
+    return dot_interaction(dense, sparse, pair_indices(sparse.shape[1] + 1))
 
 
 CASES = {

@@ -19,8 +19,8 @@ from recsys.distributed.torchrec_internals import require_pipelined
 from recsys.evaluation.evaluate import fill_bank
 from recsys.model.precision import (
     InBfloat16,
-    compile_dense_parts,
-    compiled_parts,
+    compile_dense_modules,
+    compiled_modules,
     compiles_by_default,
     use_bfloat16,
     uses_tf32,
@@ -213,8 +213,8 @@ def train_both_ways(
     with gpu_branches() if on_gpu else nullcontext():
         results = {"eager": train(build_job(config, data, ranks))}
         job = build_job(config, data, ranks)
-        compile_dense_parts(job.em3, CPU, backend)
-        return results | {"compiled": train(job), "parts": set(compiled_parts(job.em3))}
+        compile_dense_modules(job.em3, CPU, backend)
+        return results | {"compiled": train(job), "parts": set(compiled_modules(job.em3))}
 
 
 def assert_same_numbers(run: dict[str, Any], tolerance: float) -> None:

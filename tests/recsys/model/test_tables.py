@@ -26,7 +26,7 @@ from recsys.model.tables import (
     check_placement,
     cold_row_rules,
     id_dropouts,
-    placed_for_scoring,
+    scoring_config,
     table_configs,
     target_dropout,
 )
@@ -165,8 +165,8 @@ def test_a_cache_is_refused_where_rows_are_reset_behind_it(schema: Schema) -> No
 
 def test_a_run_is_scored_with_one_copy_and_on_cpu_from_the_host_s_memory() -> None:
     trained = config_with({**CACHED, "cache_load_factor": 0.5}, prefetch=True)
-    on_cpu, on_cuda = placed_for_scoring(trained, "cpu"), placed_for_scoring(trained, "cuda")
+    on_cpu, on_cuda = scoring_config(trained, "cpu"), scoring_config(trained, "cuda")
     assert on_cpu.embedding.tables["item"] == TableSettings()
     assert on_cuda.embedding.tables["item"] == trained.embedding.tables["item"]
-    copied = placed_for_scoring(config_with(parallel=ParallelSettings(2)), "cuda")
+    copied = scoring_config(config_with(parallel=ParallelSettings(2)), "cuda")
     assert copied.embedding.parallel.copies == 1 and not on_cuda.embedding.prefetch

@@ -17,7 +17,7 @@ from recsys.optimizer import (
     LearningRateShare,
     build_dense_optimizer,
 )
-from recsys.optimizer.dense import count_state, make_room, numbers_loaded, state_tensors
+from recsys.optimizer.dense import count_state, make_room, restore_numbers, state_tensors
 from recsys.optimizer.schedules import set_updates
 
 GROUPS = [DenseGroup("all", [""], learning_rate=0.1, weight_decay=0.3)]
@@ -112,7 +112,7 @@ def test_an_optimizer_goes_on_from_its_state_to_the_last_bit(name: str) -> None:
     assert room.keys() == saved.keys()
     for key, value in room.items():
         value.copy_(saved[key])
-    numbers_loaded(fresh)
+    restore_numbers(fresh)
     take_steps(fresh, resumed, 2)
     for key, value in model.state_dict().items():
         assert torch.equal(resumed.state_dict()[key], value)

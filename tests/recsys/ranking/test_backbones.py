@@ -298,7 +298,7 @@ def test_columns_of_the_ranked_item_are_no_query_features() -> None:
     content = {"target_item": "item", "group": "user", "columns": columns, "features": features}
     schema = parse_schema(content, "schema.yaml")
     dims = dict.fromkeys([*ids, "pair"], 4)
-    dimensions = InputDimensions.of(schema, ["user", "brand", "pair"], dims, None, {})
+    dimensions = InputDimensions.from_schema(schema, ["user", "brand", "pair"], dims, None, {})
     assert dimensions.item_columns == ("brand", "pair", "log_price")
     build_ranking(ranking_settings("two_tower", query_features=["hour"]), dimensions, None)
     with pytest.raises(ValueError, match="query_features: 'log_price' is made of the ranked"):

@@ -17,7 +17,7 @@ from recsys.ranking.generative import (
     Generative,
     add_codes,
     beam_search,
-    table_of,
+    code_table,
 )
 from recsys.ranking.vectors import CodeLogits
 from tests.recsys.ranking.ranking_inputs import CONTENT, DIMENSIONS, inputs
@@ -46,13 +46,13 @@ def every_score(decoder: CodeDecoder, table: np.ndarray, states: Tensor) -> Tens
 
 def test_items_that_share_their_codes_are_numbered_and_keep_their_numbers() -> None:
     codes = np.array([[1, 2], [0, 2], [1, 2], [1, 2], [3, 0]])
-    table = table_of(codes)
+    table = code_table(codes)
     assert table.tolist() == [[1, 2, 0, 3], [0, 2, 0, 1], [1, 2, 1, 3], [1, 2, 2, 3], [3, 0, 0, 1]]
-    assert table_of(codes[:0]).shape == (0, 4)
+    assert code_table(codes[:0]).shape == (0, 4)
 
     every = random_codes()
-    grown = add_codes(table_of(every[:35]), every[35:])
-    assert np.array_equal(grown[:35, :3], table_of(every[:35])[:, :3])
+    grown = add_codes(code_table(every[:35]), every[35:])
+    assert np.array_equal(grown[:35, :3], code_table(every[:35])[:, :3])
     assert len(np.unique(grown[:, :3], axis=0)) == NUM_ITEMS
     # Items of a catalogue need not have all numbers of their group.
     part = grown[grown[:, 2] > 0]
@@ -60,7 +60,7 @@ def test_items_that_share_their_codes_are_numbered_and_keep_their_numbers() -> N
 
 
 def test_the_trie_has_the_items_and_no_other_path() -> None:
-    table = table_of(random_codes())
+    table = code_table(random_codes())
     trie, place_by_path = CodeTrie(table), {}
     for path in itertools.product(range(5), range(4), range(NUM_CODES)):
         node = torch.zeros(1, dtype=torch.long)
@@ -75,7 +75,7 @@ def test_the_trie_has_the_items_and_no_other_path() -> None:
 @pytest.mark.parametrize("levels", [1, 2])
 def test_a_beam_as_wide_as_the_catalogue_equals_exhaustive_scoring(levels: int) -> None:
     codes = random_codes()[: NUM_CODES if levels == 1 else None, :levels]
-    decoder, table = decoder_of(levels), table_of(codes)
+    decoder, table = decoder_of(levels), code_table(codes)
     states = torch.randn(5, DIM)
     expected = every_score(decoder, table, states)
     best, order = expected.sort(dim=1, descending=True)
@@ -90,7 +90,7 @@ def test_a_beam_as_wide_as_the_catalogue_equals_exhaustive_scoring(levels: int) 
 
 
 def test_a_narrow_beam_finds_items_with_their_scores_in_order() -> None:
-    decoder, table, states = decoder_of(), table_of(random_codes()), torch.randn(5, DIM)
+    decoder, table, states = decoder_of(), code_table(random_codes()), torch.randn(5, DIM)
     expected = every_score(decoder, table, states)
     scores, places = beam_search(decoder, CodeTrie(table), states, 6)
     torch.testing.assert_close(scores, expected.gather(1, places), rtol=0, atol=1e-5)
@@ -98,7 +98,7 @@ def test_a_narrow_beam_finds_items_with_their_scores_in_order() -> None:
 
 
 def test_items_that_a_user_has_seen_are_no_results() -> None:
-    decoder, table, states = decoder_of(), table_of(random_codes()), torch.randn(3, DIM)
+    decoder, table, states = decoder_of(), code_table(random_codes()), torch.randn(3, DIM)
     is_seen = torch.rand(3, NUM_ITEMS) < 0.4
     is_seen[2] = True
     scores, places = beam_search(decoder, CodeTrie(table), states, NUM_ITEMS, is_seen)
@@ -113,7 +113,7 @@ def test_items_that_a_user_has_seen_are_no_results() -> None:
 def test_an_item_alone_has_no_unlikely_last_code() -> None:
     """A new item that shares its codes with none costs nothing at the last level."""
     decoder, states = decoder_of(), torch.randn(2, DIM)
-    table = table_of(np.array([[0, 1], [2, 2], [2, 2]]))
+    table = code_table(np.array([[0, 1], [2, 2], [2, 2]]))
     scores = every_score(decoder, table, states)
     first, cache = decoder.step(decoder.start(states), None, 0)
     zeros = torch.zeros(2, dtype=torch.long)

@@ -30,7 +30,7 @@ from recsys.ranking.layers.heads import (
 )
 from recsys.ranking.layers.row_features import (
     LARGEST,
-    LEAST_VARIANCE,
+    MIN_VARIANCE,
     ExtraSequences,
     PiecewiseLinear,
     RowFeatures,
@@ -241,7 +241,7 @@ def test_ranking_models_standardise_numbers_and_leave_vectors(name: str, content
     other.load_state_dict(plain.state_dict(), strict=False)
     statistics = other.standardization
     statistics.mean += 0.5
-    statistics.variance += 3 - LEAST_VARIANCE  # a standard deviation of 2
+    statistics.variance += 3 - MIN_VARIANCE  # a standard deviation of 2
     read = [_features(model, content is not None) for model in (plain, other)]
     is_number = ((read[0] - 0.5) / 2 - read[1]).abs().amax(0) < 1e-6
     assert int(is_number.sum()) == statistics.mean.numel()

@@ -27,7 +27,7 @@ def random_ridge(seed: int = 0, num_targets: int = 1, num_fixed: int = 1) -> Rid
 def by_kernel(ridge: RidgePredictions, row: int, target: int = 0) -> tuple[Tensor, Tensor]:
     """Mean and variance by Gaussian process regression over the items of a history."""
     has_item = ridge.precisions[row] > 0
-    past = torch.cat([ridge.fixed, ridge.past], dim=2)[row][has_item]
+    past = torch.cat([ridge.fixed, ridge.events], dim=2)[row][has_item]
     residuals = ridge.residuals[row][has_item]
     noise = torch.diag(1 / ridge.precisions[row][has_item])
     vector = ridge.target[row, :, target]

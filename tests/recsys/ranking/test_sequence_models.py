@@ -151,7 +151,7 @@ def test_outputs_and_gradients_equal_a_padded_reference(
     cells: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sequences, "CELLS_OF_BLOCK", cells)  # 60: a block for each sequence
+    monkeypatch.setattr(sequences, "BLOCK_CELLS", cells)  # 60: a block for each sequence
     model = sequence_model(name, content, recent_items=recent)
     ids, vectors, batch = inputs(LENGTHS)
     index = torch.tensor([0, 1, 2, 1, 0, 3, 4, 5, 8, 1, 10])  # items repeat

@@ -11,7 +11,7 @@ from recsys.data.batch import Batch
 from recsys.data.jagged_history import JaggedHistory
 from recsys.ranking.attention_models import AgedAttention, Sim, SimSettings
 from recsys.ranking.layers.fields import num_history_numbers
-from recsys.ranking.layers.sequence_encoder import age_of
+from recsys.ranking.layers.sequence_encoder import age_row
 from tests.recsys.ranking.ranking_inputs import CONTENT, DIMENSIONS, ID_DIM, inputs
 
 SETTINGS = SimSettings(search_top_k=2, mlp_units=[8])
@@ -93,7 +93,7 @@ def test_attention_to_found_items_is_plain_multi_head_attention_with_ages() -> N
 
 
 def test_an_age_is_the_logarithm_of_the_gap() -> None:
-    assert age_of(torch.tensor([0, 1, 2, 3, 6, 7, 1e30])).tolist() == [0, 1, 1, 2, 2, 3, 31]
+    assert age_row(torch.tensor([0, 1, 2, 3, 6, 7, 1e30])).tolist() == [0, 1, 1, 2, 2, 3, 31]
 
 
 def test_ages_are_places_from_the_end_or_the_named_list() -> None:
@@ -106,7 +106,7 @@ def test_ages_are_places_from_the_end_or_the_named_list() -> None:
     )
     history = batch.history.jagged()
     assert by_place._ages(batch, history).tolist() == [2, 1, 1, 0, 2, 2, 2, 1, 1, 0]
-    assert torch.equal(by_gap._ages(batch, history), age_of(gaps[:, 0]))
+    assert torch.equal(by_gap._ages(batch, history), age_row(gaps[:, 0]))
     # The gaps are no flags: there are the numbers of one list less.
     difference = num_history_numbers(2) - num_history_numbers(1)
     assert by_gap.feature_dim == by_place.feature_dim - difference

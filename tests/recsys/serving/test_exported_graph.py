@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from recsys.distributed.ranks import joined_ranks
 from recsys.ranking.layers.causal_layers import HstuEncoder, TransformerEncoder
 from recsys.ranking.layers.sequence_encoder import Events, SequenceEncoder
-from recsys.ranking.layers.sequences import sequences_of
+from recsys.ranking.layers.sequences import build_sequences
 from recsys.ranking.settings import EncoderSettings, HstuSettings, TransformerSettings
 from recsys.ranking.vectors import InputDimensions
 from recsys.serving import Scorer, exported_graph
@@ -132,7 +132,7 @@ class LatestItems(nn.Module):
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:  # [L, D], [B, D] -> [B, D]
         history = SharedHistory(targets.shape[0], tokens.shape[0], tokens.device)
-        sequences = sequences_of(history)
+        sequences = build_sequences(history)
         ages = sequences.ages().clamp(max=self.encoder.recent_items)
         return self.encoder.encoded(tokens, targets, Events(sequences, ages, None))
 

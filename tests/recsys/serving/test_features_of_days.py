@@ -18,7 +18,7 @@ from recsys.checkpoint.partitions import ContinualFolder
 from recsys.config import Config
 from recsys.config.server import ServerSettings
 from recsys.data.events.daily import prepare_days
-from recsys.distributed.job import environment_of_no_rank
+from recsys.distributed.job import environment_without_rank
 from recsys.distributed.ranks import joined_ranks
 from recsys.serving.server.scoring_service import LoadedPackage
 from recsys.training.continual import walk
@@ -66,7 +66,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     """Settings with packages, which a process that has all imports writes."""
 
     def export(command: list[str], **_: Any) -> Any:
-        return run_recsys(*command[3:], folder=tmp_path, environment=environment_of_no_rank())
+        return run_recsys(*command[3:], folder=tmp_path, environment=environment_without_rank())
 
     monkeypatch.setattr(walk, "subprocess", SimpleNamespace(run=export))
     config = tiny_config()

@@ -210,7 +210,7 @@ def test_the_older_package_and_a_delta_of_its_changed_rows_make_the_newer_one(
 
     counts = write_delta(package, newer, delta)
 
-    assert (counts.rows, counts.whole) == ({TABLE: 2, CONTENT: 1}, [REQUEST])
+    assert (counts.rows, counts.full_files) == ({TABLE: 2, CONTENT: 1}, [REQUEST])
     with zipfile.ZipFile(delta) as archive, archive.open(f"rows/{TABLE}") as rows:
         assert np.load(rows).tolist() == [3, 7]
     apply_delta(package, delta, tmp_path / "made")

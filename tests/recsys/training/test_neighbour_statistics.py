@@ -234,7 +234,7 @@ def test_unknown_ids_of_a_history_are_no_item() -> None:
 
 
 def test_of_a_user_with_many_events_some_pair(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recsys.training.neighbour_statistics.MOST_EVENTS", 3)
+    monkeypatch.setattr("recsys.training.neighbour_statistics.MAX_EVENTS", 3)
     capped = random_events().capped()
     counts = np.bincount(capped.users)
     assert counts.max() == 3 and len(np.unique(capped.items)) == NUM_ITEMS

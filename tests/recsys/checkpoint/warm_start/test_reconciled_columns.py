@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from embeddings.vocabulary.bounded import rows_of_sets
+from embeddings.vocabulary.bounded import set_layout
 from embeddings.vocabulary.fixed import mix64
 from recsys.checkpoint.warm_start.rows import RowMap, row_map
 from recsys.checkpoint.warm_start.source import (
@@ -227,7 +227,7 @@ def test_ids_of_a_bounded_vocabulary_go_to_the_sets_of_the_new_size(
         11,
     ]  # last: of unknown ids
     assert old_rows[size - 1] == 11
-    num_sets, per_set = rows_of_sets(size)
+    num_sets, per_set = set_layout(size)
     places = np.flatnonzero(old_rows[:-1] >= 0)
     sets = (mix64(ids[old_rows[places]]) % np.uint64(num_sets)).astype(int)
     assert (places // per_set == sets).all()

@@ -63,7 +63,7 @@ def set_main(repository: Path, commit: str) -> None:
 
 def encoder_of(name: str) -> Encoder:
     modality = ModalitySettings("text", "text", encoder=name)
-    return encoders.encoder_of(make_kind(WHERE, modality))
+    return encoders.make_encoder(make_kind(WHERE, modality))
 
 
 def config_of(folder: Path, encoder: str, training: Any = "lora") -> Config:
@@ -88,7 +88,7 @@ def test_one_encoder_has_one_identity_whatever_its_place_and_training(
     assert (copy.weights, copy.preparation) == (identity.weights, identity.preparation)
     assert copy.revision is None
     modality = config_of(tmp_path, NAME).content.modalities["text"]  # type: ignore[union-attr]
-    lora = encoders.encoder_of(make_kind(WHERE, modality)).identity
+    lora = encoders.make_encoder(make_kind(WHERE, modality)).identity
     assert lora is not None and lora.weights == identity.weights
 
 

@@ -38,13 +38,13 @@ from recsys.serving.retrieval.baselines import (
 )
 from recsys.serving.retrieval.item_vectors import raw_ids
 from recsys.serving.retrieval.nearest_items import (
-    MOST_STEPS,
+    MAX_STEPS,
     SIGNIFICANCE,
     nearest,
     text_vectors,
     user_similarities,
 )
-from recsys.serving.retrieval.query_rows import QueryRows, other_candidates, places, places_among
+from recsys.serving.retrieval.query_rows import QueryRows, other_candidates, rank_among, rank_rows
 from recsys.serving.retrieval.served_blend import ServedBlend
 from recsys.storage.location import Location
 from tests.recsys.weighted_data import table_of, write_weighted
@@ -129,7 +129,7 @@ def test_scores_are_weighted_means_over_the_history(decay: float) -> None:
 @pytest.mark.parametrize("exclude_seen", [False, True])
 def test_places_count_higher_and_equal_scores_of_other_items(exclude_seen: bool) -> None:
     scores = np.array([[3.0, 1, 1, 2, 1], [0, 0, 0, 0, 5]], np.float32)
-    above, tied = places(scores, rows([[0, 4, -1], [4]], [1, 4]), exclude_seen)
+    above, tied = rank_rows(scores, rows([[0, 4, -1], [4]], [1, 4]), exclude_seen)
     assert (above.tolist(), tied.tolist()) == (
         ([1, 0], [1, 0]) if exclude_seen else ([2, 0], [2, 0])
     )
@@ -186,7 +186,7 @@ def validation_rows(seed: int) -> QueryRows:
 
 
 def gain_of_all_ranks(scores: np.ndarray, valid: QueryRows, settings: RetrievalSettings) -> float:
-    above, tied = map(torch.from_numpy, places(scores, valid, settings.exclude_seen))
+    above, tied = map(torch.from_numpy, rank_rows(scores, valid, settings.exclude_seen))
     return float(row_gains("ndcg", above, tied, 5).mean())
 
 
@@ -230,7 +230,7 @@ def test_an_ascent_from_all_parts_finds_what_one_from_the_best_part_misses() -> 
     }
 
     def share_of_rows(scores: np.ndarray) -> float:
-        above, tied = places_among(scores, np.arange(3), np.ones((3, 3), bool))
+        above, tied = rank_among(scores, np.arange(3), np.ones((3, 3), bool))
         return float((above + tied == 1).mean())  # the target is equal to itself
 
     alone = {"first": 0.0, "second": 0.0, "third": 1.0}
@@ -289,7 +289,7 @@ def test_weights_without_rows_of_validation_are_refused(weights: torch.Tensor | 
 
 def test_rows_that_choose_weights_are_drawn_from_all(monkeypatch: pytest.MonkeyPatch) -> None:
     items, settings, valid = catalogue(), RetrievalSettings(), validation_rows(7)
-    monkeypatch.setattr(baselines, "MOST_SCORES", 14 * 5)
+    monkeypatch.setattr(baselines, "MAX_SCORES", 14 * 5)
     blend = choose_blend(items, valid, items.baselines, settings)
     every_third = valid.take(np.arange(0, 40, 3))
     assert every_third.targets.tolist() == valid.targets[::3].tolist()
@@ -304,9 +304,9 @@ def test_rows_that_choose_weights_are_drawn_from_all(monkeypatch: pytest.MonkeyP
 def test_a_served_blend_finds_what_all_scores_rank_first() -> None:
     items = catalogue()
     query_rows = rows([[0, 3], [], [2, -1, 1]], [1, 1, 4])
-    weights = dict(zip(items.served_parts, (0.3, 5.0, 0.1, 0.7, 2.0, 0.2, 0.4), strict=True))
-    expected = Blend(0.5, weights).scores(items.scores(query_rows, 0.5, items.served_parts))
-    served_blend, vectors = ServedBlend.of(items, Blend(0.5, weights))
+    weights = dict(zip(items.served_terms, (0.3, 5.0, 0.1, 0.7, 2.0, 0.2, 0.4), strict=True))
+    expected = Blend(0.5, weights).scores(items.scores(query_rows, 0.5, items.served_terms))
+    served_blend, vectors = ServedBlend.make(items, Blend(0.5, weights))
     for row, block in enumerate(query_rows.blocks(1)):
         query = served_blend.query(block.queries[0], block.histories, vectors)
         for count in (1, 3, 5):
@@ -319,9 +319,9 @@ def test_a_served_blend_finds_what_all_scores_rank_first() -> None:
 
 def test_weights_of_an_item_before_many_unknown_ones_add_up_to_1() -> None:
     history = [3] + [-1] * 90
-    served_blend, _ = ServedBlend.of(catalogue(), Blend(0.3, {"item_cf": 1.0}))
+    served_blend, _ = ServedBlend.make(catalogue(), Blend(0.3, {"item_cf": 1.0}))
     assert rows([history], [1]).history_weights(5, 0.3).toarray().tolist() == [[0, 0, 0, 1, 0]]
-    assert served_blend.shares(np.array(history)).tolist() == [1] + [0] * 90
+    assert served_blend.age_weights(np.array(history)).tolist() == [1] + [0] * 90
 
 
 def test_transitions_are_those_of_loops_over_the_training_rows(towers: Path) -> None:
@@ -335,7 +335,7 @@ def test_transitions_are_those_of_loops_over_the_training_rows(towers: Path) -> 
             continue
         counts[place[row["item"]]] += 1
         for step, earlier in enumerate(reversed(row["history"] or [])):
-            if step < MOST_STEPS and earlier in place and earlier != row["item"]:
+            if step < MAX_STEPS and earlier in place and earlier != row["item"]:
                 pairs[place[earlier], place[row["item"]]] += 0.8**step
     shrunk = pairs**2 / (pairs + 3) / np.sqrt(np.outer(counts.clip(1), counts.clip(1)))
 

@@ -30,7 +30,7 @@ def test_similarities_are_shrunk_cosines_by_users() -> None:
 
 
 def test_the_last_events_of_a_user_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nearest_items, "MOST_EVENTS", 2)
+    monkeypatch.setattr(nearest_items, "MAX_EVENTS", 2)
     users, items = np.array([7, 8, 7, 8, 7]), np.array([0, 3, 1, 4, 2])
     shared = user_similarities(users, items, 5).toarray() > 0
     assert np.argwhere(shared).tolist() == [[1, 2], [2, 1], [3, 4], [4, 3]]
@@ -39,7 +39,7 @@ def test_the_last_events_of_a_user_count(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_pair_counts_less_with_each_step_from_an_item_to_one_that_followed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(nearest_items, "MOST_STEPS", 3)
+    monkeypatch.setattr(nearest_items, "MAX_STEPS", 3)
     histories = np.array([4, 0, -1, 1, 0, 1])  # of [], [4, 0, none, 1] and [0, 1]
     pairs = pair_weights(histories, np.array([0, 4, 2]), np.array([3, 2, 0]), 5).toarray()
     expected = np.zeros((5, 5))

@@ -16,7 +16,7 @@ from recsys.serving.server.input_columns import InputColumns
 from recsys.serving.server.protocol import (
     NamedTensor,
     RequestError,
-    tensor_of_values,
+    tensor_from_values,
 )
 
 
@@ -61,8 +61,8 @@ def test_a_boolean_that_is_crossed_is_one_in_the_metadata() -> None:
 
 
 def test_a_tensor_in_json_may_have_null() -> None:
-    assert tensor_of_values("shop", "BYTES", [2], ["a", None]).values == ["a", None]
-    rows = tensor_of_values("n", "INT64", [2, 2], [[1, None], [None, 2]])
+    assert tensor_from_values("shop", "BYTES", [2], ["a", None]).values == ["a", None]
+    rows = tensor_from_values("n", "INT64", [2, 2], [[1, None], [None, 2]])
     assert rows.values == [1, None, None, 2]
 
 
@@ -94,7 +94,7 @@ def test_contents_of_two_types_are_refused() -> None:
 @pytest.mark.parametrize("data", [[[1], [2, 3, 4]], [[1, 2, 3, 4]], [1, [2, 3], 4]])
 def test_a_tensor_whose_lists_differ_from_its_shape_is_refused(data: list[Any]) -> None:
     with pytest.raises(RequestError, match=r"'n'.*\[2, 2\]"):
-        tensor_of_values("n", "INT64", [2, 2], data)
+        tensor_from_values("n", "INT64", [2, 2], data)
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ from recsys.storage.location import Location
 from recsys.training.continual.partitions import (
     Partition,
     PartitionRange,
-    check_whole,
-    date_of,
+    check_complete,
     list_partitions,
     next_partition,
+    parse_date,
     refused_partitions,
     require_files_in_order,
     require_order_of_time,
@@ -200,7 +200,7 @@ def test_late_partitions_come_next_where_that_is_asked(
 def test_the_begin_of_a_partition_is_the_date_in_its_name(
     name: str, begin: datetime | None
 ) -> None:
-    assert date_of(name) == begin
+    assert parse_date(name) == begin
 
 
 @pytest.mark.parametrize(
@@ -235,10 +235,10 @@ def test_partitions_of_numbers_or_words_have_no_date(names: list[str]) -> None:
 def test_a_partition_that_is_being_written_is_refused(tmp_path: Path, name: str) -> None:
     place = f"train/{DAYS[0].name}"
     root = folder_with(tmp_path, f"{place}/part-0.parquet")
-    check_whole(root, DAYS[0], DAYS[:1])
+    check_complete(root, DAYS[0], DAYS[:1])
     folder_with(tmp_path, f"{place}/{name}")
     with pytest.raises(ValueError, match=r"11-01/.*being written"):
-        check_whole(root, DAYS[0], DAYS[:1])
+        check_complete(root, DAYS[0], DAYS[:1])
 
 
 def test_a_followed_partition_is_whole_with_its_mark_or_after_a_quiet_time(tmp_path: Path) -> None:

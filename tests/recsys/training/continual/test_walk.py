@@ -23,7 +23,7 @@ from recsys.evaluation.predict import load_run
 from recsys.evaluation.scores import read_scores
 from recsys.storage.location import Location
 from recsys.storage.output_file import check_output
-from recsys.training.continual.partition_run import PartitionTrainer, passes_over
+from recsys.training.continual.partition_run import PartitionTrainer, num_passes
 from recsys.training.trainer import LossWatch
 from tests.recsys.command_runs import TINY
 from tests.recsys.training.changed_answers import set_column
@@ -121,8 +121,8 @@ def test_a_walk_that_was_stopped_goes_on_with_the_same_bits(
 
 def test_first_passes_are_over_the_first_partitions_of_a_model_that_starts_from_nothing() -> None:
     settings = ContinualSettings(passes=2, first_passes=[5, 3])
-    assert [passes_over(settings, number, True) for number in range(4)] == [5, 3, 2, 2]
-    assert [passes_over(settings, number, False) for number in range(2)] == [2, 2]
+    assert [num_passes(settings, number, True) for number in range(4)] == [5, 3, 2, 2]
+    assert [num_passes(settings, number, False) for number in range(2)] == [2, 2]
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
