@@ -163,8 +163,8 @@ class MemoryBank:
                 f"memory bank: vectors of shape {tuple(vectors.shape)} for {ids.numel()} ids; "
                 f"pass [{ids.numel()}, {self.dim}]"
             )
-        written = torch.full((ids.numel(), 1), step + 1, dtype=torch.float32, device=self.device)
-        values = torch.cat([vectors.detach().to(self.device, torch.float32), written], dim=1)
+        steps = torch.full((ids.numel(), 1), step + 1, dtype=torch.float32, device=self.device)
+        values = torch.cat([vectors.detach().to(self.device, torch.float32), steps], dim=1)
         if self.world_size == 1:
             self._rows[ids.to(self.device)] = values
         else:
@@ -213,9 +213,9 @@ class MemoryBank:
     def _written_count_and_steps(self) -> tuple[float, float]:
         """Count written items and sum the steps of their last writes. A collective."""
         self._finish_write()
-        written = self._block[:, self.dim].double()
-        count = (written > 0).sum(dtype=torch.float64)
-        totals = torch.stack([count, written.sum() - count])
+        steps = self._block[:, self.dim].double()
+        count = (steps > 0).sum(dtype=torch.float64)
+        totals = torch.stack([count, steps.sum() - count])
         if self.group is not None:
             dist.all_reduce(totals, group=self.group)
         return float(totals[0]), float(totals[1])

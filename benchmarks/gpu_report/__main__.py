@@ -29,21 +29,21 @@ def main(words: list[str] | None = None) -> int:
     """Run the stages that are left and fit; return 0 when all have passed."""
     options = _options(words)
     plan = stages(options.out, options.device, options.quick)
-    left = [stage for stage in plan if _is_left(options.out, stage, options.retry)]
+    todo = [stage for stage in plan if _is_left(options.out, stage, options.retry)]
     if options.dry_run or (options.device == "cuda" and not _has_gpu()):
         if not options.dry_run and (cause := gpu_missing()) is not None:
             print(f"error: {cause}", file=sys.stderr)
             return 1
-        print(described(left))
+        print(described(todo))
         return 0
     begin = time.monotonic()
-    for number, stage in enumerate(left, 1):
+    for number, stage in enumerate(todo, 1):
         minutes = (time.monotonic() - begin) / 60
         if minutes + stage.minutes > options.minutes and number > 1:
             write_page(options.out, plan, options.results)
-            print(f"{len(left) - number + 1} stages are left; the same command goes on with them")
+            print(f"{len(todo) - number + 1} stages are left; the same command goes on with them")
             return STAGES_LEFT
-        print(f"{number}/{len(left)} {stage.name} ...", end=" ", flush=True)
+        print(f"{number}/{len(todo)} {stage.name} ...", end=" ", flush=True)
         record = run(stage)
         print("passed" if record["rc"] == 0 else f"FAILED\n{record['output']}", flush=True)
         file = stage.record_file(options.out)
@@ -96,20 +96,20 @@ def gpu_missing() -> str | None:
     return "torch.cuda.is_available() is False"
 
 
-def described(left: list[Stage]) -> str:
+def described(plan: list[Stage]) -> str:
     """Return the plan as text: each stage with its minutes and its command."""
     lines = [
         f"{stage.minutes:4.1f} min  {stage.name}\n          {' '.join(stage.command)}"
         if "\n" not in stage.command[-1]
         else f"{stage.minutes:4.1f} min  {stage.name}"
-        for stage in left
+        for stage in plan
     ]
-    minutes = sum(stage.minutes for stage in left)
+    minutes = sum(stage.minutes for stage in plan)
     return "\n".join(
         [
             "No GPU is used: this is the plan for a machine with one.",
             *lines,
-            f"{len(left)} stages, about {minutes:.0f} minutes on one H100, in pieces of --minutes",
+            f"{len(plan)} stages, about {minutes:.0f} minutes on one H100, in pieces of --minutes",
         ]
     )
 

@@ -95,8 +95,8 @@ class BoundedVocabularies:
             features = pooled
         values, is_counted = _ids_of(batch, features, name)
         if name == self.history:  # the feature has each item of the histories once
-            others = [history.index for history in batch.history.extras]
-            return values, torch.cat([batch.history.index, *others])
+            extra_indices = [history.index for history in batch.history.extras]
+            return values, torch.cat([batch.history.index, *extra_indices])
         if name == self.target and not training:
             return values, torch.ones_like(is_counted)
         return values, is_counted

@@ -33,9 +33,9 @@ def compare_runs(runs: Sequence[Path], split: str) -> dict[str, Any]:
     """
     if len(runs) < 2:
         raise ValueError(f"--runs names {len(runs)} run; compare two or more")
-    first, *others = [_scores_of(run, split) for run in runs]
+    first, *other_scores = [_scores_of(run, split) for run in runs]
     scores = [first]
-    for run, other in zip(runs[1:], others, strict=True):
+    for run, other in zip(runs[1:], other_scores, strict=True):
         scores.append(with_labels(other, first.label_names, str(run)))
         check_same_rows(first, scores[-1], f"{runs[0]} and {run}")
     metrics, counted = metrics_of(first.loss_of(0)), first.counted(0)

@@ -217,9 +217,9 @@ def with_content_optimizer(
             "as CombinedOptimizer([model.fused_optimizer, KeyedOptimizerWrapper(...)])"
         )
     prefixes, decay = new_prefixes(model), rates.weight_decay
-    added = {name: p for name, p in model.named_parameters() if name.startswith(prefixes)}
-    _remove_parameters(optimizer, {id(parameter) for parameter in added.values()})
-    trained = {name: parameter for name, parameter in added.items() if parameter.requires_grad}
+    dense = {name: p for name, p in model.named_parameters() if name.startswith(prefixes)}
+    _remove_parameters(optimizer, {id(parameter) for parameter in dense.values()})
+    trained = {name: parameter for name, parameter in dense.items() if parameter.requires_grad}
     encoder_prefixes = [f"{prefix}branch.encoders." for prefix in prefixes]
     encoders = DenseGroup("encoders", encoder_prefixes, rates.encoder_learning_rate, decay)
     content = DenseGroup("content", [""], rates.learning_rate, decay)
@@ -259,10 +259,10 @@ def dlrm_state(
         assert state["model"].keys() == dlrm.state_dict().keys()
         load_dlrm(model, state)
     """
-    added = new_prefixes(model)
-    weights = {key: value for key, value in model.state_dict().items() if not key.startswith(added)}
+    names = new_prefixes(model)
+    weights = {key: value for key, value in model.state_dict().items() if not key.startswith(names)}
     moments = optimizer.state_dict()["state"] if optimizer is not None else {}
-    moments = {key: value for key, value in moments.items() if value and not key.startswith(added)}
+    moments = {key: value for key, value in moments.items() if value and not key.startswith(names)}
     return {"model": weights} | ({"optimizer": {"state": moments}} if moments else {})
 
 

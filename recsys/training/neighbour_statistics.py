@@ -199,8 +199,8 @@ def events_of_rows(
     values = np.ones(len(items)) if settings.values is None else rows.values(settings.values)
     blocks = np.zeros(len(items), np.int64)
     if starts is not None:
-        of_rows = np.searchsorted(starts, rows.numbers[ROW_POSITION], side="right") - 1
-        blocks = np.repeat(of_rows, lengths)
+        row_blocks = np.searchsorted(starts, rows.numbers[ROW_POSITION], side="right") - 1
+        blocks = np.repeat(row_blocks, lengths)
     events = Events(users, items, values.astype(np.float64), blocks)
     vocabulary = schema.vocabulary_of(schema.history)
     if vocabulary is not None and vocabulary.kind == "exact":

@@ -192,12 +192,12 @@ def test_the_best_model_is_that_of_the_first_highest_point_of_what_chose_it(tmp_
     assert selection_curve(curves, "auc") == curves["valid/auc"]
     assert selection_curve(curves, "auc_and_gauc") == (steps, [0.5, 0.625, 0.625, 0.6875])
     assert selection_curve({}, "auc") == ([], [])
-    assert "step 20: 0.7500" in quality.learning_curves(tmp_path, "auc").words[0]
-    assert "AUC and GAUC" in quality.learning_curves(tmp_path, "auc_and_gauc").words[0]
-    assert "step 40: 0.6875" in quality.learning_curves(tmp_path, "auc_and_gauc").words[0]
-    assert "step 30: 0.7500" in quality.learning_curves(tmp_path, "auc", 30).words[0]
+    assert "step 20: 0.7500" in quality.learning_curves(tmp_path, "auc").paragraphs[0]
+    assert "AUC and GAUC" in quality.learning_curves(tmp_path, "auc_and_gauc").paragraphs[0]
+    assert "step 40: 0.6875" in quality.learning_curves(tmp_path, "auc_and_gauc").paragraphs[0]
+    assert "step 30: 0.7500" in quality.learning_curves(tmp_path, "auc", 30).paragraphs[0]
     for step in (40, 50):  # the run's own model is of a step that these events do not name best
-        assert "highest" not in quality.learning_curves(tmp_path, "auc", step).words[0]
+        assert "highest" not in quality.learning_curves(tmp_path, "auc", step).paragraphs[0]
 
 
 @pytest.mark.parametrize(
@@ -232,11 +232,11 @@ def rows_of_users(number: int) -> SplitScores:
 
 def test_what_cannot_be_drawn_is_said_in_words(tmp_path: Path) -> None:
     empty = quality.learning_curves(tmp_path, "auc")
-    assert empty.drawings == [] and "tracker" in empty.words[0]
+    assert empty.drawings == [] and "tracker" in empty.paragraphs[0]
 
     rows = replace(rows_of_users(8), labels=np.ones((48, 1)))
     section = quality.item_popularity(rows, "test", has_probabilities=True)
-    assert section.drawings == [] and any("one label" in text for text in section.words)
+    assert section.drawings == [] and any("one label" in text for text in section.paragraphs)
 
 
 def test_every_label_has_a_table_and_a_softmax_loss_no_probabilities() -> None:
