@@ -311,6 +311,13 @@ FROZEN = Cell(
 IMPLICIT = [
     ID_ONLY,
     FROZEN,
+    Cell("no terms", "without the bag of tags", {"content.modalities.terms": None}, "frozen"),
+    Cell(
+        "trained terms",
+        "embeddings of tags train",
+        {"content.modalities.terms.training": "full", "optimizer.encoder_learning_rate": 1e-3},
+        "frozen",
+    ),
     Cell("side tuning", "a network over the states of all layers", encoders("side"), "frozen"),
     Cell(
         "no latest items",

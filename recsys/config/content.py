@@ -50,7 +50,7 @@ class ModalitySettings:
     """One source of content tokens: a column of the items and its encoder."""
 
     kind: str
-    """text, image, feature, frames, or a class of your own as `package.module:Class`."""
+    """text, image, feature, frames, terms, or a class of your own as `package.module:Class`."""
     column: str
     """Column of the items' Parquet files."""
     encoder: str | None = None
@@ -69,7 +69,13 @@ class ModalitySettings:
     """Pooling of the last hidden states into tokens for the fusion. projected: the model's own
     pooled output, which dual encoders such as CLIP map into one space for texts and images."""
     max_length: PositiveInt = 32
-    """Text tokens per item."""
+    """Text tokens, or terms, per item."""
+    separator: str | None = None
+    """Text between the terms of kind `terms`, such as a comma; null: terms are words."""
+    num_embeddings: PositiveInt = 16384
+    """Embeddings of kind `terms`; a hash of a term chooses its own."""
+    embedding_dim: PositiveInt = 256
+    """Width of the embeddings of kind `terms`."""
     image_size: Pixels = 224
     """Height and width of images, in pixels."""
     max_images: PositiveInt = 1

@@ -102,4 +102,6 @@ def _line(name: str, report: CacheReport | None, store: ContentStore) -> str:
             status = "features need no encoder"
         elif kind.modality.training == "full":
             status = "all layers train, so only their input is kept"
+        elif kind.modality.cache_frozen_layers:
+            status = "the encoder has no layers worth caching, so only its input is kept"
     return f"{name}: {items:,} items, {num_bytes:,} bytes in {folder}; {status}"

@@ -29,6 +29,7 @@ MODALITY_KINDS = {
     "image": "recsys.content.kinds.image:Image",
     "feature": "recsys.content.kinds.feature:Feature",
     "frames": "recsys.content.kinds.image:Frames",
+    "terms": "recsys.content.kinds.terms:Terms",
 }
 
 

@@ -39,14 +39,16 @@ from tests.recsys.serving.serving_runs import exported, requests
 NEW = [100, 101, 102]  # rows 30, 31, 32 of the table; row 33 is that of unknown ids
 EDITED, UNCHANGED = 5, 7
 FULL = 33  # ids that the table holds
-WIDTH = 16 * 4  # content vector and mean token of three modalities
+WIDTH = 16 * 5  # content vector and mean token of four modalities
 
 
 def config_of(folder: Path) -> Any:
     config: Any = em3_config(folder)
     settings = {"encoder": "random:vit", "image_size": 32, "training": "side"}
     poster = ModalitySettings("image", "poster", **settings)
-    content = replace(config.content, modalities=config.content.modalities | {"poster": poster})
+    words = ModalitySettings("terms", "text", training="full", embedding_dim=8)
+    modalities = config.content.modalities | {"poster": poster, "words": words}
+    content = replace(config.content, modalities=modalities)
     return replace(config, content=content)
 
 
