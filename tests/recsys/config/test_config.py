@@ -62,6 +62,7 @@ def test_null_on_the_command_line_leaves_out_a_modality_of_the_recipe() -> None:
         assert {name: m.column for name, m in content_of(config).modalities.items()} == {
             "title": "title",
             "tags": "genres",
+            "terms": "tags",
         }
     assert config.epochs == 3
     message = "content.modalities.tagz is null, but the recipe has no such modality; did you mean"
