@@ -189,6 +189,11 @@ def test_a_day_has_the_hours_since_it_began(day: str, hours: int) -> None:
         HOURS.end_of(f"{day}/{hours}")
 
 
+def test_the_last_hour_may_be_before_a_day_that_the_zone_skipped() -> None:
+    hours = Calendar("Pacific/Apia", "hour")
+    assert hours.last_ended(hours.end_of("2011-12-29")) == "2011-12-29/hour=23"
+
+
 def test_a_signal_whose_exception_a_library_swallows_ends_the_command_after_its_call() -> None:
     calls: list[Any] = []
 
