@@ -4,7 +4,7 @@ A bounded vocabulary changes with every batch and is shared by all ranks. So the
 ids, in the order of the steps. Shapes: B batch, N ids of one feature.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -161,8 +161,15 @@ class UnknownIds:
         }
 
 
-def format_unknown(title: str, totals: dict[str, dict[str, int]]) -> str | None:
-    """Return a line about the unknown ids of a split; None if no column can have any."""
+def format_unknown(
+    title: str,
+    totals: dict[str, dict[str, int]],
+    changes: Mapping[str, Mapping[str, int]] | None = None,
+) -> str | None:
+    """Return a line about the unknown ids of a split; None if no column can have any.
+
+    `changes` has the numbers of admitted and evicted ids of bounded vocabularies, by table.
+    """
     if not totals:
         return None
     shares = [
@@ -170,4 +177,7 @@ def format_unknown(title: str, totals: dict[str, dict[str, int]]) -> str | None:
         + (f" ({total['unknown'] / total['ids']:.2%})" if total["ids"] else "")
         for name, total in totals.items()
     ]
-    return f"{title}: unknown ids: {', '.join(shares)}"
+    line = f"{title}: unknown ids: {', '.join(shares)}"
+    for table, counts in (changes or {}).items():
+        line += f"; table '{table}': {counts['admitted']:,} admitted, {counts['evicted']:,} evicted"
+    return line

@@ -4,7 +4,7 @@ Shapes: N rows of a split, B batch, C labels, Q rows with a query, D dimension.
 """
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from recsys.data.item_frequency import (
     rows_that_count,
     target_counts,
 )
-from recsys.data.parquet.values import RAW_GROUP
+from recsys.data.parquet.values import RAW_GROUP, ROW_POSITION
 from recsys.data.row_source import RowSource
 from recsys.data.schema import Schema
 from recsys.data.vocabularies import UnknownIds, format_unknown
@@ -82,10 +82,11 @@ def check_data(
     for split in splits:
         with ranks.raise_on_all_ranks():
             rows = (opened or {}).get(split) or job.rows(split)
+            queries = QueryPositions(job.schema, readers.get(split))
+            counts[split] = count_items(rows, ranks.rank, ranks.world_size, queries.read)
             if split != "train" and isinstance(job.config.ranking, RetrievalSettings):
                 # Unusable moments would end a search only after training.
-                later_items(job, job.config.ranking, rows, torch.zeros(0, dtype=torch.long))
-            counts[split] = count_items(rows, ranks.rank, ranks.world_size, readers.get(split))
+                later_items(job, job.config.ranking, rows, queries.positions())
         if job.schema.weight and not sum(ranks.gather(int(counts[split].counts.sum()))):
             folder = job.train_folder if split == "train" else split
             raise _without_weight(job.root / folder, job.schema.weight)
@@ -101,6 +102,26 @@ def check_data(
             logger.warning("%s; fix: %s", *finding)
     counted = counts["train"].sum_of_ranks(job.schema.item_id_limit, ranks)
     return CheckedRows(counted, skipped, numbers)
+
+
+class QueryPositions:
+    """Collects positions of the rows of a rank's share that a search queries; see `_add_queries`.
+
+    `also` gets each chunk, too.
+    """
+
+    def __init__(self, schema: Schema, also: Callable[[pa.Table], None] | None) -> None:
+        self.schema, self.label, self.also = schema, schema.of_kind("label")[0], also
+        self._chunks = [np.zeros(0, np.int64)]
+
+    def read(self, table: pa.Table) -> None:
+        is_query = rows_that_count(table, self.schema) & (table[self.label].to_numpy() > 0)
+        self._chunks.append(table[ROW_POSITION].to_numpy()[is_query])
+        if self.also is not None:
+            self.also(table)
+
+    def positions(self) -> torch.Tensor:  # int64 [R]
+        return torch.from_numpy(np.concatenate(self._chunks))
 
 
 class ValidationLabels:

@@ -203,8 +203,9 @@ class Trainer:
             report = evaluate_split(
                 job, "valid", self.item_counts, self.lockstep, searches, fits_blend=True
             )
-            if (line := format_unknown("train", progress.ids)) is not None:
-                logger.info("%s; %s", line, progress.vocabularies)
+            line = format_unknown("train", progress.ids, progress.vocabularies)
+            if line is not None:
+                logger.info(line)
             self.reporter.validation(progress, report)
             self.callbacks.run(lambda callback: callback.validation(job, progress, report))
             score = selection_score(report, metric)

@@ -102,7 +102,8 @@ class Reader:
             if (kind := self.schema.field(name).type) != types[name] and name not in self.untyped:
                 raise ValueError(
                     f"{self.tasks[0][1]}: column '{field.column}' has type {kind}, but "
-                    f"{types[name]} in another table; write one type"
+                    f"{types[name]} in another table or an earlier call, where ids without a value "
+                    "and a type count as strings; write one type, or prepare into another --out"
                 )
         all_fields = [fields.get(name, Field(name, "", "missing")) for name in types]
         schema = pa.schema([("position", pa.int64()), *types.items()])

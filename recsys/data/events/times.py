@@ -102,7 +102,8 @@ class Calendar:
     def last_ended(self, now: int) -> str:
         """Return the name of the last period that has ended at a time."""
         today = datetime.fromtimestamp(now / MICROS["s"], ZoneInfo(self.zone)).date()
-        periods = self.periods(today - timedelta(1)) + self.periods(today)
+        days = [today - timedelta(age) for age in (2, 1, 0)]  # a zone may have skipped yesterday
+        periods = [period for day in days for period in self.periods(day)]
         return [name for name, _, end in periods if end <= now][-1]
 
 
@@ -203,17 +204,29 @@ def _parsed_by(values: pa.Array, zone: str, form: str) -> pa.Array:
     times = pc.strptime(values, form, "s", error_is_null=True)
     texts, plain_form = values, form  # without an offset, as strftime would write UTC
     if (parts := WITH_OFFSET.fullmatch(form)) is not None:
-        plain_form, literal = parts[1] + parts[2], parts[2].partition("%")[0]
-        pattern = OFFSET + (re.escape(literal) or "$")
-        texts = pc.replace_substring_regex(values, pattern, literal)
+        plain_form = parts[1] + parts[2]
+        pattern = rf"^({_pattern(parts[1])})\s*{OFFSET}({_pattern(parts[2])})$"
+        texts = pc.replace_substring_regex(values, pattern, r"\1\4")
     # strptime reads 31 February as a day of March: compare the digits.
     read_again = pc.strftime(pc.strptime(texts, plain_form, "s", error_is_null=True), plain_form)
-    is_wrong = pc.or_kleene(pc.is_null(times), pc.not_equal(_digits(texts), _digits(read_again)))
+    is_equal = pc.equal(_digits(texts), _digits(read_again)).fill_null(False)
+    is_wrong = pc.or_(pc.is_null(times), pc.invert(is_equal))
     row = first_row(pc.and_(is_wrong, pc.is_valid(values)))
     if row is not None:
         raise RowError(row, f"'{values[row].as_py()}' is no time of the form '{form}'")
     # strptime applies an offset.
     return _instants(times.cast(pa.timestamp("us")), zone if parts is None else "UTC")
+
+
+def _pattern(form: str) -> str:
+    """Return a regular expression of the texts that strptime reads by a part of a format."""
+
+    def pattern(part: re.Match[str]) -> str:
+        if part[0].isspace():
+            return r"\s*"
+        return re.escape(part[0]) if part[0][0] != "%" else "%" if part[0] == "%%" else ".*?"
+
+    return re.sub(r"%%|%[-_0^#]*[EO]?.|\s+|[^%\s]+", pattern, form)
 
 
 def _digits(texts: pa.Array) -> pa.Array:

@@ -223,7 +223,7 @@ def _rows_of_raw_ids(array: pa.Array, name: str, schema: Schema, note: ReportCol
     rows, null, too_large = _rows_of_ids(values, vocabulary)
     note_values = partial(_note_values, note, name, array)
     if name == schema.target_item:
-        note_values(null, "null", "null; every row ranks an item: fill it or drop the row")
+        note_values(null, "null", "null; every row ranks an item: give its id, or leave it out")
     note_values(too_large, "id beyond int64", "an id that does not fit int64; renumber it")
     if not as_list and num_rows == 1:
         return pa.array(rows.reshape(-1))

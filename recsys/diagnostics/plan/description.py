@@ -126,6 +126,15 @@ def part_of(name: str) -> str:
     return "other"
 
 
+def in_bytes(number: float) -> str:
+    """Return bytes as text with three digits: 1,536 as 1.5 KiB."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if number < 1024 or unit == "TiB":
+            break
+        number /= 1024
+    return f"{number:.0f} {unit}" if unit == "B" or number >= 100 else f"{number:.3g} {unit}"
+
+
 @dataclass(frozen=True)
 class RankMemory:
     """Bytes on the rank that holds the most, without activations; `total` omits `host_tables`."""
@@ -141,6 +150,24 @@ class RankMemory:
     def total(self) -> int:
         return self.tables + self.dense + self.bank
 
+    def problems(self) -> list[str]:
+        """Return why all parts together do not fit, with a fix; empty if they fit."""
+        if self.total <= self.limit:
+            return []
+        bank_fix = (
+            "more ranks, a smaller content.dim, content.history.similarity_features false (no "
+            "vectors of single modalities), or fewer rows for the item table"
+        )
+        size, name, fix = max(
+            (self.tables, "tables", "more ranks, a smaller embedding.dim or fewer rows"),
+            (self.dense, "dense parts", "smaller encoders, or fewer layers that train"),
+            (self.bank, "the memory bank", bank_fix),
+        )
+        return [
+            f"{in_bytes(self.total)} per rank of {in_bytes(self.limit)}; most is {name}, "
+            f"{in_bytes(size)}: {fix}"
+        ]
+
 
 @dataclass(frozen=True)
 class Description:
@@ -152,7 +179,8 @@ class Description:
     memory: RankMemory
     times: RankTime | None  # TorchRec's estimate for a step's tables on GPUs; None on CPU
     plan: str
-    problems: list[str]  # why tables do not fit, with fixes; the plan is for unlimited memory
+    # Why the run does not fit, with fixes; if tables do not, the plan is for unlimited memory.
+    problems: list[str]
     frozen_layers: dict[str, int]  # by encoder, parameters that run only before training
     training_rows: int
     without_kernel: dict[str, str]  # by kernel, why PyTorch computes on CPU instead
@@ -208,7 +236,7 @@ def describe(
         memory,
         times,
         format_plan(plan, tables),
-        problems,
+        problems or memory.problems(),
         frozen_layers,
         training_rows=_read_a_batch(config, root, schema),
         without_kernel=dict(refused_kernels(em3) if is_native else ()),

@@ -12,7 +12,7 @@ from embeddings.plan_text import align_columns
 from embeddings.sharding import free_host_memory
 from embeddings.simulated_cluster import DEVICES, Cluster, Device
 from recsys.config import Config
-from recsys.diagnostics.plan.description import Description, describe
+from recsys.diagnostics.plan.description import Description, describe, in_bytes
 from recsys.distributed.log import print_table
 from recsys.doctor import unusable_gpu
 from recsys.kernels.choice import COSTS
@@ -112,15 +112,6 @@ def format_description(description: Description) -> str:
     return "\n\n".join(blocks)
 
 
-def in_bytes(number: float) -> str:
-    """Return bytes as text with three digits: 1,536 as 1.5 KiB."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if number < 1024 or unit == "TiB":
-            break
-        number /= 1024
-    return f"{number:.0f} {unit}" if unit == "B" or number >= 100 else f"{number:.3g} {unit}"
-
-
 def _parts(description: Description) -> str:
     sized = "weights per rank", "gradients", "optimizer state"
     header = ("part", "parameters", "trained by", "where", *sized)
@@ -193,23 +184,9 @@ def _verdict(description: Description) -> str:
     memory = description.memory
     free_bytes, other_bytes = memory.limit - memory.total, memory.dense + memory.bank
     reserve = memory.limit * description.cluster.device.hardware.reserved_share
-    if free_bytes >= 0 and other_bytes <= reserve:
+    if other_bytes <= reserve:
         return f"fits: {in_bytes(free_bytes)} per rank are left"
-    if free_bytes >= 0:
-        return (
-            f"fits, {in_bytes(free_bytes)} per rank are left; but dense parts and bank take "
-            f"{in_bytes(other_bytes)}, and the planner counts on {in_bytes(reserve)} for them"
-        )
-    bank_fix = (
-        "more ranks, a smaller content.dim, content.history.similarity_features false (no vectors "
-        "of single modalities), or fewer rows for the item table"
-    )
-    size, name, fix = max(
-        (memory.tables, "tables", "more ranks, a smaller embedding.dim or fewer rows"),
-        (memory.dense, "dense parts", "smaller encoders, or fewer layers that train"),
-        (memory.bank, "the memory bank", bank_fix),
-    )
     return (
-        f"does not fit\n  {in_bytes(memory.total)} per rank of {in_bytes(memory.limit)}; most is "
-        f"{name}, {in_bytes(size)}: {fix}"
+        f"fits, {in_bytes(free_bytes)} per rank are left; but dense parts and bank take "
+        f"{in_bytes(other_bytes)}, and the planner counts on {in_bytes(reserve)} for them"
     )

@@ -186,10 +186,14 @@ def test_unknown_ids_are_told_by_column(tmp_path: Path) -> None:
         "item": {"ids": 3, "unknown": 0},
         "history": {"ids": 3, "unknown": 1},
     }
-    assert format_unknown("valid", totals) == (
+    line = (
         "valid: unknown ids: user 2 of 3 (66.67%), friends 0 of 3 (0.00%), item 0 of 3 (0.00%), "
         "history 1 of 3 (33.33%)"
     )
+    assert format_unknown("valid", totals) == format_unknown("valid", totals, {}) == line
+    changes = {"user": {"admitted": 1_200, "evicted": 3}}
+    line += "; table 'user': 1,200 admitted, 3 evicted"
+    assert format_unknown("valid", totals, changes) == line
 
 
 def count_on_two_ranks(rank: int, world_size: int, data: str) -> tuple[Any, Any, list[str]]:

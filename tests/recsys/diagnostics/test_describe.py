@@ -152,6 +152,20 @@ def test_a_laptop_plans_four_billion_rows_over_64_gpus(
     assert "row_wise on 64 ranks" in printed and "\nfits: " in printed
 
 
+def test_what_fits_only_without_averages_of_tables_is_a_problem(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["--rows", "item=1_500_000_000", "--embedding.dim", "512"]
+    averaged = ["--optimizer.ema_decay", "0.9", "--optimizer.ema_tables", "true"]
+    problems = []
+    for words in ([], averaged):
+        out = folder / "numbers" / "averages.json"
+        assert command(folder, *CLUSTER, *sizes, *words, "--json", str(out)) == 0
+        problems.append(json.loads(out.read_text())["problems"])
+    assert problems[0] == [] and "most is tables" in problems[1][0]
+    assert f"does not fit\n  {problems[1][0]}" in capsys.readouterr().out
+
+
 def test_host_memory_and_copies_of_tables_are_planned(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,12 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from recsys.build import build_job
 from recsys.config import ContentSettings
 from recsys.config.ranking import RetrievalSettings
 from recsys.data.parquet.rows import ParquetRows
 from recsys.data.vocabularies import UnknownIds
 from recsys.distributed.ranks import joined_ranks
 from recsys.evaluation.availability import later_items
+from recsys.evaluation.evaluate import check_data
 from recsys.evaluation.predict import evaluate, load_run
 from recsys.evaluation.retrieval import count_above, retrieval_metrics
 from recsys.training.train import train
@@ -106,6 +108,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for file in folder.glob("data/[tv]*/*.parquet"):
         rows = pq.read_table(file)
         moments = pa.array(100 * np.arange(rows.num_rows) % 13, pa.int64()).cast(pa.timestamp("s"))
+        is_positive = pc.equal(rows["liked"], 1)
+        for name, is_null in (("positive", is_positive), ("negative", pc.invert(is_positive))):
+            rows = rows.append_column(name, pc.if_else(is_null, None, moments))
         rows = rows.append_column("seconds", pa.array([1_800_000_000] * rows.num_rows))
         pq.write_table(rows.append_column("moment", moments), file, row_group_size=7)
     return folder
@@ -192,11 +197,20 @@ def test_moments_that_cannot_be_compared_are_refused(folder: Path, reports: Any)
                 later_items(job, ranking, job.rows("test"), torch.zeros(1, dtype=torch.long))
 
 
-def test_moments_that_no_search_can_read_end_a_job_before_it_begins(folder: Path) -> None:
+@pytest.mark.parametrize("name", ["none", "positive", "negative"])
+def test_moments_that_no_search_can_read_end_a_job_before_it_begins(
+    folder: Path, name: str
+) -> None:
+    """A moment is needed in rows that a search queries, those of label 1."""
     config = backbone_config(folder, "two_tower", "none", epochs=1)
-    later: Any = {"available_from": "released", "row_time": "none"}
+    later: Any = {"available_from": "released", "row_time": name}
     config = replace(config, ranking=replace(config.ranking, **later))
-    run = folder / "refused"
-    with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match=r"valid.*column 'none'"):
-        train(config, str(folder / "data"), run, ranks)
+    run = folder / f"refused {name}"
+    with joined_ranks("cpu") as ranks:
+        if name == "negative":
+            check_data(build_job(config, str(folder / "data"), ranks))
+            return
+        problem = "missing" if name == "none" else "null"
+        with pytest.raises(ValueError, match=rf"'{name}' is {problem}"):
+            train(config, str(folder / "data"), run, ranks)
     assert not (run / "config.yaml").exists()

@@ -153,6 +153,20 @@ def test_ids_of_another_type_than_in_the_calls_before_name_their_column(tmp_path
         prepare_days(config, out, DAYS[1])
 
 
+def test_ids_that_had_no_value_and_no_type_in_the_first_call_are_strings(tmp_path: Path) -> None:
+    tables = {"view": {"path": "log", "columns": ["shop"]}, "buy": {"path": "buys"}}
+    config = write_small(tmp_path, events=tables, context={"shop": "id"})
+    files = [tmp_path / "log" / f"{number}.parquet" for number in (0, 1)]
+    for file, shops in zip(files, (pa.nulls(2), pa.array([7, 7])), strict=True):
+        pq.write_table(
+            pq.read_table(tmp_path / "buys/0.parquet").append_column("shop", shops), file
+        )
+        if file == files[0]:
+            prepare_days(config, tmp_path / "out", DAYS[0])
+    with pytest.raises(ValueError, match=r"1.parquet: column 'shop' .* string in .* earlier call"):
+        prepare_days(config, tmp_path / "out", DAYS[1])
+
+
 def test_files_that_were_read_may_be_removed_while_they_are_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +201,11 @@ def test_a_day_has_the_hours_since_it_began(day: str, hours: int) -> None:
     assert HOURS.last_ended(end - 1) == names[-2]
     with pytest.raises(ValueError, match="no date; write such as 2026-11-01 or 2026-11-01/05"):
         HOURS.end_of(f"{day}/{hours}")
+
+
+def test_the_last_hour_may_be_before_a_day_that_the_zone_skipped() -> None:
+    hours = Calendar("Pacific/Apia", "hour")
+    assert hours.last_ended(hours.end_of("2011-12-29")) == "2011-12-29/hour=23"
 
 
 def test_a_signal_whose_exception_a_library_swallows_ends_the_command_after_its_call() -> None:

@@ -115,6 +115,22 @@ def test_times_of_another_form_are_read_in_their_zone_and_others_named() -> None
 
 
 @pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        ("%Y-%m-%d %z %H:%M", "2026-02-{} +0100 05:00"),
+        ("%z%%%d-%m-%Y %H:%M", "+0100%{}-02-2026 05:00"),
+        ("%d-%m-%Y\t%H:%M%z\\", "{}-02-2026  05:00 +01:00\\"),
+        ("%F%z\\1%R", "2026-02-{}+01\\105:00"),
+    ],
+)
+def test_an_offset_may_be_anywhere_in_a_time(form: str, text: str) -> None:
+    expected = datetime(2026, 2, 28, 4, tzinfo=UTC).timestamp() * 10**6
+    assert to_micros(pa.array([text.format(28)]), "s", "UTC", form).to_pylist() == [expected]
+    with pytest.raises(ValueError, match=r"row 0: .* is no time"):  # not March 3
+        to_micros(pa.array([text.format(31)]), "s", "UTC", form)
+
+
+@pytest.mark.parametrize(
     ("form", "problem"),
     [
         ("%Y-%m-%d %H:%M:%S", None),
