@@ -21,7 +21,7 @@ from benchmarks.kernels.gains import CALLERS, gains
 from benchmarks.kernels.operators import QUICK_SIZES, operators
 from benchmarks.ladder import ladder, reading, rows_of
 from benchmarks.loader import benchmark as loader
-from benchmarks.results import ROOT, without_places
+from benchmarks.results import ROOT, without_local_paths
 from benchmarks.retrieval import retrieval
 from benchmarks.scaling import curves_of, scaling
 from benchmarks.sequences import variants_of
@@ -246,14 +246,14 @@ def test_folders_of_the_command_and_of_the_clone_are_named_not_told(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["scaling.py", "--out", "/disk/bench/", "--results", "mine"])
     text = f"{ROOT}/benchmarks/settings/a.yaml /disk/bench/data --out /disk/bench mine"
-    assert without_places(text) == "benchmarks/settings/a.yaml OUT/data --out OUT mine"
+    assert without_local_paths(text) == "benchmarks/settings/a.yaml OUT/data --out OUT mine"
     monkeypatch.setattr(sys, "argv", ["scaling.py", "--out=/disk/bench", "--data", "/"])
-    assert without_places("a/b /disk/bench/data") == "a/b OUT/data"
+    assert without_local_paths("a/b /disk/bench/data") == "a/b OUT/data"
     monkeypatch.setattr(sys, "argv", ["accuracy.py", "--runs", "[/disk/one,/disk/two/]"])
-    assert without_places("--runs [/disk/one,/disk/two/]") == "--runs [RUNS,RUNS/]"
+    assert without_local_paths("--runs [/disk/one,/disk/two/]") == "--runs [RUNS,RUNS/]"
     by_title = '{"One": "/disk/one", "Two": "/disk/two"}'
     monkeypatch.setattr(sys, "argv", ["unseen_shares.py", "--data", by_title])
-    assert without_places(f"--data {by_title}") == '--data {"One": "DATA", "Two": "DATA"}'
+    assert without_local_paths(f"--data {by_title}") == '--data {"One": "DATA", "Two": "DATA"}'
 
 
 def test_all_programs_write_the_same_dataset_and_are_measured(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.dataset import DatasetSize, write_dataset
-from benchmarks.plain_twin import PlainSource, PlainTwin, padded
+from benchmarks.plain_twin import PlainBaseline, PlainSource, padded
 from benchmarks.settings import QUICK_SIZE
 from benchmarks.timing.steps import ProductSteps
 from recsys.data.batch import Batch
@@ -77,7 +77,7 @@ def tables_of(steps: ProductSteps) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def copy_weights(twin: PlainTwin, steps: ProductSteps) -> None:
+def copy_weights(twin: PlainBaseline, steps: ProductSteps) -> None:
     dense, tables = dict(steps.job.em3.named_parameters()), tables_of(steps)
     pooled: list[Any] = [bag.weight for bag in twin.bags]
     for weight, name in zip([*pooled, twin.items.weight], ["user", "tags", "item"], strict=True):
@@ -86,7 +86,7 @@ def copy_weights(twin: PlainTwin, steps: ProductSteps) -> None:
         parameter.copy_(of_product(name, dense))
 
 
-def dense_parameters(twin: PlainTwin) -> dict[str, Tensor]:
+def dense_parameters(twin: PlainBaseline) -> dict[str, Tensor]:
     return {
         name: parameter
         for name, parameter in twin.named_parameters()
@@ -105,7 +105,7 @@ def test_twin_and_product_agree_on_loss_logits_and_gradients(
     variant = quick_variant(tmp_path, *FULL, *NO_DROPOUT)
     data = str(write_dataset(tmp_path / "sized", size))
     with product_steps(variant.changed("full", data=data)) as steps:
-        twin = PlainSource(steps.job.config, data, steps.ranks).twin()
+        twin = PlainSource(steps.job.config, data, steps.ranks).build_model()
         # It starts at zero, which would hide what the queries do.
         nn.init.normal_(steps.job.em3.get_parameter("content.fusion.output.weight"), std=0.1)
         copy_weights(twin, steps)
@@ -125,7 +125,7 @@ def test_twin_and_product_agree_on_loss_logits_and_gradients(
         torch.testing.assert_close(tables_of(steps)["item"], updated, rtol=1e-3, atol=1e-5)
 
 
-def twin_step(twin: PlainTwin, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def twin_step(twin: PlainBaseline, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, loss, and the gradient of the item table."""
     loss, logits = twin(padded(batch))
     loss.backward()
@@ -143,7 +143,7 @@ def rowwise_adagrad(weight: Tensor, gradient: Tensor, rate: float) -> Tensor:
 def test_the_twin_and_its_batches_move_to_a_gpu(tmp_path: Path) -> None:
     variant = quick_variant(tmp_path, *FULL)
     with product_steps(variant) as steps:
-        twin = PlainSource(steps.job.config, variant.data, steps.ranks).twin()
+        twin = PlainSource(steps.job.config, variant.data, steps.ranks).build_model()
         batch = padded(first_batch(steps))
     moved = [*vars(batch.to(torch.device("meta"))).values(), *twin.to("meta").buffers()]
     pooled = [tensor for pair in moved.pop(0) for tensor in pair]
