@@ -33,10 +33,10 @@ def bound_names(tree: ast.AST) -> Iterator[tuple[str, int]]:
 
 
 def is_vague(name: str) -> bool:
-    words = [word for word in name.lower().split("_") if word]
-    if len(words) < 2:
-        return bool(words) and words[0] in FUNCTION_WORDS
-    return words[0] in FIRST_WORDS or words[-1] in LAST_WORDS
+    parts_ = [argument for argument in name.lower().split("_") if argument]
+    if len(parts_) < 2:
+        return bool(parts_) and parts_[0] in FUNCTION_WORDS
+    return parts_[0] in FIRST_WORDS or parts_[-1] in LAST_WORDS
 
 
 @pytest.mark.parametrize(

@@ -192,9 +192,9 @@ def test_each_row_of_a_ladder_makes_one_change_to_the_row_it_names(setting: str)
         if row.base is None:
             continue
         base = rows[row.base].variant
-        words = row.variant.overrides[len(base.overrides) :]
+        argv = row.variant.overrides[len(base.overrides) :]
         assert row.variant.overrides[: len(base.overrides)] == base.overrides
-        settings = {word.rsplit(".", 1)[0] for word in words[::2]}  # halves of one thing count once
+        settings = {key.rsplit(".", 1)[0] for key in argv[::2]}  # halves of one thing count once
         fields = ("kind", "ranks", "loaded_batches")
         changed = [name for name in fields if getattr(row.variant, name) != getattr(base, name)]
         assert len(settings) + len(changed) == 1, row.name
@@ -206,11 +206,11 @@ def test_scaling_compares_each_point_with_the_first(tmp_path: Path) -> None:
     scaling(tmp_path / "out", curves, quick=True, in_process=True, results=tmp_path)
     records = lines_of(tmp_path, "scaling")
     assert [record["curve"] for record in records] == [name for name in curves for _ in range(2)]
-    first, second, few, many = records
+    first, second, few, all_ids = records
     assert first["slower_than_first"]["median"] == 1.0
     # As many impressions with three times the history, and more distinct items to encode.
     assert second["counts"]["history"] == 3 * first["counts"]["history"]
-    assert few["x"] < many["x"] and few["counts"]["encoded"] < many["counts"]["encoded"]
+    assert few["x"] < all_ids["x"] and few["counts"]["encoded"] < all_ids["counts"]["encoded"]
 
 
 @pytest.mark.parametrize("command", [compare, throughput, ladder, scaling])

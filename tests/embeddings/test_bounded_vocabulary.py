@@ -19,7 +19,7 @@ from tests.ranks import run_on_ranks
 
 
 @dataclass
-class _Known:
+class _KnownId:
     row: int
     score: float
     last_used: int
@@ -34,7 +34,7 @@ class SlowVocabulary:
     admit_after: int
     half_life: float
     protect_steps: int
-    known: dict[int, _Known] = field(default_factory=dict)
+    entries: dict[int, _KnownId] = field(default_factory=dict)
     waiting: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
     admitted: int = 0
 
@@ -45,16 +45,16 @@ class SlowVocabulary:
         slot = mix64(mix64(np.array([item])))[0] % np.uint64(self.rows_per_set)
         return self.set_of(item), int(slot)
 
-    def faded(self, entry: _Known, step: int) -> float:
+    def faded(self, entry: _KnownId, step: int) -> float:
         return float(entry.score * np.exp2((entry.last_used - step) / self.half_life))
 
     def use(self, ids: list[int], step: int) -> set[int]:
         """The rows taken from other ids."""
         counts = Counter(ids)
-        for item in counts.keys() & self.known.keys():
-            entry = self.known[item]
+        for item in counts.keys() & self.entries.keys():
+            entry = self.entries[item]
             entry.score, entry.last_used = self.faded(entry, step) + counts[item], step
-        occurrences = {item: counts[item] for item in sorted(counts.keys() - self.known.keys())}
+        occurrences = {item: counts[item] for item in sorted(counts.keys() - self.entries.keys())}
         if self.admit_after > 1:
             for item, slot in [
                 (item, self.waiting.get(self.slot_of(item))) for item in occurrences
@@ -71,10 +71,10 @@ class SlowVocabulary:
             )
             if row is None:
                 continue
-            for other in [other for other, entry in self.known.items() if entry.row == row]:
-                del self.known[other]
+            for other in [other for other, entry in self.entries.items() if entry.row == row]:
+                del self.entries[other]
                 evicted.add(row)
-            self.known[item] = _Known(row, occurrences[item], step)
+            self.entries[item] = _KnownId(row, occurrences[item], step)
             self.admitted += 1
             if self.waiting.get(self.slot_of(item), (None,))[0] == item:
                 del self.waiting[self.slot_of(item)]
@@ -82,7 +82,7 @@ class SlowVocabulary:
 
     def next_row(self, set_number: int, step: int) -> int | None:
         rows = range(set_number * self.rows_per_set, (set_number + 1) * self.rows_per_set)
-        entries = {entry.row: entry for entry in self.known.values()}
+        entries = {entry.row: entry for entry in self.entries.values()}
         free = [row for row in rows if row not in entries]
         if free:
             return free[0]
@@ -194,10 +194,10 @@ def go(vocabulary: BoundedVocabulary, steps: range, rank: int = 0, world_size: i
     """Each rank takes a part of a step's ids, the first none at all in every third step."""
     rows, evicted = [], []
     for step in steps:
-        parts = list(ids_of(step).tensor_split(world_size))
+        lists = list(ids_of(step).tensor_split(world_size))
         if world_size > 1 and step % 3 == 0:
-            parts = [torch.zeros(0, dtype=torch.int64), *ids_of(step).tensor_split(world_size - 1)]
-        rows.append(vocabulary.rows_of(parts[rank], step, training=True))
+            lists = [torch.zeros(0, dtype=torch.int64), *ids_of(step).tensor_split(world_size - 1)]
+        rows.append(vocabulary.rows_of(lists[rank], step, training=True))
         evicted.append(sorted(vocabulary.take_evicted_rows().tolist()))
     return Went(rows, evicted, astuple(vocabulary.counts()))
 
@@ -222,11 +222,11 @@ def assert_ranks_without_rows_ask_the_others() -> None:
     assert use(vocabulary, [5, 6], step=0) == [0, 1]
 
 
-def assert_went_as(ranks: list[Went], whole: Went) -> None:
-    for step, rows in enumerate(whole.rows):
+def assert_went_as(ranks: list[Went], expected: Went) -> None:
+    for step, rows in enumerate(expected.rows):
         assert torch.equal(torch.cat([rank.rows[step] for rank in ranks]), rows)
-    assert all(rank.evicted == whole.evicted for rank in ranks)
-    assert all(rank.counts == whole.counts for rank in ranks)
+    assert all(rank.evicted == expected.evicted for rank in ranks)
+    assert all(rank.counts == expected.counts for rank in ranks)
 
 
 def test_any_number_of_ranks_has_the_map_of_one_and_goes_on_from_a_checkpoint(

@@ -82,8 +82,8 @@ def test_a_batch_has_rows_for_tables_and_raw_ids_for_content(data: Path, tmp_pat
         # Item 3 is in histories alone: it is encoded in the step that gives it a row, and no more.
         assert prepared[0].content.items.tolist() == [*first, int(raw(3))]
         assert prepared[0].content.with_gradient == 3
-        written = prepared[0].content.bank_write_rows.tolist()
-        assert written == [rows[int(raw(item))] for item in range(4)]
+        write_rows = prepared[0].content.bank_write_rows.tolist()
+        assert write_rows == [rows[int(raw(item))] for item in range(4)]
         assert prepared[1].content.items.tolist() == [*second, int(raw(5))]
         events = prepared[0].history.items[prepared[0].history.index].tolist()
         expected = [3, 3, 1, 3, 2, 3, 0]
