@@ -127,7 +127,7 @@ def test_rows_are_those_of_the_slow_vocabulary(
         evicted = set(vocabulary.take_evicted_rows().tolist())
         assert evicted == slow.use(ids, step)
         evictions += len(evicted)
-        expected = {item: entry.row for item, entry in slow.known.items()}
+        expected = {item: entry.row for item, entry in slow.entries.items()}
         assert rows.tolist() == [expected.get(item, unknown) for item in ids]
         # What must hold whatever the policy.
         assert all(step - last_used[row] > protect_steps for row in evicted)
@@ -136,10 +136,10 @@ def test_rows_are_those_of_the_slow_vocabulary(
         assert len(item_by_row) == len({item for item, row in zip(ids, rows) if row != unknown})
         last_used |= dict.fromkeys(item_by_row, step)
         step += pause
-    assert len(slow.known) <= num_embeddings - 1
+    assert len(slow.entries) <= num_embeddings - 1
     counts = vocabulary.counts()
     assert (counts.admitted, counts.evicted) == (slow.admitted, evictions)
-    assert counts.known == len(slow.known) == counts.admitted - counts.evicted
+    assert counts.known == len(slow.entries) == counts.admitted - counts.evicted
 
 
 def look_up(vocabulary: BoundedVocabulary, ids: list[int]) -> list[int]:

@@ -65,7 +65,7 @@ def test_entries_that_are_not_tensors_are_refused(tmp_path: Path) -> None:
         SafeFileSystemReader(tmp_path / "other")
 
 
-@pytest.marker.parametrize("content", [b"", b"\x80\x04", b"text", pickle.dumps({"a": 1})])
+@pytest.mark.parametrize("content", [b"", b"\x80\x04", b"text", pickle.dumps({"a": 1})])
 def test_damaged_metadata_is_a_clear_error(folder: Path, content: bytes) -> None:
     (folder / ".metadata").write_bytes(content)
     with pytest.raises(ValueError, match=r"\.metadata: "):
@@ -147,8 +147,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # Blocks of one row, of three rows (over the borders of pieces), and of a table.
-@pytest.marker.parametrize(("block_bytes", "blocks"), [(1, 20), (3 * 8 * 4, 8), (2**20, 3)])
-@pytest.marker.parametrize("sharding", SHARDINGS)
+@pytest.mark.parametrize(("block_bytes", "blocks"), [(1, 20), (3 * 8 * 4, 8), (2**20, 3)])
+@pytest.mark.parametrize("sharding", SHARDINGS)
 def test_tables_cut_by_ranks_are_put_together(
     checkpoints: Path,
     tmp_path: Path,
@@ -247,7 +247,7 @@ def test_what_cannot_be_exported_is_told_with_the_fix(tmp_path: Path) -> None:
     assert not out.exists()
 
 
-@pytest.marker.parametrize("num_bytes", [None, 0, 700, 60_000])
+@pytest.mark.parametrize("num_bytes", [None, 0, 700, 60_000])
 def test_a_checkpoint_cut_short_leaves_the_earlier_export(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_bytes: int | None
 ) -> None:

@@ -131,7 +131,7 @@ def test_evicted_and_readmitted_items_have_fresh_rows_and_their_own_content(
         assert not bank._rows[free_rows].any()
         moments = next(name for name in trained.state if name.startswith("optimizer.tables"))
         # An item that came back was updated in the steps since alone, so its row has moved little.
-        assert (trained.whole(moments)[free_rows] == 0).all()
+        assert (trained.full_tensor(moments)[free_rows] == 0).all()
 
 
 def test_the_average_of_a_row_begins_anew_with_another_item(
@@ -174,10 +174,10 @@ def test_two_ranks_train_as_one(data: Path, tmp_path: Path) -> None:
         expected = train(build(data, ranks, tmp_path, sharding="row_wise"))
     for first, second in zip(*run_on_ranks(train_on_rank, 2, data, tmp_path), strict=True):
         for name in ("vocabulary.item.ids", "vocabulary.item.last_used"):
-            assert torch.equal(first.whole(name, second), expected.whole(name))
+            assert torch.equal(first.full_tensor(name, second), expected.full_tensor(name))
         for name in ("bank", WEIGHT):
-            actual = first.whole(name, second)
-            torch.testing.assert_close(actual, expected.whole(name), rtol=1e-4, atol=1e-5)
+            actual = first.full_tensor(name, second)
+            torch.testing.assert_close(actual, expected.full_tensor(name), rtol=1e-4, atol=1e-5)
         logits = [
             torch.cat(step_logits) for step_logits in zip(first.logits, second.logits, strict=True)
         ]

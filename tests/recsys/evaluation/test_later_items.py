@@ -21,7 +21,7 @@ from recsys.evaluation.predict import evaluate, load_run, predict
 from recsys.training.train import train
 from tests.datasets import FEATURE_WIDTH, write_dataset
 from tests.recsys.checkpoint.schema_runs import rewrite, write_data
-from tests.recsys.checkpoint.warm_start.warm_runs import config_of, ids_of, whole
+from tests.recsys.checkpoint.warm_start.warm_runs import config_of, full_tensor, ids_of
 from tests.recsys.command_runs import TINY
 from tests.recsys.weighted_data import table_of
 
@@ -47,7 +47,7 @@ def with_later_item(items: pa.Table) -> pa.Table:
 
 
 def item_table(job: Job) -> Tensor:
-    return whole(job.model.state_dict()["embeddings.embeddings.item.weight"])
+    return full_tensor(job.model.state_dict()["embeddings.embeddings.item.weight"])
 
 
 @pytest.mark.long
