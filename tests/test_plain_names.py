@@ -33,10 +33,10 @@ def bound_names(tree: ast.AST) -> Iterator[tuple[str, int]]:
 
 
 def is_vague(name: str) -> bool:
-    parts_ = [argument for argument in name.lower().split("_") if argument]
-    if len(parts_) < 2:
-        return bool(parts_) and parts_[0] in FUNCTION_WORDS
-    return parts_[0] in FIRST_WORDS or parts_[-1] in LAST_WORDS
+    tokens = [token for token in name.lower().split("_") if token]
+    if len(tokens) < 2:
+        return bool(tokens) and tokens[0] in FUNCTION_WORDS
+    return tokens[0] in FIRST_WORDS or tokens[-1] in LAST_WORDS
 
 
 @pytest.mark.parametrize(

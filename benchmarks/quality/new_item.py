@@ -103,7 +103,7 @@ def _write_copies(catalogue: pa.Table, schema: Schema, items: Sequence[str], out
 
 @dataclass(frozen=True)
 class Ranking:
-    """Ranks the items of a package, and copies of `new_items` ones, for the users of rows."""
+    """Ranks the items of a package, and copies of `new_items`, for the users of rows."""
 
     scorer: Scorer
     rows: pa.Table

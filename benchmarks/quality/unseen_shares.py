@@ -52,8 +52,8 @@ def unseen_shares(
     if unknown := sorted(recipes.keys() - data.keys()):
         raise ValueError(f"--recipes: {unknown} have no data; --data has {list(data)}")
     plans = {
-        title: plan_runs(CELLS, windows(index), out / title, recipes.get(title, RECIPE), seeds)
-        for title, index in data.items()
+        title: plan_runs(CELLS, windows(path), out / title, recipes.get(title, RECIPE), seeds)
+        for title, path in data.items()
     }
     finish([run for plan in plans.values() for run in in_order(plan)], jobs, cache)
     records = []

@@ -110,7 +110,7 @@ def train(
     """Train, and leave the model with the weights that were best in validation."""
     settings, random = job.settings, np.random.default_rng(job.seed)
     size, epochs = settings["batch_size"], settings["epochs"]
-    head = [segment for name, segment in model.named_parameters() if not name.startswith("items.")]
+    head = [weight for name, weight in model.named_parameters() if not name.startswith("items.")]
     optimizer = model.items.optimizer(head, settings["learning_rate"], settings["encoder_rate"])
     best, weights, waited = -1.0, copy.deepcopy(model.state_dict()), 0
     for _ in range(epochs):

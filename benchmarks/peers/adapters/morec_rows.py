@@ -96,7 +96,7 @@ def train(model: TextSASRec, rows: dict[str, Rows], job: PeerJob) -> None:
     settings, batches = job.settings, sequences(rows["train"])
     counts = torch.bincount(batches[batches > 0], minlength=len(model.items.mask) + 1)
     log_shares = (counts.clamp(min=1) / counts.sum()).log()
-    head = [part for name, part in model.named_parameters() if not name.startswith("items.")]
+    head = [weight for name, weight in model.named_parameters() if not name.startswith("items.")]
     optimizer = model.items.optimizer(head, settings["learning_rate"], settings["encoder_rate"])
     best, weights, waited = -1.0, copy.deepcopy(model.state_dict()), 0
     for _ in range(settings["epochs"]):

@@ -71,7 +71,7 @@ def test_settings_made_in_python_are_checked(change: dict[str, Any]) -> None:
         validate(config)
 
 
-class Own(nn.Module):
+class Custom(nn.Module):
     """A ranking model of the user's, with settings of its own."""
 
     @dataclass
@@ -87,11 +87,11 @@ class WithoutSettings(nn.Module):
 
 
 def test_a_class_of_the_user_s_has_the_keys_of_its_settings() -> None:
-    argv = ["--ranking.name", f"{__name__}:Own", "--ranking.units", "16"]
-    assert load_config(TINY, argv).ranking == Own.Settings(argv[1], mlp_units=[16], units=16)
+    argv = ["--ranking.name", f"{__name__}:Custom", "--ranking.units", "16"]
+    assert load_config(TINY, argv).ranking == Custom.Settings(argv[1], mlp_units=[16], units=16)
     with pytest.raises(ValueError, match=r"ranking.units is 0"):
         load_config(TINY, [*argv[:2], "--ranking.units=0"])
-    with pytest.raises(ValueError, match=r"search_top_k .*Own'; .*'units'"):
+    with pytest.raises(ValueError, match=r"search_top_k .*Custom'; .*'units'"):
         load_config(TINY, [*argv, "--ranking.search_top_k=3"])
 
 

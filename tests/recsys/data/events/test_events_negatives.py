@@ -138,8 +138,8 @@ def test_in_valid_and_test_no_positive_of_the_user_in_that_split_is_drawn(tmp_pa
     split = {"by": "windows", "windows": 2}
     out = prepare("log.parquet", tmp_path, negatives={"per_positive": 3}, split=split)
     later_positives = 0
-    for place in ("window-1/valid", "window-1/test", "window-2/valid", "window-2/test"):
-        samples = pq.read_table(out / place).to_pylist()
+    for folder in ("window-1/valid", "window-1/test", "window-2/valid", "window-2/test"):
+        samples = pq.read_table(out / folder).to_pylist()
         positives = {(row["user"], row["item"]) for row in samples if row["sampled"] == 0}
         assert [r for r in samples if r["sampled"] and (r["user"], r["item"]) in positives] == []
     for window in ("window-1", "window-2"):

@@ -34,7 +34,7 @@ from recsys.serving.requests import RequestReader
 from recsys.storage.location import Location
 
 ZONE = "Europe/Berlin"
-EXACT, HASHED, ARGV = 9, 50, 7
+EXACT, HASHED, WORDS = 9, 50, 7
 Row = dict[str, Any]
 
 prices = some.one_of(
@@ -81,7 +81,7 @@ def schemas(draw: some.DrawFn) -> Row:
         "town": [{"fill": "?"}, "lower"],
         "pair": ["cross", *draw(some.sampled_from([[], ["lower"]]))],
         "hour": [{draw(some.sampled_from(["hour", "weekday", "day_of_year"])): ZONE}],
-        "words": [{"fill": "?"}, "lower", {"hash": ARGV}],
+        "words": [{"fill": "?"}, "lower", {"hash": WORDS}],
     }
 
 
@@ -93,7 +93,7 @@ def columns_of(transforms: Row) -> dict[str, Column]:
         "town": Column("id", EXACT, column="city", vocabulary=VocabularySettings("exact")),
         "pair": Column("id", HASHED, vocabulary=VocabularySettings("hash")),
         "hour": Column("id", 366, column="time"),
-        "words": Column("ids", ARGV, column="tags"),
+        "words": Column("ids", WORDS, column="tags"),
     }
     for name, column in columns.items():
         column.transform = transforms[name]
@@ -201,7 +201,7 @@ def read(rows: ParquetRows, names: list[str]) -> list[Row | None]:
     return [row if ok else None for row, ok in zip(table.select(names).to_pylist(), is_row)]
 
 
-def read_row(reader: RequestReader, row: Row) -> Row | None:
+def requested_row(reader: RequestReader, row: Row) -> Row | None:
     """What the scorer reads of a row in a request."""
     try:
         rows = reader({"user": 0} | row, (), [1])
@@ -244,7 +244,7 @@ def test_all_who_read_a_row_read_what_the_steps_say(
     pooled = ["user", *(name for name in names if name != "size")]
     reader = RequestReader(schema, pooled, {})
     assert predicted[: len(rows)] == trained
-    assert [read_row(reader, row) for row in rows + new] == predicted
+    assert [requested_row(reader, row) for row in rows + new] == predicted
     for actual, row in zip(predicted, rows + new, strict=True):
         assert actual == reference(row, schema)
 
