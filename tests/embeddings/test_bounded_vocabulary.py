@@ -182,7 +182,7 @@ def ids_of(step: int) -> torch.Tensor:
 
 
 @dataclass
-class Went:
+class Outcome:
     """What the map did in some steps."""
 
     rows: list[torch.Tensor]  # of each step, this rank's part
@@ -190,7 +190,7 @@ class Went:
     counts: tuple[int, ...]
 
 
-def go(vocabulary: BoundedVocabulary, steps: range, rank: int = 0, world_size: int = 1) -> Went:
+def run(vocabulary: BoundedVocabulary, steps: range, rank: int = 0, world_size: int = 1) -> Outcome:
     """Each rank takes a part of a step's ids, the first none at all in every third step."""
     rows, evicted = [], []
     for step in steps:
@@ -199,21 +199,21 @@ def go(vocabulary: BoundedVocabulary, steps: range, rank: int = 0, world_size: i
             lists = [torch.zeros(0, dtype=torch.int64), *ids_of(step).tensor_split(world_size - 1)]
         rows.append(vocabulary.rows_of(lists[rank], step, training=True))
         evicted.append(sorted(vocabulary.take_evicted_rows().tolist()))
-    return Went(rows, evicted, astuple(vocabulary.counts()))
+    return Outcome(rows, evicted, astuple(vocabulary.counts()))
 
 
-def go_and_save(rank: int, world_size: int, folder: str) -> tuple[Went, Went]:
+def run_and_save(rank: int, world_size: int, folder: str) -> tuple[Outcome, Outcome]:
     vocabulary = bounded(dist.group.WORLD)
-    first = go(vocabulary, range(STEPS), rank, world_size)
+    first = run(vocabulary, range(STEPS), rank, world_size)
     checkpoint.save(vocabulary.state_dict(), checkpoint_id=folder)
-    return first, go(vocabulary, range(STEPS, 2 * STEPS), rank, world_size)
+    return first, run(vocabulary, range(STEPS, 2 * STEPS), rank, world_size)
 
 
-def load_and_go(rank: int, world_size: int, folder: str) -> Went:
+def load_and_go(rank: int, world_size: int, folder: str) -> Outcome:
     assert_ranks_without_rows_ask_the_others()
     vocabulary = bounded(dist.group.WORLD)
     checkpoint.load(vocabulary.state_dict(), checkpoint_id=folder)
-    return go(vocabulary, range(STEPS, 2 * STEPS), rank, world_size)
+    return run(vocabulary, range(STEPS, 2 * STEPS), rank, world_size)
 
 
 def assert_ranks_without_rows_ask_the_others() -> None:
@@ -222,7 +222,7 @@ def assert_ranks_without_rows_ask_the_others() -> None:
     assert use(vocabulary, [5, 6], step=0) == [0, 1]
 
 
-def assert_went_as(ranks: list[Went], expected: Went) -> None:
+def assert_outcomes(ranks: list[Outcome], expected: Outcome) -> None:
     for step, rows in enumerate(expected.rows):
         assert torch.equal(torch.cat([rank.rows[step] for rank in ranks]), rows)
     assert all(rank.evicted == expected.evicted for rank in ranks)
@@ -233,12 +233,12 @@ def test_any_number_of_ranks_has_the_map_of_one_and_goes_on_from_a_checkpoint(
     tmp_path: Path,
 ) -> None:
     vocabulary = bounded()
-    first, second = (go(vocabulary, range(start, start + STEPS)) for start in (0, STEPS))
+    first, second = (run(vocabulary, range(start, start + STEPS)) for start in (0, STEPS))
     assert first.counts[3] > 0 and second.counts[3] > 0 and second.counts[1] > 0
-    ranks = run_on_ranks(go_and_save, 2, str(tmp_path))
-    assert_went_as([rank[0] for rank in ranks], first)
-    assert_went_as([rank[1] for rank in ranks], second)
-    assert_went_as(run_on_ranks(load_and_go, 3, str(tmp_path)), second)
+    ranks = run_on_ranks(run_and_save, 2, str(tmp_path))
+    assert_outcomes([rank[0] for rank in ranks], first)
+    assert_outcomes([rank[1] for rank in ranks], second)
+    assert_outcomes(run_on_ranks(load_and_go, 3, str(tmp_path)), second)
     alone = bounded()
     checkpoint.load(alone.state_dict(), checkpoint_id=str(tmp_path), no_dist=True)
-    assert_went_as([go(alone, range(STEPS, 2 * STEPS))], second)
+    assert_outcomes([run(alone, range(STEPS, 2 * STEPS))], second)

@@ -156,7 +156,7 @@ def test_without_a_process_group_the_fix_is_named(tmp_path: Path) -> None:
         plugged_in(tmp_path)
 
 
-class OwnLoss(DLRMTrain):
+class CustomLoss(DLRMTrain):
     def forward(self, batch: TorchRecBatch) -> Any:
         loss, outputs = super().forward(batch)
         return 2 * loss, outputs
@@ -175,5 +175,5 @@ def test_the_loss_is_the_users_loss_fn_and_one_of_another_forward_is_refused(
         with_content = add_content(train_model, settings, CPU)
         (batch,) = with_content.batches([user_batch])
         torch.testing.assert_close(with_content(batch)[0], expected)
-        with pytest.raises(ValueError, match="OwnLoss computes a loss of its own"):
-            add_content(OwnLoss(build_dlrm("dlrm", "cpu")), settings, CPU)
+        with pytest.raises(ValueError, match="CustomLoss computes a loss of its own"):
+            add_content(CustomLoss(build_dlrm("dlrm", "cpu")), settings, CPU)

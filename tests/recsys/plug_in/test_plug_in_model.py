@@ -239,18 +239,18 @@ def test_a_checkpoint_of_whole_tensors_is_taken_over_and_another_models_refused(
         dlrm_state(old)
 
 
-class OwnForward(DLRM):
+class CustomForward(DLRM):
     def forward(self, dense_features: Tensor, sparse_features: Any) -> Tensor:
         return 2 * super().forward(dense_features, sparse_features)
 
 
 def test_models_that_content_cannot_be_added_to_are_named() -> None:
     subclass, other, crossed = build_dlrm("dlrm"), build_dlrm("dlrm"), build_dlrm("dcn")
-    subclass.__class__ = OwnForward
+    subclass.__class__ = CustomForward
     other.inter_arch = nn.Identity()
     crossed.inter_arch = InteractionDCNArch(3, CrossNet(4 * DIM, 2))
 
-    with pytest.raises(ValueError, match="OwnForward"):
+    with pytest.raises(ValueError, match="CustomForward"):
         with_content(subclass)
     with pytest.raises(ValueError, match="class Identity"):
         with_content(other)

@@ -312,7 +312,7 @@ def features() -> Tensor:
     return torch.randn(HEAD_ROWS, NUM_FEATURES, generator=torch.Generator().manual_seed(1))
 
 
-def own_weights(layer: nn.Module, member: int) -> tuple[Tensor, Tensor]:
+def member_map(layer: nn.Module, member: int) -> tuple[Tensor, Tensor]:
     """Weight [O, I] and bias [O] of the plain linear map that a member computes."""
     if isinstance(layer, MemberLinear):
         return layer.weight[member].T, layer.bias[member, 0]
@@ -324,8 +324,8 @@ def own_weights(layer: nn.Module, member: int) -> tuple[Tensor, Tensor]:
 def plain_mlp(head: EnsembleHead, member: int, x: Tensor) -> Tensor:
     linear = [layer for layer in head.layers if isinstance(layer, EnsembleLinear | MemberLinear)]
     for layer in linear[:-1]:
-        x = torch.relu(F.linear(x, *own_weights(layer, member)))
-    return F.linear(x, *own_weights(linear[-1], member))
+        x = torch.relu(F.linear(x, *member_map(layer, member)))
+    return F.linear(x, *member_map(linear[-1], member))
 
 
 def test_each_member_is_a_plain_mlp_whose_weights_are_scaled_by_row_and_column() -> None:

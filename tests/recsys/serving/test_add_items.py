@@ -179,7 +179,7 @@ class Killed(BaseException):
     """Stands for the end of the process: no cleanup runs after it."""
 
 
-def kill_at(patch: pytest.MonkeyPatch, number: int) -> list[str]:
+def kill_at_call(patch: pytest.MonkeyPatch, number: int) -> list[str]:
     """Ends the process at the call of this number that writes after encoding; lists the calls."""
     calls: list[str] = []
     encode, encoded = ItemEncoder.encode, []
@@ -230,7 +230,7 @@ def test_a_killed_process_leaves_the_package_whole_and_the_next_addition_works(
     old_manifest = read_manifest(package)
     for number in itertools.count(1):
         with pytest.MonkeyPatch.context() as patch:
-            calls = kill_at(patch, number)
+            calls = kill_at_call(patch, number)
             with suppress(Killed):
                 add_items(package, str(files[1]))
                 break
