@@ -157,7 +157,7 @@ def test_the_first_partition_of_a_walk_is_scored_as_the_run_that_it_was_begun_fr
     walk(tmp_path, tmp_path / "run", *CASES[case], first=DAYS[1], warm_start=walk_from)
     (line,) = lines_of(tmp_path / "run")
     out = tmp_path / "predicted.parquet"
-    assert_predicted_alike(tmp_path, 1, out, line, before=tmp_path / "trained")
+    assert_predicted_alike(tmp_path, 1, out, line, base_run=tmp_path / "trained")
 
 
 def test_a_refreshed_bank_is_encoded_by_the_averaged_weights_that_score(tmp_path: Path) -> None:
