@@ -48,16 +48,16 @@ SUITES = {
 OWN_PACKAGES = ("benchmarks", "recsys", "embeddings", "launch", "tests")
 
 
-def main(words: list[str]) -> int:
-    """Run the benchmark that the first two words name, with the others as its command line."""
-    suite, name = [*words, "", ""][:2]
+def main(arguments: list[str]) -> int:
+    """Run the benchmark that the first two arguments name, with the others as its command line."""
+    suite, name = [*arguments, "", ""][:2]
     module = SUITES.get(suite, {}).get(name)
     if module is None:
         print("usage: python -m benchmarks SUITE NAME --option ...\n\nThe suites:\n")
         for title, benchmarks in SUITES.items():
             print(f"  {title}: {', '.join(benchmarks)}")
-        return 2 if words else 0
-    sys.argv = [module, *with_underscores(words[2:])]
+        return 2 if arguments else 0
+    sys.argv = [module, *with_underscores(arguments[2:])]
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except ModuleNotFoundError as error:

@@ -11,7 +11,7 @@ from typing import Any
 
 from jsonargparse import auto_cli
 
-from benchmarks.results import RESULTS, Result, require_own_folder, variant_record, write_result
+from benchmarks.results import RESULTS, Result, require_other_folder, variant_record, write_result
 from benchmarks.settings import Device, setting
 from benchmarks.timing.rounds import FULL_EFFORT, QUICK_EFFORT, Effort, Measurement, measure, ratio
 from benchmarks.timing.steps import Variant
@@ -36,14 +36,14 @@ def compare(
     Args:
         out: folder for the dataset and the encoded items.
         only: names of the variants to measure; default: all.
-        overrides: words of `recsys train` for all variants, e.g. '["--batch_size", "256"]'.
+        overrides: arguments of `recsys train` for all variants, e.g. '["--batch_size", "256"]'.
         device: cpu, or cuda for a GPU per rank.
         effort: rounds, steps and other limits of the measurement.
         quick: tiny sizes, whose figures mean nothing.
         in_process: measure all in this process instead of one process per variant.
         results: folder for the figures.
     """
-    require_own_folder(quick, results)
+    require_other_folder(quick, results)
     selected = variants(out, quick, overrides or [], device)
     unknown = sorted(set(only or []) - {variant.name for variant in selected})
     if unknown:
@@ -58,8 +58,8 @@ def compare(
 def variants(out: Path, quick: bool, overrides: list[str], device: Device = "cpu") -> list[Variant]:
     """Return the variants of setting A: itself, its baselines, in bf16, and with similarities."""
     sized = setting("A", quick)
-    data, words = sized.prepared(out, device)
-    base = Variant("bank_lora", str(sized.recipe), data, (*words, *overrides))
+    data, arguments = sized.prepared(out, device)
+    base = Variant("bank_lora", str(sized.recipe), data, (*arguments, *overrides))
     return [
         base.changed(PLAIN, *FULL, kind="plain"),
         base.changed("full", *FULL),
@@ -76,19 +76,19 @@ def _result(measured: list[Measurement]) -> Result:
     columns += [f"x {name} (lowest to highest)" for name in baselines]
     rows: list[Sequence[str]] = []
     records = []
-    for this in measured:
-        ratios = {name: ratio(this, baseline) for name, baseline in baselines.items()}
-        figures: dict[str, Any] = {
-            "samples_per_second": {f"P{p}": this.samples_per_second(p) for p in (10, 50, 90)},
-            "step_seconds": this.step_seconds,
-            "seconds": this.seconds,
-            "peak_bytes": this.peak_bytes,
+    for timing in measured:
+        ratios = {name: ratio(timing, baseline) for name, baseline in baselines.items()}
+        metrics: dict[str, Any] = {
+            "samples_per_second": {f"P{p}": timing.samples_per_second(p) for p in (10, 50, 90)},
+            "step_seconds": timing.step_seconds,
+            "seconds": timing.seconds,
+            "peak_bytes": timing.peak_bytes,
             "ratios": {name: vars(value) for name, value in ratios.items()},
-            "world_size": this.world_size,
+            "world_size": timing.world_size,
         }
-        records.append({"benchmark": "compare", **figures, **variant_record(this.variant)})
-        row = [this.variant.name, f"{this.samples_per_second(50):,.0f}"]
-        row += [f"{1e3 * this.step_seconds:.1f}", f"{this.peak_bytes / 1e9:.2f}"]
+        records.append({"benchmark": "compare", **metrics, **variant_record(timing.variant)})
+        row = [timing.variant.name, f"{timing.samples_per_second(50):,.0f}"]
+        row += [f"{1e3 * timing.step_seconds:.1f}", f"{timing.peak_bytes / 1e9:.2f}"]
         row += [f"{r.median:.2f} ({r.lowest:.2f} to {r.highest:.2f})" for r in ratios.values()]
         rows.append(row)
 

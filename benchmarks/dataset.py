@@ -53,9 +53,9 @@ def write_dataset(
     folder: Path, size: DatasetSize, seed: int = 0, shared_items: Path | None = None
 ) -> Path:
     """Write the dataset unless it is there; share the files of equal items in `shared_items`."""
-    about = folder / "size.json"
+    size_file = folder / "size.json"
     identity = json.dumps([asdict(size), seed])
-    if about.is_file() and about.read_text() == identity:
+    if size_file.is_file() and size_file.read_text() == identity:
         return folder
     rng = np.random.default_rng(seed)
     popularity = rng.permutation(size.num_items)  # [I], id of each rank
@@ -67,11 +67,11 @@ def write_dataset(
     else:
         _link_items(folder / "items", shared_items, size, seed)
     columns = ""
-    for name, wants in (("text", size.text_dim), ("image", size.image_dim)):
-        columns += f"    {name}: {{kind: feature}}\n" if wants else ""
+    for name, dim in (("text", size.text_dim), ("image", size.image_dim)):
+        columns += f"    {name}: {{kind: feature}}\n" if dim else ""
     columns += "    title: {kind: text}\n" if size.words else ""
     (folder / "schema.yaml").write_text(SCHEMA.format(**asdict(size)) + columns)
-    about.write_text(identity)
+    size_file.write_text(identity)
     return folder
 
 
@@ -140,7 +140,7 @@ def _link_items(folder: Path, shared: Path, size: DatasetSize, seed: int) -> Non
 
 def _write_items(folder: Path, size: DatasetSize, rng: np.random.Generator) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    words = np.array([f"word{number}" for number in range(2000)])
+    vocabulary = np.array([f"word{number}" for number in range(2000)])
     writer: pq.ParquetWriter | None = None
     for start in range(0, size.num_items, ITEMS_PER_GROUP):
         count = min(ITEMS_PER_GROUP, size.num_items - start)
@@ -150,8 +150,8 @@ def _write_items(folder: Path, size: DatasetSize, rng: np.random.Generator) -> N
                 flat = pa.array(rng.standard_normal(count * width, dtype=np.float32))
                 columns[name] = pa.FixedSizeListArray.from_arrays(flat, width)
         if size.words:
-            drawn_words = words[rng.integers(len(words), size=(count, size.words))]
-            columns["title"] = pa.array([" ".join(row) for row in drawn_words])
+            title_words = vocabulary[rng.integers(len(vocabulary), size=(count, size.words))]
+            columns["title"] = pa.array([" ".join(row) for row in title_words])
         table = pa.table(columns)
         writer = writer or pq.ParquetWriter(folder / "part-0.parquet", table.schema)
         writer.write_table(table)

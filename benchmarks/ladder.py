@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from jsonargparse import auto_cli
 
-from benchmarks.results import RESULTS, Result, require_own_folder, variant_record, write_result
+from benchmarks.results import RESULTS, Result, require_other_folder, variant_record, write_result
 from benchmarks.settings import Device
 from benchmarks.settings import setting as named_setting
 from benchmarks.timing.ranks import require_not_launched
@@ -73,7 +73,7 @@ def ladder(
         results: folder for the figures.
     """
     require_not_launched("ladder")
-    require_own_folder(quick, results)
+    require_other_folder(quick, results)
     sized = named_setting(setting, quick)
     rows = rows_of(setting, str(sized.recipe), *sized.prepared(out, device))
     rows = _chosen(rows, only, in_process)
@@ -108,40 +108,40 @@ def _measure(row: Row, rungs: dict[str, Rung], effort: Effort, in_process: bool)
         (alone,) = measure([row.variant], effort, in_process)
         return Rung(row, alone, None, Ratio(1.0, 1.0, 1.0), 1.0)
     base = rungs[row.base]
-    before, after = measure([base.row.variant, row.variant], effort, in_process)
-    speed_up = ratio(after, before)
-    return Rung(row, after, before, speed_up, base.over_first * speed_up.median)
+    base_measured, measured = measure([base.row.variant, row.variant], effort, in_process)
+    speed_up = ratio(measured, base_measured)
+    return Rung(row, measured, base_measured, speed_up, base.over_first * speed_up.median)
 
 
 def reading(rung: Rung) -> str:
     """Summarise the profiles in one sentence: where the change saved most, and what is left."""
-    after = rung.measured.part_seconds
-    total = sum(after.values())
-    largest = sorted(after, key=lambda part: -after[part])[:2]
-    remaining = " and ".join(f"{part} ({after[part] / total:.0%})" for part in largest)
+    parts = rung.measured.part_seconds
+    total = sum(parts.values())
+    largest = sorted(parts, key=lambda part: -parts[part])[:2]
+    remaining = " and ".join(f"{part} ({parts[part] / total:.0%})" for part in largest)
     if rung.base is None:
         return f"Most of a step is {remaining}."
-    before, after = _comparable(rung.base.part_seconds, after)
-    change = {part: after.get(part, 0.0) - before.get(part, 0.0) for part in {*before, *after}}
+    base, parts = _comparable(rung.base.part_seconds, parts)
+    change = {part: parts.get(part, 0.0) - base.get(part, 0.0) for part in {*base, *parts}}
     part = max(change, key=lambda name: abs(change[name]))
     verb = "falls" if change[part] < 0 else "rises"
     return (
-        f"{part} {verb} most, from {1e3 * before.get(part, 0.0):.1f} to "
-        f"{1e3 * after.get(part, 0.0):.1f} ms of a step that went from "
-        f"{1e3 * sum(before.values()):.1f} to {1e3 * total:.1f} ms; most of it is now {remaining}."
+        f"{part} {verb} most, from {1e3 * base.get(part, 0.0):.1f} to "
+        f"{1e3 * parts.get(part, 0.0):.1f} ms of a step that went from "
+        f"{1e3 * sum(base.values()):.1f} to {1e3 * total:.1f} ms; most of it is now {remaining}."
     )
 
 
 def _comparable(
-    before: dict[str, float], after: dict[str, float]
+    base: dict[str, float], parts: dict[str, float]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    if "forward" not in before:
-        return before, after
+    if "forward" not in base:
+        return base, parts
     joined = {"forward": 0.0}
-    for part, seconds in after.items():
-        name = part if part in before else "forward"
+    for part, seconds in parts.items():
+        name = part if part in base else "forward"
         joined[name] = joined.get(name, 0.0) + seconds
-    return before, joined
+    return base, joined
 
 
 def _result(name: str, title: str, rungs: list[Rung]) -> Result:
@@ -165,7 +165,7 @@ def _result(name: str, title: str, rungs: list[Rung]) -> Result:
             )
         )
         records.append({"benchmark": name, **_record(rung, share)})
-    sentences = [f"- **{rung.row.name}**: {rung.row.what} {reading(rung)}" for rung in rungs]
+    sentences = [f"- **{rung.row.name}**: {rung.row.summary} {reading(rung)}" for rung in rungs]
     return Result(
         name,
         f"{title}: from naive to everything on, one change per row",
@@ -204,19 +204,19 @@ class Row:
 
     name: str
     base: str | None
-    what: str  # description, a sentence
+    summary: str  # a sentence
     variant: Variant
 
 
 class _Rows:
-    def __init__(self, first: Variant, what: str) -> None:
-        self.rows = [Row(first.name, None, what, first)]
+    def __init__(self, first: Variant, summary: str) -> None:
+        self.rows = [Row(first.name, None, summary, first)]
 
-    def add(self, name: str, what: str, *overrides: str, base: str = "", **fields: Any) -> None:
+    def add(self, name: str, summary: str, *overrides: str, base: str = "", **fields: Any) -> None:
         by_name = {row.name: row for row in self.rows}
         base_row = by_name[base] if base else self.rows[-1]
         variant = base_row.variant.changed(name, *overrides, **fields)
-        self.rows.append(Row(name, base_row.name, what, variant))
+        self.rows.append(Row(name, base_row.name, summary, variant))
 
 
 def rows_of(setting: str, recipe: str, data: str, overrides: tuple[str, ...]) -> list[Row]:

@@ -34,7 +34,7 @@ from recsys.data.schema import Schema, load_schema
 from recsys.storage.location import Location
 
 AIM, AIM_HISTORY = 100_000, 50  # samples/s per core, content included
-MOST_WAITING = 0.02  # share of a step
+MAX_WAITING = 0.02  # share of a step
 MODALITIES = ("text", "image")
 VALUES = 13_000_000  # history items of an epoch at most; longer histories get fewer rows
 
@@ -71,7 +71,7 @@ class Measured:
     def passes(self) -> bool | None:
         if not self.case.has_aim:
             return None
-        return self.per_core >= AIM if self.waiting is None else self.waiting < MOST_WAITING
+        return self.per_core >= AIM if self.waiting is None else self.waiting < MAX_WAITING
 
 
 class Step:
@@ -131,7 +131,7 @@ def benchmark(
             measured.append(_measure(case, interactions, passes, step if number else None))
             print(asdict(measured[-1]), flush=True)
     write_result(_result(measured, step_ms), results)
-    return all(one.passes is not False for one in measured)
+    return all(row.passes is not False for row in measured)
 
 
 def _content(root: Location, schema: Schema, cache: Path) -> ContentStore:
@@ -184,26 +184,26 @@ def _result(measured: list[Measured], step_ms: float) -> Result:
     verdicts = {True: "reached", False: "missed", None: ""}
     rows: list[Sequence[str]] = [
         (
-            str(one.case.history),
-            "text, image" if one.case.content else "none",
-            str(one.case.num_workers),
-            f"{one.samples_per_second:,.0f}",
-            f"{one.per_core:,.0f}",
-            f"{1e3 * one.first_batch:.0f}",
-            "" if one.waiting is None else f"{one.waiting:.2%}",
-            verdicts[one.passes],
+            str(row.case.history),
+            "text, image" if row.case.content else "none",
+            str(row.case.num_workers),
+            f"{row.samples_per_second:,.0f}",
+            f"{row.per_core:,.0f}",
+            f"{1e3 * row.first_batch:.0f}",
+            "" if row.waiting is None else f"{row.waiting:.2%}",
+            verdicts[row.passes],
         )
-        for one in measured
+        for row in measured
     ]
     reading = [
         f"The aim is {AIM:,} samples/s per core with content at a history of {AIM_HISTORY}, and "
-        f"less than {MOST_WAITING:.0%} of a step of {step_ms:g} ms spent waiting for data, after "
+        f"less than {MAX_WAITING:.0%} of a step of {step_ms:g} ms spent waiting for data, after "
         "the first batch of an epoch. Without threads the loader does nothing else; with threads, "
         "samples/s are those of the steps and the processor time includes theirs.",
     ]
 
     records: list[dict[str, Any]] = [
-        {"benchmark": "loader", **asdict(one), "passes": one.passes} for one in measured
+        {"benchmark": "loader", **asdict(row), "passes": row.passes} for row in measured
     ]
     return Result("loader", "Parquet to batches", records, columns, rows, None, reading)
 

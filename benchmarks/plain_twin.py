@@ -58,15 +58,15 @@ class PlainSource:
         store, _ = build_content_store(content, self.root, self.schema, ranks, config.cache)
         self.features = features_of_all_items(store, self.schema)
 
-    def twin(self) -> PlainTwin:
+    def build_model(self) -> PlainBaseline:
         torch.manual_seed(self.config.seed)
-        return PlainTwin(self.sizes(), list(self.features.values())).to(self.ranks.device)
+        return PlainBaseline(self.sizes(), list(self.features.values())).to(self.ranks.device)
 
-    def sizes(self) -> TwinSizes:
+    def sizes(self) -> BaselineSizes:
         config, content, schema = self.config, self.content, self.schema
         ranking = config.ranking
         assert isinstance(ranking, DinDcnSettings)
-        return TwinSizes(
+        return BaselineSizes(
             pooled_rows=[
                 schema.limit(schema.table_of(name))
                 for name in pooled_features(config.embedding, schema)
@@ -115,13 +115,13 @@ def features_of_all_items(store: ContentStore, schema: Schema) -> dict[str, Tens
         ValueError: an item lacks a modality, or has several tokens of it.
     """
     features = {}
-    for name, part in store.gather(np.arange(schema.num_items)).items():
-        if part.values.shape[1] != 1 or not part.mask.all():
+    for name, tokens in store.gather(np.arange(schema.num_items)).items():
+        if tokens.values.shape[1] != 1 or not tokens.mask.all():
             raise ValueError(
                 f"modality '{name}': the plain twin wants one feature vector of every item; use a "
                 "dataset of benchmarks.dataset"
             )
-        features[name] = part.values[:, 0].contiguous()
+        features[name] = tokens.values[:, 0].contiguous()
     return features
 
 
@@ -171,7 +171,7 @@ class PaddedBatch:
 
 
 @dataclass
-class TwinSizes:
+class BaselineSizes:
     """Sizes of the twin, named as in the product's configuration."""
 
     pooled_rows: list[int]
@@ -198,7 +198,7 @@ class TwinSizes:
 class ItemEncoder(nn.Module):
     """Encodes features of items [..., E] as content vectors [..., D]: projections and Q-Former."""
 
-    def __init__(self, sizes: TwinSizes) -> None:
+    def __init__(self, sizes: BaselineSizes) -> None:
         super().__init__()
         dim, dropout = sizes.content_dim, sizes.fusion_dropout
         self.projections = nn.ModuleList(
@@ -279,8 +279,8 @@ class PairAttention(PaddedAttention):
         super().__init__(dim, num_parallel)
         widths = [4 * dim, *units]
         layers: list[nn.Module] = []
-        for before, after in pairwise(widths):
-            layers += [nn.Linear(before, after), nn.ReLU()]
+        for input_width, output_width in pairwise(widths):
+            layers += [nn.Linear(input_width, output_width), nn.ReLU()]
         self.score = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
 
     def scores(self, target: Tensor, history: Tensor) -> Tensor:
@@ -317,10 +317,10 @@ class CrossNetwork(nn.Module):
         return x
 
 
-class PlainTwin(nn.Module):
+class PlainBaseline(nn.Module):
     """Maps a padded batch to (loss, logits [B, 1]); `features` are [I, E] by modality."""
 
-    def __init__(self, sizes: TwinSizes, features: list[Tensor]) -> None:
+    def __init__(self, sizes: BaselineSizes, features: list[Tensor]) -> None:
         super().__init__()
         self.sizes = sizes
         for name, values in zip(sizes.feature_dims, features, strict=True):

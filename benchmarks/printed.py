@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.results import RESULTS, measured_on, provenance, without_places
+from benchmarks.results import RESULTS, measured_on, provenance, without_local_paths
 
 LAST_LINES = 90
 LABEL = r"^\w+/\d+ \[\d+\]:"  # torchx puts it before each line of a rank
@@ -36,11 +36,11 @@ def with_section(page: str, command: list[str], output: str) -> str:
     """Return the page with the section of a command replaced, or added at its end."""
     head, *sections = re.split(r"^(?=## )", page, flags=re.MULTILINE)
     title = f"## `{' '.join(command)}`"
-    lines = re.sub(LABEL, "", without_places(output), flags=re.MULTILINE).rstrip().splitlines()
+    lines = re.sub(LABEL, "", without_local_paths(output), flags=re.MULTILINE).rstrip().splitlines()
     block = "\n".join(line.rstrip() for line in lines[-LAST_LINES:])
     section = f"{title}\n\n{measured_on(provenance())}\n\n```\n{block}\n```"
     other_sections = [section for section in sections if section.splitlines()[0] != title]
-    return "\n\n".join(part.rstrip() for part in [head, *other_sections, section]) + "\n"
+    return "\n\n".join(text.rstrip() for text in [head, *other_sections, section]) + "\n"
 
 
 if __name__ == "__main__":

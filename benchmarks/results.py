@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-PLACES = (
+PATH_OPTIONS = (
     "--out",
     "--results",
     "--data",
@@ -63,7 +63,7 @@ class Result:
     reading: list[str] = field(default_factory=list)
 
 
-def require_own_folder(quick: bool, folder: Path) -> None:
+def require_other_folder(quick: bool, folder: Path) -> None:
     """Require another folder for the figures of quick sizes.
 
     Raises:
@@ -81,11 +81,11 @@ def write_result(result: Result, folder: Path) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     folder.mkdir(parents=True, exist_ok=True)
-    about = provenance()
-    lines = [json.dumps({**record, **about}) for record in result.records]
-    (folder / f"{result.name}.jsonl").write_text(without_places("\n".join(lines) + "\n"))
+    metadata = provenance()
+    lines = [json.dumps({**record, **metadata}) for record in result.records]
+    (folder / f"{result.name}.jsonl").write_text(without_local_paths("\n".join(lines) + "\n"))
     notes = folder / f"{result.name}_notes.md"
-    page = without_places(_page(result, about, notes.read_text() if notes.exists() else ""))
+    page = without_local_paths(_page(result, metadata, notes.read_text() if notes.exists() else ""))
     (folder / f"{result.name}.md").write_text(page)
     if result.draw is not None:
         figure = pyplot.figure(figsize=(PIXELS[0] / DPI, PIXELS[1] / DPI), layout="constrained")
@@ -96,11 +96,11 @@ def write_result(result: Result, folder: Path) -> None:
     print(page)
 
 
-def without_places(text: str) -> str:
+def without_local_paths(text: str) -> str:
     """Replace this machine's folders by the names of their options, or relative paths."""
-    words = [part for word in sys.argv for part in word.split("=", 1)]
-    for option, value in itertools.pairwise(words):
-        for folder in ABSOLUTE.findall(value) if option in PLACES else ():
+    tokens = [token for argument in sys.argv for token in argument.split("=", 1)]
+    for option, value in itertools.pairwise(tokens):
+        for folder in ABSOLUTE.findall(value) if option in PATH_OPTIONS else ():
             text = text.replace(folder, option.removeprefix("--").upper())
     return text.replace(f"{ROOT}/", "")
 
@@ -137,37 +137,37 @@ def _module() -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
 
 
-def _git(*words: str) -> str | None:
+def _git(*arguments: str) -> str | None:
     """Run git in the clone and return its output; None outside a clone."""
-    process = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
+    process = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
     return process.stdout.strip() if process.returncode == 0 else None
 
 
 def variant_record(variant: Variant) -> dict[str, Any]:
     """Describe a measured variant: names and the resolved configuration."""
-    about = asdict(variant)
-    return {**about, "configuration": to_plain(variant.config())}
+    fields = asdict(variant)
+    return {**fields, "configuration": to_plain(variant.config())}
 
 
-def measured_on(about: dict[str, Any]) -> str:
+def measured_on(metadata: dict[str, Any]) -> str:
     """Return the sentence of a page that names machine, versions, commit and date."""
-    hardware = about["machine"]
+    hardware = metadata["machine"]
     gpus = f", {', '.join(hardware['gpus'])}" if hardware["gpus"] else ""
-    packages = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    changed = " with uncommitted changes" if about["uncommitted_changes"] else ""
+    packages = ", ".join(f"{name} {version}" for name, version in metadata["versions"].items())
+    changed = " with uncommitted changes" if metadata["uncommitted_changes"] else ""
     return (
         f"{hardware['processor']}, {hardware['cores']} cores, {hardware['memory_gb']} GB{gpus}; "
-        f"{packages}; commit {about['commit']}{changed}; {about['date']}."
+        f"{packages}; commit {metadata['commit']}{changed}; {metadata['date']}."
     )
 
 
-def _page(result: Result, about: dict[str, Any], notes: str) -> str:
+def _page(result: Result, metadata: dict[str, Any], notes: str) -> str:
     lines = [
         f"# {result.title}",
         "",
-        f"`{about['command']}`",
+        f"`{metadata['command']}`",
         "",
-        measured_on(about),
+        measured_on(metadata),
         "",
         markdown_table(result.columns, result.rows),
         *(f"\n{sentence}" for sentence in result.reading),

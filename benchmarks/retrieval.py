@@ -29,7 +29,7 @@ from recsys.serving.retrieval.item_vectors import (
     search_index,
 )
 
-MOST_MISSED, LEAST_SPEED_UP = 0.02, 10.0  # of the graph
+MAX_MISSED, MIN_SPEED_UP = 0.02, 10.0  # of the graph
 KINDS: tuple[IndexKind, ...] = ("flat", "ivf", "hnsw")
 LATENT, CLUSTERS, SPREAD = 16, 2000, 0.5
 ROWS_PER_BLOCK = 65_536
@@ -51,8 +51,8 @@ class Measured:
 
     @property
     def reaches_aim(self) -> bool:
-        is_exact = all(share >= 1 - MOST_MISSED for share in self.recall.values())
-        return is_exact and self.speed_up >= LEAST_SPEED_UP
+        is_exact = all(share >= 1 - MAX_MISSED for share in self.recall.values())
+        return is_exact and self.speed_up >= MIN_SPEED_UP
 
 
 def synthetic_vectors(items: int, queries: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
@@ -116,9 +116,9 @@ def _search(index: Any, queries: np.ndarray, count: int) -> tuple[list[float], n
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     seconds, matches = [], []
-    for place in range(len(queries)):
+    for query in range(len(queries)):
         start = time.perf_counter()
-        matches.append(search_index(index, queries[place : place + 1], count)[1][0])
+        matches.append(search_index(index, queries[query : query + 1], count)[1][0])
         seconds.append(time.perf_counter() - start)
     faiss.omp_set_num_threads(threads)
     return seconds[WARM_UP:], np.stack(matches[WARM_UP:])
@@ -153,8 +153,8 @@ def _result(measured: list[Measured], graph: Measured, depths: tuple[int, ...]) 
     reading = [
         f"Synthetic vectors of {measured[0].dim} numbers (`benchmarks/retrieval`), one query at a "
         "time on one thread; indexes are built on all threads. Recall is the share of the exact "
-        f"results. The aim, for the most items: hnsw misses at most {MOST_MISSED:.0%}, and is at "
-        f"least {LEAST_SPEED_UP:g} times as fast as flat.",
+        f"results. The aim, for the most items: hnsw misses at most {MAX_MISSED:.0%}, and is at "
+        f"least {MIN_SPEED_UP:g} times as fast as flat.",
     ]
 
     records = [{"benchmark": "retrieval", **asdict(row)} for row in measured]

@@ -18,7 +18,7 @@ from jsonargparse import auto_cli
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from benchmarks.results import RESULTS, Result, require_own_folder, variant_record, write_result
+from benchmarks.results import RESULTS, Result, require_other_folder, variant_record, write_result
 from benchmarks.settings import Device, setting
 from benchmarks.timing.ranks import require_not_launched
 from benchmarks.timing.rounds import (
@@ -73,7 +73,7 @@ def scaling(
         results: folder for the figures.
     """
     require_not_launched("scaling")
-    require_own_folder(quick, results)
+    require_other_folder(quick, results)
     all_curves = curves_of(out, quick, ranks, table_rows, device)
     unknown = sorted(set(curves or []) - {curve.name for curve in all_curves})
     if unknown:
@@ -94,17 +94,17 @@ def _measure(curve: Curve, effort: Effort, in_process: bool) -> list[Point]:
     if not later_points:
         (alone,) = measure([first], effort, in_process)
         return [Point(curve, x, alone, Ratio(1.0, 1.0, 1.0))]
-    for other_x, other in later_points:
-        before, after = measure([first, other], effort, in_process)
+    for later_x, later_variant in later_points:
+        first_measured, measured = measure([first, later_variant], effort, in_process)
         if not points:
-            points.append(Point(curve, x, before, Ratio(1.0, 1.0, 1.0)))
-        points.append(Point(curve, other_x, after, _slower(after, before)))
+            points.append(Point(curve, x, first_measured, Ratio(1.0, 1.0, 1.0)))
+        points.append(Point(curve, later_x, measured, _slower(measured, first_measured)))
     return points
 
 
-def _slower(this: Measurement, first: Measurement) -> Ratio:
-    rows = this.rows / first.rows
-    faster = ratio(this, first)
+def _slower(measurement: Measurement, first: Measurement) -> Ratio:
+    rows = measurement.rows / first.rows
+    faster = ratio(measurement, first)
     return Ratio(rows / faster.median, rows / faster.highest, rows / faster.lowest)
 
 
@@ -226,8 +226,8 @@ class Curve:
     build_variant: Callable[[int], Variant]  # by index in `xs`
 
     def points(self) -> Iterator[tuple[float, Variant]]:
-        for place, x in enumerate(self.xs):
-            yield x, self.build_variant(place)
+        for index, x in enumerate(self.xs):
+            yield x, self.build_variant(index)
 
 
 class _Variants:
@@ -241,10 +241,10 @@ class _Variants:
         self, name: str, *overrides: str, ranks: int = 1, apart: bool = False, **sizes: Any
     ) -> Variant:
         sized = self.setting.with_data(**sizes)
-        data, words = sized.prepared(self.out, self.device)
+        data, arguments = sized.prepared(self.out, self.device)
         recipe = str(sized.recipe)
-        words = (*words, *overrides)
-        return Variant(name, recipe, data, words, ranks=ranks, apart=apart, loaded_batches=8)
+        arguments = (*arguments, *overrides)
+        return Variant(name, recipe, data, arguments, ranks=ranks, apart=apart, loaded_batches=8)
 
 
 def curves_of(
@@ -264,26 +264,26 @@ def curves_of(
     top_k = ("--content.history.top_k", "2" if quick else "50")
 
     def at_ranks(apart: bool) -> Callable[[int], Variant]:
-        def at(place: int) -> Variant:
-            count = rank_counts[place]
+        def build(index: int) -> Variant:
+            count = rank_counts[index]
             return make(f"{count} ranks", ranks=count, apart=apart)
 
-        return at
+        return build
 
-    def at_rows(place: int) -> Variant:
-        count, words = rows[place], ("--content", "none")
-        return make(f"{count} rows", *words, num_users=count, text_dim=0, image_dim=0)
+    def at_rows(index: int) -> Variant:
+        count, options = rows[index], ("--content", "none")
+        return make(f"{count} rows", *options, num_users=count, text_dim=0, image_dim=0)
 
-    def at_history(*words: str) -> Callable[[int], Variant]:
-        return lambda place: make(f"history {histories[place]}", *words, history=histories[place])
+    def at_history(*options: str) -> Callable[[int], Variant]:
+        return lambda index: make(f"history {histories[index]}", *options, history=histories[index])
 
-    def at_size(place: int) -> Variant:
-        return make(f"batch {sizes[place]}", "--batch_size", str(sizes[place]))
+    def at_size(index: int) -> Variant:
+        return make(f"batch {sizes[index]}", "--batch_size", str(sizes[index]))
 
-    def at_draw(*words: str) -> Callable[[int], Variant]:
-        return lambda place: make(f"items drawn {place}", *words, **draws[place])
+    def at_draw(*options: str) -> Callable[[int], Variant]:
+        return lambda index: make(f"items drawn {index}", *options, **draws[index])
 
-    places = list(range(len(draws)))
+    draw_indices = list(range(len(draws)))
     return [
         Curve("ranks", "ranks", rank_counts, at_ranks(apart=False)),
         Curve("ranks, apart", "ranks", rank_counts, at_ranks(apart=True)),
@@ -291,8 +291,8 @@ def curves_of(
         Curve("history", "items in each history", histories, at_history()),
         Curve("history, top_k", "items in each history", histories, at_history(*top_k)),
         Curve("batch size", "batch size", sizes, at_size),
-        Curve("unique items", "unique / history", places, at_draw()),
-        Curve("unique items, full", "unique / history", places, at_draw(*FULL)),
+        Curve("unique items", "unique / history", draw_indices, at_draw()),
+        Curve("unique items, full", "unique / history", draw_indices, at_draw(*FULL)),
     ]
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from jsonargparse import auto_cli
 
-from benchmarks.results import RESULTS, Result, require_own_folder, write_result
+from benchmarks.results import RESULTS, Result, require_other_folder, write_result
 from benchmarks.settings import Device, setting
 from benchmarks.timing.ranks import silence_advice_to_library_developers
 from benchmarks.timing.step_work import wait_for_device
@@ -67,17 +67,17 @@ def variants_of(
     for history in QUICK_HISTORIES if quick else HISTORIES:
         sizes = {} if quick else SMALL
         sized = setting("A", quick).with_data(history=history, **sizes)
-        data, words = sized.prepared(out, device)
+        data, arguments = sized.prepared(out, device)
         if quick:  # without settings of the default backbone
-            words = ("--embedding.dim", "16", "--content.dim", "16", "--contrastive.dim", "16")
-            words += ("--cache", str(out / "cache"), "--device", device)
-        words = (*words, "--batch_size", str(batch_size))
-        words += () if content else ("--content", "none")
+            arguments = ("--embedding.dim", "16", "--content.dim", "16", "--contrastive.dim", "16")
+            arguments += ("--cache", str(out / "cache"), "--device", device)
+        arguments = (*arguments, "--batch_size", str(batch_size))
+        arguments += () if content else ("--content", "none")
         for model in models:
             ranking = ("--ranking", MODELS[model])
             recipe = str(sized.recipe)
             variants[model, history] = Variant(
-                f"{model} {history}", recipe, data, (*words, *ranking), loaded_batches=4
+                f"{model} {history}", recipe, data, (*arguments, *ranking), loaded_batches=4
             )
     return variants
 
@@ -124,7 +124,7 @@ def sequences(
         quick: tiny sizes, whose figures mean nothing.
         results: folder for the figures.
     """
-    require_own_folder(quick, results)
+    require_other_folder(quick, results)
     unknown = sorted(set(only or []) - set(MODELS))
     if unknown:
         raise ValueError(f"--only: no model {unknown}; choose some of {list(MODELS)}")
@@ -146,7 +146,7 @@ def sequences(
 
 def _result(measured: list[Growth], batch_size: int, histories: tuple[int, int]) -> Result:
     short, long = histories
-    words = {True: "reached", False: "missed", None: ""}
+    verdicts = {True: "reached", False: "missed", None: ""}
     rows = [
         [
             growth.model,
@@ -154,7 +154,7 @@ def _result(measured: list[Growth], batch_size: int, histories: tuple[int, int])
             *(f"{duration:.1f}" for duration in growth.milliseconds),
             f"{growth.ratio:.2f}",
             "" if growth.passes is None else f"{AIM:g}",
-            words[growth.passes],
+            verdicts[growth.passes],
         ]
         for growth in measured
     ]

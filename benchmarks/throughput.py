@@ -16,7 +16,7 @@ from typing import Any, Literal
 from jsonargparse import auto_cli
 from matplotlib.figure import Figure
 
-from benchmarks.results import RESULTS, Result, require_own_folder, variant_record, write_result
+from benchmarks.results import RESULTS, Result, require_other_folder, variant_record, write_result
 from benchmarks.settings import Device
 from benchmarks.settings import setting as named_setting
 from benchmarks.timing.rounds import FULL_EFFORT, QUICK_EFFORT, Effort, Measurement, measure
@@ -43,21 +43,21 @@ def throughput(
         setting: A (stored features) or B (raw text through an encoder).
         ranks: number of processes; under torchrun or torchx, its number applies instead.
         from_files: read the batches from Parquet within the steps; else use loaded ones in turn.
-        overrides: words of `recsys train`, e.g. '["--batch_size", "256"]'.
+        overrides: arguments of `recsys train`, e.g. '["--batch_size", "256"]'.
         device: cpu, or cuda for a GPU per rank.
         effort: rounds, steps and other limits of the measurement.
         quick: tiny sizes, whose figures mean nothing.
         in_process: measure in this process instead of new ones.
         results: folder for the figures.
     """
-    require_own_folder(quick, results)
+    require_other_folder(quick, results)
     sized = named_setting(setting, quick)
-    data, words = sized.prepared(out, device)
+    data, arguments = sized.prepared(out, device)
     variant = Variant(
         f"Setting {setting}",
         str(sized.recipe),
         data,
-        (*words, *(overrides or [])),
+        (*arguments, *(overrides or [])),
         ranks=ranks,
         loaded_batches=0 if from_files else 16,
     )

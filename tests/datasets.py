@@ -56,9 +56,9 @@ def write_dataset(
         rng = np.random.default_rng((seed, number))
         table = impressions(count, num_users, num_items, rng)
         half = count // 2 if split == "train" and count > 1 else count
-        parts = [table.slice(0, half), table.slice(half)]
-        for part, rows in enumerate(rows for rows in parts if rows.num_rows):
-            write_parquet(folder / split / f"part-{part}.parquet", rows, row_group_size=11)
+        halves = [table.slice(0, half), table.slice(half)]
+        for index, rows in enumerate(rows for rows in halves if rows.num_rows):
+            write_parquet(folder / split / f"part-{index}.parquet", rows, row_group_size=11)
     items = item_rows(num_items, np.random.default_rng((seed, 100)))
     write_parquet(folder / "items" / "part-0.parquet", items, row_group_size=7)
     return folder
@@ -106,9 +106,9 @@ def impressions(
 def item_rows(num_items: int, rng: np.random.Generator) -> pa.Table:
     """Items in an order of their own; see `write_dataset` for what is missing."""
     ids = rng.permutation(num_items)
-    words = ["red", "green", "blue", "car", "tree", "house"]
+    vocabulary = ["red", "green", "blue", "car", "tree", "house"]
     texts: dict[int, str | None] = {
-        item: " ".join(rng.choice(words, size=rng.integers(1, 5))) for item in range(num_items)
+        item: " ".join(rng.choice(vocabulary, size=rng.integers(1, 5))) for item in range(num_items)
     }
     texts.update({0: None, 1: ""})
     posters: dict[int, bytes | None] = {item: png(rng) for item in range(num_items)}

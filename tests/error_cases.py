@@ -68,9 +68,9 @@ class Case:
     names: tuple[str, ...]
 
 
-def setting(word: str, *names: str) -> Case:
+def setting(option: str, *names: str) -> Case:
     """A setting of the command line."""
-    return Case(f"`{word}`", lambda folder: load_config(TINY, [word]), names)
+    return Case(f"`{option}`", lambda folder: load_config(TINY, [option]), names)
 
 
 def recipe(action: str, text: str, *names: str) -> Case:
@@ -83,9 +83,9 @@ def recipe(action: str, text: str, *names: str) -> Case:
 
 @cache
 def good_dataset() -> tempfile.TemporaryDirectory[str]:
-    place = tempfile.TemporaryDirectory()
-    write_dataset(Path(place.name, "data"), {"train": 61, "valid": 25, "test": 23})
-    return place
+    scratch = tempfile.TemporaryDirectory()
+    write_dataset(Path(scratch.name, "data"), {"train": 61, "valid": 25, "test": 23})
+    return scratch
 
 
 @cache
@@ -145,7 +145,7 @@ def log(name: str, *names: str) -> Case:
         bad.spoil(folder, config)
         prepare(folder, config)
 
-    return Case(name, call, names or bad.words)
+    return Case(name, call, names or bad.messages)
 
 
 def movielens(action: str, ratings: str, *names: str) -> Case:
@@ -158,10 +158,10 @@ def movielens(action: str, ratings: str, *names: str) -> Case:
     return Case(action, call, ("ratings.csv", *names))
 
 
-def request(action: str, *names: str, **parts: Any) -> Case:
+def request(action: str, *names: str, **fields: Any) -> Case:
     """A request to a package."""
-    whole = {"user": USER, "history": (), "candidates": ["ann"]} | parts
-    return Case(action, lambda folder: reader()(**whole), names)
+    values = {"user": USER, "history": (), "candidates": ["ann"]} | fields
+    return Case(action, lambda folder: reader()(**values), names)
 
 
 def package(action: str, change: Callable[[Path], object], *names: str) -> Case:

@@ -38,7 +38,7 @@ def on_fake_gpu(value: Any) -> Any:
         result = torch.empty(value.shape, dtype=value.dtype, device="cuda")
         return nn.Parameter(result, False) if isinstance(value, nn.Parameter) else result
     if isinstance(value, list | tuple):
-        return type(value)(on_fake_gpu(part) for part in value)
+        return type(value)(on_fake_gpu(item) for item in value)
     if is_dataclass(value) and not isinstance(value, type):
         result = {field.name: on_fake_gpu(getattr(value, field.name)) for field in fields(value)}
         return replace(value, **result)
@@ -55,37 +55,37 @@ class _ByOperators(TorchFunctionMode):
 
 
 def _indexed(tensor: Tensor, index: Any) -> Tensor:
-    parts: Sequence[Any] = index if isinstance(index, tuple) else (index,)
-    dim, places = 0, []
-    for part in parts:
-        if part is None:
+    items: Sequence[Any] = index if isinstance(index, tuple) else (index,)
+    dim, selections = 0, []
+    for item in items:
+        if item is None:
             tensor = aten.unsqueeze(tensor, dim)
-        elif part is Ellipsis:
-            dim = tensor.dim() - sum(after is not None for after in parts[parts.index(...) + 1 :])
+        elif item is Ellipsis:
+            dim = tensor.dim() - sum(later is not None for later in items[items.index(...) + 1 :])
             continue
-        elif isinstance(part, int):
-            tensor = aten.select(tensor, dim, part)
+        elif isinstance(item, int):
+            tensor = aten.select(tensor, dim, item)
             continue
-        elif isinstance(part, slice):
-            tensor = aten.slice(tensor, dim, part.start, part.stop, part.step or 1)
+        elif isinstance(item, slice):
+            tensor = aten.slice(tensor, dim, item.start, item.stop, item.step or 1)
         else:
-            selection = part
-            if not isinstance(part, Tensor):
-                selection = torch.tensor(part, dtype=torch.int64, device=tensor.device)
-            elif part.dtype == torch.bool:
-                selection = _places(part).squeeze(1)
-            places.append((dim, selection))
+            selection = item
+            if not isinstance(item, Tensor):
+                selection = torch.tensor(item, dtype=torch.int64, device=tensor.device)
+            elif item.dtype == torch.bool:
+                selection = _all_indices(item).squeeze(1)
+            selections.append((dim, selection))
         dim += 1
-    if not places:
+    if not selections:
         return tensor
     indices: list[Tensor | None] = [None] * dim
-    for place, selection in places:
-        indices[place] = selection
+    for position, selection in selections:
+        indices[position] = selection
     return aten.index(tensor, indices)
 
 
-def _places(mask: Tensor) -> Tensor:
-    """The places of a mask [N] of which no number is known: all of them, [N, 1]."""
+def _all_indices(mask: Tensor) -> Tensor:
+    """The indices of a mask [N] of which no number is known: all of them, [N, 1]."""
     return torch.arange(len(mask), device=mask.device).unsqueeze(1)
 
 
@@ -98,7 +98,7 @@ _BY_OPERATORS: dict[Any, Callable[..., Any]] = {
     Tensor.__getitem__: _indexed,
     Tensor.__setitem__: lambda tensor, index, value: torch.add(_indexed(tensor, index), value),
     Tensor.__invert__: aten.bitwise_not,
-    Tensor.nonzero: _places,
+    Tensor.nonzero: _all_indices,
     torch.bincount: _counts,
     Tensor.contiguous: lambda tensor: tensor.clone(memory_format=torch.contiguous_format),
 }

@@ -28,7 +28,7 @@ from recsys.build import Job
 from recsys.model.precision import compile_dense_modules, compiled_methods
 
 ROOT = Path(__file__).parents[1]
-OWN = tuple(f"{ROOT / name}/" for name in ("recsys", "embeddings"))
+OWN_FOLDERS = tuple(f"{ROOT / name}/" for name in ("recsys", "embeddings"))
 
 aten, fbgemm = torch.ops.aten, torch.ops.fbgemm
 # Operators whose result's size depends on values, or whose checks read them.
@@ -52,11 +52,11 @@ TO_HOST = {Tensor.cpu, Tensor.numpy, Tensor.tolist}
 
 
 class HostWaits(TorchDispatchMode):
-    """Counts waits by place while it is active."""
+    """Counts waits by call site while it is active."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.places: Counter[str] = Counter()
+        self.sites: Counter[str] = Counter()
         self.launches = 0
         self.logits: list[Tensor] = []  # of each step
         self.is_paused = self.is_in_graph = False
@@ -78,18 +78,18 @@ class HostWaits(TorchDispatchMode):
 
         def run(*inputs: Any) -> Any:
             self.launches += not self.is_paused
-            before, self.is_in_graph = self.is_in_graph, True
+            was_in_graph, self.is_in_graph = self.is_in_graph, True
             try:
                 with _disable_current_modes(), self:
                     return graph(*inputs)
             finally:
-                self.is_in_graph = before
+                self.is_in_graph = was_in_graph
 
         return make_boxed_func(run)
 
     def add(self, operation: str) -> None:
-        if place := _place():
-            self.places[f"{place}: {operation}"] += 1
+        if site := _call_site():
+            self.sites[f"{site}: {operation}"] += 1
 
 
 def _waits(func: Any, args: Any, kwargs: Any) -> bool:
@@ -137,12 +137,12 @@ class _ToHost(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _place() -> str:
+def _call_site() -> str:
     """Return the innermost line of the product that runs, or of TorchRec if it is its own code."""
     frame = sys._getframe(2)
     while frame is not None:
         file = frame.f_code.co_filename
-        if file.startswith(OWN):
+        if file.startswith(OWN_FOLDERS):
             return f"{Path(file).relative_to(ROOT)}:{frame.f_lineno}"
         if "/fbgemm_gpu/" in file:
             return ""  # its lookups for CPU read values that those for GPUs do not
@@ -174,11 +174,11 @@ def _compile(job: Job, waits: HostWaits) -> None:
         return call
 
     if getattr(job.em3.ranking, "reads_host_lengths", False):
-        for part, name in compiled_methods(job.em3.ranking):
-            setattr(part, name, outside(getattr(part, name)))
-        for part in job.em3.modules():
-            if part._compiled_call_impl is not None:
-                part._compiled_call_impl = outside(part._compiled_call_impl)
+        for module, name in compiled_methods(job.em3.ranking):
+            setattr(module, name, outside(getattr(module, name)))
+        for module in job.em3.modules():
+            if module._compiled_call_impl is not None:
+                module._compiled_call_impl = outside(module._compiled_call_impl)
     else:
         job.em3.scoring.compiled = outside(job.em3.scoring.compiled)
     if job.em3.content is not None and job.em3.content.compiled is not None:
@@ -196,9 +196,9 @@ def audited_steps(
 
     def fed() -> Iterator[Any]:
         while True:
-            before, waits.is_paused = waits.is_paused, True
+            was_paused, waits.is_paused = waits.is_paused, True
             batch = next(batches, None)
-            waits.is_paused = before
+            waits.is_paused = was_paused
             if batch is None:
                 return
             yield batch

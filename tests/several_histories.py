@@ -33,14 +33,14 @@ def write_several_histories(
     schema.write_text(schema.read_text().replace(ONE, columns))
     for number, path in enumerate(sorted(folder.glob("[tv]*/*.parquet"))):
         table = pq.read_table(path)
-        pq.write_table(_with_further(table, np.random.default_rng(number), is_empty), path)
+        pq.write_table(_with_extra_columns(table, np.random.default_rng(number), is_empty), path)
     return folder
 
 
-def _with_further(table: pa.Table, rng: np.random.Generator, is_empty: bool) -> pa.Table:
+def _with_extra_columns(table: pa.Table, rng: np.random.Generator, is_empty: bool) -> pa.Table:
     shops = np.array(["north", "south", "east", "west"])
     sizes = rng.integers(1 if is_empty else 4, size=(2, table.num_rows))
-    further: dict[str, list[Any]] = {
+    columns: dict[str, list[Any]] = {
         "history_shop": [
             None if items is None else rng.choice(shops, len(items)).tolist()
             for items in table["history"].to_pylist()
@@ -51,6 +51,6 @@ def _with_further(table: pa.Table, rng: np.random.Generator, is_empty: bool) -> 
         "searched": [rng.integers(1000, 1012, size=size).tolist() for size in sizes[1]],
     }
     types = {"bought_shop": pa.string(), "history_shop": pa.string(), "bought_price": pa.float32()}
-    for name, values in further.items():
+    for name, values in columns.items():
         table = table.append_column(name, pa.array(values, pa.list_(types.get(name, pa.int64()))))
     return table

@@ -33,10 +33,10 @@ def bound_names(tree: ast.AST) -> Iterator[tuple[str, int]]:
 
 
 def is_vague(name: str) -> bool:
-    words = [word for word in name.lower().split("_") if word]
-    if len(words) < 2:
-        return bool(words) and words[0] in FUNCTION_WORDS
-    return words[0] in FIRST_WORDS or words[-1] in LAST_WORDS
+    tokens = [token for token in name.lower().split("_") if token]
+    if len(tokens) < 2:
+        return bool(tokens) and tokens[0] in FUNCTION_WORDS
+    return tokens[0] in FIRST_WORDS or tokens[-1] in LAST_WORDS
 
 
 @pytest.mark.parametrize(

@@ -40,11 +40,11 @@ def test_a_workflow_calls_make_targets_that_exist(workflow: Path) -> None:
 
 def test_workflows_run_every_part_of_the_continuous_integration() -> None:
     calls = re.findall(r"run_part (.+)", (ROOT / ".ci" / "run").read_text())
-    parts = [word for call in calls for word in call.split() if not word.startswith("--")]
+    targets = [token for call in calls for token in call.split() if not token.startswith("--")]
     called = {target for workflow in WORKFLOWS for target in made(workflow)}
     # test-long has the wheel's test, and coverage those of test.
-    not_in_parts = {"coverage", "wheel", "test-lowest", "links"}  # the last needs the network
-    assert {*parts} - {"install-dev"} == called - not_in_parts
+    missing = {"coverage", "wheel", "test-lowest", "links"}  # the last needs the network
+    assert {*targets} - {"install-dev"} == called - missing
 
 
 def test_workflows_test_every_python_that_the_project_names() -> None:
@@ -58,7 +58,7 @@ def test_workflows_test_every_python_that_the_project_names() -> None:
 def test_a_form_for_issues_has_what_the_site_requires(name: str) -> None:
     form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / f"{name}.yml").read_text())
     assert {"name", "description", "body"} <= form.keys()
-    assert all(part["attributes"]["label"] for part in form["body"])
+    assert all(field["attributes"]["label"] for field in form["body"])
 
 
 def test_hooks_before_a_commit_run_programs_of_the_environment() -> None:

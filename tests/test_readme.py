@@ -146,10 +146,10 @@ def run(command: str, folder: Path) -> str:
     else:
         environment["CXX"] = "no-compiler"  # so `recsys export` does not compile for a minute
     if command.startswith("recsys "):
-        words, ranks = shlex.split(command)[1:], 1
-        if words[0] == "--ranks":
-            ranks, words = int(words[1]), words[2:]
-        process = run_recsys(*words, ranks=ranks, folder=folder, environment=environment)
+        argv, ranks = shlex.split(command)[1:], 1
+        if argv[0] == "--ranks":
+            ranks, argv = int(argv[1]), argv[2:]
+        process = run_recsys(*argv, ranks=ranks, folder=folder, environment=environment)
     else:
         process = subprocess.run(
             command,
@@ -175,32 +175,32 @@ def write_few_users(source: Path, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where a reader of the README would be: beside the sources, with a Hub on this machine."""
-    place = tmp_path_factory.mktemp("readme")
+    root = tmp_path_factory.mktemp("readme")
     sources = ("launch", "recsys", "embeddings", "tests")
     for name in ("Makefile", "pyproject.toml", "README.md", *sources):
-        (place / name).symlink_to(PROJECT / name)
-    (place / "shop.yaml").write_text(blocks("yaml")[0])
+        (root / name).symlink_to(PROJECT / name)
+    (root / "shop.yaml").write_text(blocks("yaml")[0])
     events = next(block for block in blocks("yaml") if "histories:" in block)
-    (place / "events.yaml").write_text(events)
+    (root / "events.yaml").write_text(events)
     media = next(block for block in blocks("yaml") if "pictures" in block)
-    (place / "media.yaml").write_text(media)
+    (root / "media.yaml").write_text(media)
     space = next(block for block in blocks("yaml") if "sets:" in block)
-    (place / "space.yaml").write_text(space)
+    (root / "space.yaml").write_text(space)
     tiny = (PROJECT / "recsys" / "recipes" / "tiny.yaml").read_text()
     few_steps = tiny.replace("batch_size: 256", "batch_size: 2048")
-    (place / FEW_STEPS).write_text(few_steps.replace("training: lora", "training: frozen"))
-    (place / "visits.yaml").write_text(blocks("yaml", TUTORIAL)[0])
-    (place / "titles.yaml").write_text(blocks("yaml", TUTORIAL)[1])
+    (root / FEW_STEPS).write_text(few_steps.replace("training: lora", "training: frozen"))
+    (root / "visits.yaml").write_text(blocks("yaml", TUTORIAL)[0])
+    (root / "titles.yaml").write_text(blocks("yaml", TUTORIAL)[1])
     own_model = next(block for block in blocks("python") if "class TargetProducts" in block)
-    (place / "my_ranking.py").write_text(own_model)
+    (root / "my_ranking.py").write_text(own_model)
     if IFDB.exists():
-        write_few_users(IFDB, place / "few_of_ifdb")
+        write_few_users(IFDB, root / "few_of_ifdb")
     hub = Hub()
     threading.Thread(target=hub.serve_forever, daemon=True).start()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_ENDPOINT", hub.url)
         patch.setenv("HF_TOKEN", "hf_of_the_stand_in")
-        yield place
+        yield root
     hub.shutdown()
     hub.server_close()
 
@@ -325,14 +325,14 @@ def test_figures_in_the_text_of_a_page_are_those_of_the_results_that_it_links(pa
     sources = "".join(((PROJECT / page).parent / link).read_text() for link in links)
     text = re.sub(r"\(\d+\.\d+\)", "", text)
     sources += "".join(f" {interval_stretch(users):.2f}" for users in (5, 20, 300))
-    figures = re.findall(r"(?<![\w./-])(?!\d{4}\.\d{5})\d*(\.\d{2,})(?![\w.])", text)
-    assert [figure for figure in figures if figure not in sources] == []
+    numbers = re.findall(r"(?<![\w./-])(?!\d{4}\.\d{5})\d*(\.\d{2,})(?![\w.])", text)
+    assert [number for number in numbers if number not in sources] == []
 
 
 def test_figures_of_the_front_page_are_those_of_the_results() -> None:
     section = FRONT_PAGE.split("## What it wins\n")[1].split("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("|")]
-    figures = [figure for row in rows for figure in re.findall(r"(?<=\| )\d\.\d{4}", row)]
+    numbers = [number for row in rows for number in re.findall(r"(?<=\| )\d\.\d{4}", row)]
     names = (
         "quality_recipe_parts",
         "peers_neighbours",
@@ -343,5 +343,5 @@ def test_figures_of_the_front_page_are_those_of_the_results() -> None:
     )
     folder = PROJECT / "benchmarks" / "results"
     results = "".join((folder / f"{name}.md").read_text() for name in names)
-    assert len(figures) == 24
-    assert [figure for figure in figures if figure not in results] == []
+    assert len(numbers) == 24
+    assert [number for number in numbers if number not in results] == []

@@ -134,7 +134,7 @@ def functions_with_silent_collectives(source: str) -> list[str]:
     return [
         function.name
         for function, around in functions_of(tree)
-        if any(is_collective(call, modules, imported) for call in own_calls(function))
+        if any(is_collective(call, modules, imported) for call in direct_calls(function))
         and not any(
             "collective" in (ast.get_docstring(node) or "").lower()
             for node in (*around, function)
@@ -159,7 +159,7 @@ def names_of_distributed(tree: ast.Module) -> tuple[set[str], set[str]]:
     return modules, imported
 
 
-def own_calls(function: Function) -> Iterator[ast.Call]:
+def direct_calls(function: Function) -> Iterator[ast.Call]:
     """Yields the calls in a function's body, without those in functions inside it."""
     waiting: list[ast.AST] = list(function.body)
     while waiting:

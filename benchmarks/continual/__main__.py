@@ -32,7 +32,7 @@ from benchmarks.continual.runs import (
     walk_all,
     write_log,
 )
-from benchmarks.results import RESULTS, Result, require_own_folder, write_result
+from benchmarks.results import RESULTS, Result, require_other_folder, write_result
 from benchmarks.settings import Device
 from recsys.evaluation.bootstrap import paired_difference, pooled_metric
 
@@ -42,7 +42,7 @@ RECIPE = Path(__file__).parents[1] / "settings" / "continual.yaml"
 # GAUC is best at [5, 3], but continues worse: -.0042 and -.0046 beside retraining by two seeds,
 # [4, 2] -.0022 and -.0033, [3, 2] -.0021 and -.0025.
 FIRST_PASSES = [3, 2]
-LEAST_DIFFERENCE, MOST_ROWS, MOST_TIME = -0.003, 0.15, 1.15
+MIN_DIFFERENCE, MAX_ROWS, MAX_TIME = -0.003, 0.15, 1.15
 COLUMNS = (("gauc", "all"), ("gauc", "cold"), ("gauc", "unseen"), ("auc", "all"))
 QUICK = ("--content.modalities", '{text: {kind: text, column: text, encoder: "random:bert"}}')
 QUICK_ROWS, QUICK_PARTITIONS = 4000, 4
@@ -74,18 +74,18 @@ def benchmark(
         quick: try small sizes.
         results: folder for the figures.
     """
-    require_own_folder(quick, results)
-    words: tuple[str, ...] = ("--device", device, *(QUICK if quick else ()))
+    require_other_folder(quick, results)
+    options: tuple[str, ...] = ("--device", device, *(QUICK if quick else ()))
     rows = QUICK_ROWS if quick else None
     partitions = QUICK_PARTITIONS if quick else partitions
     names = write_log(out, partitions, source, rows)
     arrival = measure_arrival(out, 2048 if quick else arrival_rows, device=device)
     passes = ("--continual.first_passes", str(FIRST_PASSES))
-    walk_all(RECIPE, out, names, (*words, *passes))
+    walk_all(RECIPE, out, names, (*options, *passes))
     walked = scores_of_walk(out / "runs" / "continual", names)
-    training_words = (*words, "--epochs", str(epochs))
+    training_options = (*options, "--epochs", str(epochs))
     retrained, rows_retrained = retrain(
-        RECIPE, out, names, retrained_from - 1, training_words, jobs
+        RECIPE, out, names, retrained_from - 1, training_options, jobs
     )
     scores = {
         CONTINUAL: walked,
@@ -108,7 +108,7 @@ def _second_half(scores: dict[str, Scores], names: list[str]) -> list[str]:
     return [
         name
         for name in names[len(names) // 2 :]
-        if all(name in by_partition for by_partition in scores.values())
+        if all(name in way_scores for way_scores in scores.values())
     ]
 
 
@@ -120,25 +120,25 @@ def _verdicts(
     retrained, continual = ([scores[way][name] for name in common] for way in ways)
     gauc = [pooled_metric(side, "gauc", "all") or 0.0 for side in (retrained, continual)]
     interval = paired_difference([retrained], [continual], "gauc", "all")
-    words = "" if interval is None else f" [{interval.low:+.4f}, {interval.high:+.4f}]"
+    bounds = "" if interval is None else f" [{interval.low:+.4f}, {interval.high:+.4f}]"
     share = trained[CONTINUAL] / trained[RETRAINED]
     times = arrival.total / arrival.plain
     return {
-        f"the continual model's pooled GAUC is {gauc[1] - gauc[0]:+.4f}{words} beside that of the "
-        f"retrained one ({gauc[1]:.4f} and {gauc[0]:.4f}), at least {LEAST_DIFFERENCE}": (
-            gauc[1] - gauc[0] >= LEAST_DIFFERENCE
+        f"the continual model's pooled GAUC is {gauc[1] - gauc[0]:+.4f}{bounds} beside that of the "
+        f"retrained one ({gauc[1]:.4f} and {gauc[0]:.4f}), at least {MIN_DIFFERENCE}": (
+            gauc[1] - gauc[0] >= MIN_DIFFERENCE
         ),
-        f"it trained on {share:.1%} of the rows that retraining did, of {MOST_ROWS:.0%} at most": (
-            share <= MOST_ROWS
+        f"it trained on {share:.1%} of the rows that retraining did, of {MAX_ROWS:.0%} at most": (
+            share <= MAX_ROWS
         ),
         f"from arrival to checkpoint {arrival.total:.1f} s for {arrival.rows:,} rows, "
-        f"{times:.2f} times the {arrival.plain:.1f} s of a plain epoch, of {MOST_TIME} at most": (
-            times <= MOST_TIME
+        f"{times:.2f} times the {arrival.plain:.1f} s of a plain epoch, of {MAX_TIME} at most": (
+            times <= MAX_TIME
         ),
     }
 
 
-def _words_on_phases(arrival: Arrival) -> str:
+def _phase_text(arrival: Arrival) -> str:
     phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in arrival.phases.items())
     return (
         f"Seconds of a partition of {arrival.rows:,} rows by phase: {phases}; its steps take "
@@ -158,8 +158,8 @@ def _result(
     records: list[dict[str, Any]] = []
     for way in WAYS:
         pooled = {
-            f"{metric} {part}": pooled_metric([scores[way][name] for name in half], metric, part)
-            for metric, part in COLUMNS
+            f"{metric} {subset}": pooled_metric([scores[way][key] for key in half], metric, subset)
+            for metric, subset in COLUMNS
         }
         curve = {
             name: pooled_metric([scores], "gauc", "all") for name, scores in scores[way].items()
@@ -170,8 +170,8 @@ def _result(
     columns = ["way", "GAUC", "GAUC cold", "GAUC unseen", "AUC", "rows trained on"]
     rows = [(record["way"], *_cells(record), f"{record['rows']:,}") for record in records]
     reading = [
-        f"Aim {'reached' if is_reached else 'missed'}: {words}."
-        for words, is_reached in verdicts.items()
+        f"Aim {'reached' if is_reached else 'missed'}: {text}."
+        for text, is_reached in verdicts.items()
     ]
     reading.append(
         f"Metrics are pooled over the last {len(half)} of {len(names)} partitions, which all ways "
@@ -180,7 +180,7 @@ def _result(
         f"Walks pass {FIRST_PASSES} times over their first partitions, as chosen on rows of these "
         "alone, and once over each later one."
     )
-    reading.append(_words_on_phases(arrival))
+    reading.append(_phase_text(arrival))
     records.append({"benchmark": "continual", "way": "arrival", **arrival.phases})
 
     def draw(figure: Figure) -> None:
@@ -199,7 +199,7 @@ def _result(
 
 
 def _cells(record: dict[str, Any]) -> list[str]:
-    values = [record[f"{metric} {part}"] for metric, part in COLUMNS]
+    values = [record[f"{metric} {subset}"] for metric, subset in COLUMNS]
     return ["-" if value is None else f"{value:.4f}" for value in values]
 
 

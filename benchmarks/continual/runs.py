@@ -36,7 +36,7 @@ WITHOUT_CONTENT = ("--content", "none", "--contrastive.weight", "0")
 Scores = dict[str, SplitScores]
 
 
-def walk(recipe: Path, folder: Path, name: str, *words: str) -> Path:
+def walk(recipe: Path, folder: Path, name: str, *arguments: str) -> Path:
     """Run `recsys continual` over `folder/data` in a process of one thread; return its folder.
 
     Raises:
@@ -45,7 +45,7 @@ def walk(recipe: Path, folder: Path, name: str, *words: str) -> Path:
     run, log = folder / "runs" / name, folder / "runs" / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "recsys.cli", "continual", "--config", str(recipe)]
-    command += ["--data", str(folder / "data"), "--out", str(run), *words]
+    command += ["--data", str(folder / "data"), "--out", str(run), *arguments]
     with log.open("a") as output:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         process = subprocess.run(command, stdout=output, stderr=output, env=environment)
@@ -77,7 +77,7 @@ def frozen_at(run: Path, names: list[str], walked: Scores) -> Scores:
 
 
 def retrain(
-    recipe: Path, folder: Path, names: list[str], first: int, words: tuple[str, ...], jobs: int
+    recipe: Path, folder: Path, names: list[str], first: int, arguments: tuple[str, ...], jobs: int
 ) -> tuple[Scores, int]:
     """Train from scratch on all partitions before each; return the scores and the rows trained on.
 
@@ -88,7 +88,7 @@ def retrain(
         data = str(view_before(folder, names, number))
         run = folder / "runs" / f"retrained-{names[number]}"
         title = f"{RETRAINED}, {names[number]}"
-        trainings[names[number]] = Training(run, data, recipe, 0, words, title)
+        trainings[names[number]] = Training(run, data, recipe, 0, arguments, title)
     # The largest first, so that no process ends long after the others.
     finish(list(reversed(trainings.values())), jobs, None)
     samples, scores = 0.0, {}
@@ -99,22 +99,22 @@ def retrain(
     return scores, round(samples)
 
 
-def walk_all(recipe: Path, folder: Path, names: list[str], words: tuple[str, ...]) -> None:
+def walk_all(recipe: Path, folder: Path, names: list[str], arguments: tuple[str, ...]) -> None:
     """Walk with and without content side by side; keep the run at half of the way."""
     middle = names[len(names) // 2 - 1].partition("=")[2]
 
     def with_content() -> None:
         half = folder / "runs" / "half"
         if not half.exists():
-            run = walk(recipe, folder, "continual", *words, "--until", middle)
+            run = walk(recipe, folder, "continual", *arguments, "--until", middle)
             shutil.copytree(run, half.with_name(".half"), dirs_exist_ok=True)
             half.with_name(".half").rename(half)
-        walk(recipe, folder, "continual", *words)
+        walk(recipe, folder, "continual", *arguments)
 
     with ThreadPoolExecutor(2) as pool:
         futures: list[Future[Any]] = [
             pool.submit(with_content),
-            pool.submit(walk, recipe, folder, "id_only", *words, *WITHOUT_CONTENT),
+            pool.submit(walk, recipe, folder, "id_only", *arguments, *WITHOUT_CONTENT),
         ]
     for future in futures:
         future.result()
@@ -140,10 +140,10 @@ def write_log(folder: Path, partitions: int, source: Path | None, rows: int | No
     log = log.take(order)[:rows]
     partial = folder / "partial"
     shutil.rmtree(partial, ignore_errors=True)
-    for name, places in zip(names, np.array_split(np.arange(log.num_rows), partitions)):
+    for name, row_indices in zip(names, np.array_split(np.arange(log.num_rows), partitions)):
         (partial / "train" / name).mkdir(parents=True)
-        part = log.slice(int(places[0]), len(places))
-        pq.write_table(part, partial / "train" / name / "part-0.parquet", row_group_size=2048)
+        chunk = log.slice(int(row_indices[0]), len(row_indices))
+        pq.write_table(chunk, partial / "train" / name / "part-0.parquet", row_group_size=2048)
     shutil.copytree(prepared / "items", partial / "items")
     shutil.copy(prepared / "schema.yaml", partial)
     partial.rename(data)
@@ -172,9 +172,9 @@ def rows_trained(folder: Path, names: list[str], number: int, first_passes: list
     """Return the rows that a walk trains on in the first partitions, once for each pass."""
     settings = ContinualSettings(first_passes=first_passes)
     return sum(
-        num_passes(settings, place, from_nothing=True)
+        num_passes(settings, index, from_nothing=True)
         * pq.read_table(folder / "data" / "train" / name).num_rows
-        for place, name in enumerate(names[:number])
+        for index, name in enumerate(names[:number])
     )
 
 
@@ -206,13 +206,13 @@ def measure_arrival(out: Path, rows: int, partitions: int = 4, device: Device = 
     """Time partitions of so many rows, after two that warm up, and one plain epoch over all."""
     folder = out / f"arrival-{rows}"
     _write(folder, rows, partitions)
-    words = ("--content.modalities", MODALITIES, "--device", device)
-    run = walk(RECIPE, folder, "walk", *words)
+    arguments = ("--content.modalities", MODALITIES, "--device", device)
+    run = walk(RECIPE, folder, "walk", *arguments)
     lines = [json.loads(line) for line in (run / "seconds.jsonl").read_text().splitlines()]
     timed_lines = lines[2:] or lines[-1:]
     names = [name for name in timed_lines[-1] if name not in ("partition", "rows")]
     phases = {name: median(line[name] for line in timed_lines) for name in names}
-    plain = _plain_epoch(folder, words)
+    plain = _plain_epoch(folder, arguments)
     return Arrival(rows, phases, plain["seconds"] / partitions)
 
 
@@ -225,16 +225,16 @@ def _write(folder: Path, rows: int, partitions: int) -> None:
     for file in (data / "train").glob("*.parquet"):
         file.unlink()
     for number in range(partitions):
-        place = data / "train" / f"part={number}"
-        place.mkdir(parents=True)
-        part = table.slice(rows * number, rows)
-        pq.write_table(part, place / "part-0.parquet", row_group_size=32_768)
+        partition = data / "train" / f"part={number}"
+        partition.mkdir(parents=True)
+        chunk = table.slice(rows * number, rows)
+        pq.write_table(chunk, partition / "part-0.parquet", row_group_size=32_768)
 
 
-def _plain_epoch(folder: Path, words: tuple[str, ...]) -> dict[str, Any]:
+def _plain_epoch(folder: Path, arguments: tuple[str, ...]) -> dict[str, Any]:
     run, log = folder / "runs" / "plain", folder / "runs" / "plain.log"
     command = [sys.executable, "-m", "recsys.cli", "train", "--config", str(RECIPE)]
-    command += ["--data", str(folder / "data"), "--out", str(run), "--epochs", "1", *words]
+    command += ["--data", str(folder / "data"), "--out", str(run), "--epochs", "1", *arguments]
     with log.open("a") as output:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         process = subprocess.run(command, stdout=output, stderr=output, env=environment)

@@ -24,7 +24,7 @@ from jsonargparse import auto_cli
 from matplotlib.figure import Figure
 
 from benchmarks.events.log import CONFIG, HISTORY, write_log
-from benchmarks.results import RESULTS, Result, require_own_folder, write_result
+from benchmarks.results import RESULTS, Result, require_other_folder, write_result
 from recsys.data.events.samples import SPLITS
 
 OURS, SQL, POLARS = "recsys prepare events", "plain SQL (DuckDB)", "Polars"
@@ -57,7 +57,7 @@ def benchmark(
         quick: try a small size.
         results: folder for the figures.
     """
-    require_own_folder(quick, results)
+    require_other_folder(quick, results)
     sizes, small = ((QUICK,), QUICK) if quick else (tuple(rows), SMALL)
     names = [OURS, SQL]
     if importlib.util.find_spec("polars") is not None:
@@ -81,14 +81,14 @@ def _measure(
     _write(folder, size)
     for name in names:
         try:
-            figures = measured(_words(name, folder, limits))
+            measurement = measured(_arguments(name, folder, limits))
         except RuntimeError as error:
             if name == OURS:
                 raise
             print(f"{name} did not finish {size[0]:,} events: {error}")
         else:
             lists = _list_values(folder / "data")
-            records.append({"job": name, "events": size[0], "list_values": lists, **figures})
+            records.append({"job": name, "events": size[0], "list_values": lists, **measurement})
             print(records[-1], flush=True)
         shutil.rmtree(folder / "data", ignore_errors=True)
     shutil.rmtree(folder)
@@ -100,14 +100,14 @@ def _write(folder: Path, size: tuple[int, int, int]) -> None:
     (folder / "events.yaml").write_text(CONFIG)
 
 
-def _words(name: str, folder: Path, limits: dict[str, str]) -> list[str]:
+def _arguments(name: str, folder: Path, limits: dict[str, str]) -> list[str]:
     log, data = str(folder / "log"), str(folder / "data")
     if name == SQL:
         return ["-m", "benchmarks.events.plain_sql", log, data, limits[SQL]]
     if name == POLARS:
         return ["-m", "benchmarks.events.plain_polars", log, data]
-    words = ["-m", "recsys.cli", "prepare", "events", "--memory", limits[OURS]]
-    return [*words, "--config", str(folder / "events.yaml"), "--out", data]
+    arguments = ["-m", "recsys.cli", "prepare", "events", "--memory", limits[OURS]]
+    return [*arguments, "--config", str(folder / "events.yaml"), "--out", data]
 
 
 def _require_equal(
@@ -115,7 +115,7 @@ def _require_equal(
 ) -> None:
     _write(folder, size)
     for name in names:
-        measured(_words(name, folder, limits))
+        measured(_arguments(name, folder, limits))
         (folder / "data").rename(folder / name)
         if different := differences(folder / OURS, folder / name):
             raise RuntimeError(f"{name} writes another dataset: {different}")
@@ -133,18 +133,18 @@ def _list_values(data: Path) -> int:
     return values
 
 
-def measured(words: list[str]) -> dict[str, float]:
-    """Run Python with these words; return its seconds, processor seconds and peak of bytes.
+def measured(arguments: list[str]) -> dict[str, float]:
+    """Run Python with these arguments; return its seconds, processor seconds and peak of bytes.
 
     Raises:
         RuntimeError: it ended with an error.
     """
     start = time.perf_counter()
-    job = subprocess.Popen([sys.executable, *words])
+    job = subprocess.Popen([sys.executable, *arguments])
     _, status, usage = os.wait4(job.pid, 0)
     job.returncode = os.waitstatus_to_exitcode(status)
     if job.returncode:
-        raise RuntimeError(f"{' '.join(words[:2])} ended with {job.returncode}")
+        raise RuntimeError(f"{' '.join(arguments[:2])} ended with {job.returncode}")
     return {
         "seconds": time.perf_counter() - start,
         "processor": usage.ru_utime + usage.ru_stime,
@@ -163,15 +163,15 @@ def differences(first_folder: Path, second_folder: Path) -> list[str]:
         different += [
             f"{name}: {column}"
             for column in names[0]
-            if not _same(*(table[column].combine_chunks() for table in tables))
+            if not _is_close(*(table[column].combine_chunks() for table in tables))
         ]
     return different
 
 
-def _same(first: pa.Array, second: pa.Array) -> bool:
+def _is_close(first: pa.Array, second: pa.Array) -> bool:
     if pa.types.is_list(first.type):
         lengths = [lists.value_lengths().to_numpy() for lists in (first, second)]
-        return np.array_equal(*lengths) and _same(first.flatten(), second.flatten())
+        return np.array_equal(*lengths) and _is_close(first.flatten(), second.flatten())
     if pa.types.is_floating(first.type):
         return len(first) == len(second) and np.allclose(first, second, rtol=1e-6, atol=1e-7)
     return bool(first.equals(second.cast(first.type)))

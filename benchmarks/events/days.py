@@ -24,7 +24,7 @@ from jsonargparse import auto_cli
 
 from benchmarks.events.__main__ import measured
 from benchmarks.events.log import CONFIG, START, write_log
-from benchmarks.results import RESULTS, Result, require_own_folder, write_result
+from benchmarks.results import RESULTS, Result, require_other_folder, write_result
 
 AIM = 1.3
 DAY = 86_400
@@ -65,7 +65,7 @@ def benchmark(
         quick: try a small size.
         results: folder for the figures.
     """
-    require_own_folder(quick, results)
+    require_other_folder(quick, results)
     rows, days, retail_days = (20_000, 4, 4) if quick else (rows, days, retail_days)
     # In a process that ends, as the peak of one that is started later counts memory held here.
     with get_context("spawn").Pool(1) as pool:
@@ -109,7 +109,7 @@ def _measure(folder: Path, memory: str) -> dict[str, Any]:
         file = file.rename(folder / "log" / file.name)
         events.append(pq.read_metadata(file).num_rows)
         calls.append(_call(folder, "daily", file.stem, memory))
-    idle, once = (_call(folder, out, file.stem, memory) for out in ("daily", "once"))
+    idle, full = (_call(folder, out, file.stem, memory) for out in ("daily", "once"))
     # In a process that ends, as is the log written.
     with get_context("spawn").Pool(1) as pool:
         is_equal = pool.apply(_is_equal, (folder,))
@@ -120,7 +120,7 @@ def _measure(folder: Path, memory: str) -> dict[str, Any]:
         "events": events,
         "calls": calls,
         "idle": idle,
-        "once": once,
+        "once": full,
     }
     record |= {"equal": is_equal, "state": state}
     print(record, flush=True)
@@ -129,15 +129,15 @@ def _measure(folder: Path, memory: str) -> dict[str, Any]:
 
 def _is_equal(folder: Path) -> bool:
     return all(
-        pq.read_table(part).equals(pq.read_table(folder / "daily" / "train" / part.name))
-        for part in (folder / "once" / "train").iterdir()
+        pq.read_table(file).equals(pq.read_table(folder / "daily" / "train" / file.name))
+        for file in (folder / "once" / "train").iterdir()
     )
 
 
 def _call(folder: Path, out: str, day: str, memory: str) -> dict[str, float]:
-    words = ["-m", "recsys.cli", "prepare", "events", "--memory", memory, "--until", day]
-    places = ["--config", str(folder / "events.yaml"), "--out", str(folder / out)]
-    return measured([*words, *places])
+    command = ["-m", "recsys.cli", "prepare", "events", "--memory", memory, "--until", day]
+    paths = ["--config", str(folder / "events.yaml"), "--out", str(folder / out)]
+    return measured([*command, *paths])
 
 
 def _result(records: Sequence[dict[str, Any]]) -> Result:
@@ -167,7 +167,7 @@ def _result(records: Sequence[dict[str, Any]]) -> Result:
 
 
 def _row(record: dict[str, Any]) -> list[str]:
-    once, idle, events = record["once"]["processor"], record["idle"]["processor"], record["events"]
+    full, idle, events = record["once"]["processor"], record["idle"]["processor"], record["events"]
     half = len(events) // 2
     day = mean(call["processor"] for call in record["calls"][half:])
     share = mean(events[half:]) / sum(events)
@@ -176,11 +176,11 @@ def _row(record: dict[str, Any]) -> list[str]:
         record["log"],
         f"{len(events)}",
         f"{sum(events):,}",
-        f"{once:.1f}",
+        f"{full:.1f}",
         f"{idle:.2f}",
         f"{day:.2f}",
-        f"{day / (share * once):.2f}",
-        f"{(day - idle) / (share * (once - idle)):.2f}",
+        f"{day / (share * full):.2f}",
+        f"{(day - idle) / (share * (full - idle)):.2f}",
         f"{record['once']['peak'] / 1e9:.2f}",
         f"{peak / 1e9:.2f}",
         f"{record['state'] / 1e6:.1f}",

@@ -38,7 +38,7 @@ RECIPE = Path("recsys/recipes/events/ifdb.yaml")
 TEXTS = ("title", "tags", "description")
 UNSEEN = "46.9% within 0.5%"  # of test positives, counted in the log by hand
 METRICS = [(metric, part) for metric in ("gauc", "auc") for part in ("all", "unseen")]
-LEAST_AUC = {"mean training label of the item": 0.45, "counts and similarity of texts": 0.78}
+MIN_AUC = {"mean training label of the item": 0.45, "counts and similarity of texts": 0.78}
 
 
 def benchmark(log: Path, out: Path, runs: Sequence[Path] = (), results: Path = RESULTS) -> None:
@@ -56,8 +56,8 @@ def benchmark(log: Path, out: Path, runs: Sequence[Path] = (), results: Path = R
     shutil.rmtree(out / "ifdb")
     rows = [("share of test positives without a training row", f"{unseen:.1%}", UNSEEN)]
     for name, auc in aucs.items():
-        least = f"at least {LEAST_AUC[name]:.2f}" if name in LEAST_AUC else ""
-        rows.append((f"test AUC of {name}", f"{auc:.3f}", least))
+        aim = f"at least {MIN_AUC[name]:.2f}" if name in MIN_AUC else ""
+        rows.append((f"test AUC of {name}", f"{auc:.3f}", aim))
     rows += [(f"test {name} of counts and similarity", f"{value:.3f}", "") for name, value in gaucs]
     gains = _gains(scores, runs) if runs else []
     rows += [
@@ -90,10 +90,10 @@ def _gains(scores: np.ndarray, runs: Sequence[Path]) -> list[tuple[str, Interval
     logits = scores[ours[0].positions][:, None].astype(np.float32)
     floor = [[replace(ours[0], logits=logits)]]
     gains = []
-    for metric, part in METRICS:
-        gain = paired_difference(floor, [[run] for run in ours], metric, part)
+    for metric, subset in METRICS:
+        gain = paired_difference(floor, [[run] for run in ours], metric, subset)
         assert gain is not None
-        gains.append((f"{metric.upper()}, {part} rows", gain))
+        gains.append((f"{metric.upper()}, {subset} rows", gain))
     return gains
 
 
@@ -115,14 +115,14 @@ def _aucs(data: Path) -> tuple[dict[str, float], list[tuple[str, float]], np.nda
     tfidf = TfidfVectorizer(sublinear_tf=True, min_df=2, stop_words="english").fit_transform(texts)
     train, test = (pq.read_table(data / split) for split in ("train", "test"))
     labels, test_labels = (table["played"].to_numpy() for table in (train, test))
-    places, test_places = (
+    item_indices, test_item_indices = (
         pc.index_in(table["item"], items["item"]).to_numpy() for table in (train, test)
     )
-    rows_of_item = np.bincount(places, minlength=len(items))
-    positives = np.bincount(places, labels, len(items))
+    rows_of_item = np.bincount(item_indices, minlength=len(items))
+    positives = np.bincount(item_indices, labels, len(items))
     mean = np.where(rows_of_item, positives / np.maximum(rows_of_item, 1), labels.mean())
     columns, test_columns = (_columns(table, items["item"], tfidf) for table in (train, test))
-    aucs = {"mean training label of the item": roc_auc_score(test_labels, mean[test_places])}
+    aucs = {"mean training label of the item": roc_auc_score(test_labels, mean[test_item_indices])}
     names = {"counts": slice(0, -1), "counts and similarity of texts": slice(None)}
     for name, part in names.items():
         model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
@@ -130,7 +130,7 @@ def _aucs(data: Path) -> tuple[dict[str, float], list[tuple[str, float]], np.nda
         scores = model.decision_function(test_columns[:, part])
         aucs[name] = float(roc_auc_score(test_labels, scores))
     users = test["user"].combine_chunks().dictionary_encode().indices.to_numpy()
-    unseen = rows_of_item[test_places] == 0
+    unseen = rows_of_item[test_item_indices] == 0
     gaucs = []
     for name, part in (("GAUC", slice(None)), ("GAUC unseen", unseen)):
         _, user_aucs, sizes = grouped_auc(test_labels[part] > 0, scores[part], users[part])
@@ -143,9 +143,9 @@ def _columns(table: pa.Table, items: pa.ChunkedArray, tfidf: csr_matrix) -> np.n
     history = table["history"].combine_chunks()
     lengths = pc.list_value_length(history).to_numpy(zero_copy_only=False)
     rows = np.repeat(np.arange(len(table)), lengths)  # [L]
-    past = pc.index_in(history.flatten(), items).to_numpy()
+    indices = pc.index_in(history.flatten(), items).to_numpy()
     targets = pc.index_in(table["item"], items).to_numpy()
-    average = csr_matrix((1 / lengths[rows], (rows, past)), (len(table), len(items))) @ tfidf
+    average = csr_matrix((1 / lengths[rows], (rows, indices)), (len(table), len(items))) @ tfidf
     similarity = np.asarray(average.multiply(tfidf[targets]).sum(axis=1)).ravel()
     names = [name for name in table.column_names if "plays_of" in name]
     counts = [np.log1p(table[name]) for name in names]

@@ -23,11 +23,11 @@ def samples(log: pl.LazyFrame) -> pl.DataFrame:
     )
     # Clicks of one moment have the same number, so that the window is wider by them.
     tied = click.group_by("user", "time").len()["len"].max()
-    past = click.rolling(
+    histories = click.rolling(
         "earlier", period=f"{HISTORY + tied - 1}i", closed="left", group_by="user"
     ).agg(clicked=pl.col("item").tail(HISTORY), at=pl.col("time").tail(HISTORY))
-    click = click.drop("earlier").hstack(past.select("clicked", "at"))
-    del past
+    click = click.drop("earlier").hstack(histories.select("clicked", "at"))
+    del histories
     buy = log.filter(pl.col("action") == "buy").select(key).sort("time")
     moments = click.lazy().select(*key, touched="time").sort("time")
     bought = (
@@ -85,10 +85,10 @@ def prepare(folder: str, out: Path) -> None:
     counts = train.group_by("item").agg(train_rows=pl.len()).sort("item")
     counts.write_parquet(out / "item_counts.parquet")
     (out / "vocabulary").mkdir()
-    events_before = log.filter(pl.col("time") * 1_000_000 <= ends[0])
+    training_events = log.filter(pl.col("time") * 1_000_000 <= ends[0])
     for name in ("user", "item"):
         ids = (
-            events_before.select(id=pl.col(name))
+            training_events.select(id=pl.col(name))
             .unique()
             .sort("id")
             .with_row_index("row")

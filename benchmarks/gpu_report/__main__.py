@@ -19,17 +19,17 @@ from benchmarks.gpu_report.stages import Stage, stages
 from recsys import doctor
 
 ROOT = Path(__file__).parents[2]
-STAGES_LEFT = 3  # exit code
+STAGES_REMAIN = 3  # exit code
 TAIL = 4000  # characters of output that are kept
 FIGURES = "Figures: "  # begins a line of JSON
 LONGEST = 20.0  # times its minutes, after which a stage is ended
 
 
-def main(words: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Run the stages that are left and fit; return 0 when all have passed."""
-    options = _options(words)
+    options = _options(arguments)
     plan = stages(options.out, options.device, options.quick)
-    todo = [stage for stage in plan if _is_left(options.out, stage, options.retry)]
+    todo = [stage for stage in plan if _is_pending(options.out, stage, options.retry)]
     if options.dry_run or (options.device == "cuda" and not _has_gpu()):
         if not options.dry_run and (cause := gpu_missing()) is not None:
             print(f"error: {cause}", file=sys.stderr)
@@ -42,7 +42,7 @@ def main(words: list[str] | None = None) -> int:
         if minutes + stage.minutes > options.minutes and number > 1:
             write_page(options.out, plan, options.results)
             print(f"{len(todo) - number + 1} stages are left; the same command goes on with them")
-            return STAGES_LEFT
+            return STAGES_REMAIN
         print(f"{number}/{len(todo)} {stage.name} ...", end=" ", flush=True)
         record = run(stage)
         print("passed" if record["rc"] == 0 else f"FAILED\n{record['output']}", flush=True)
@@ -52,7 +52,7 @@ def main(words: list[str] | None = None) -> int:
         if stage.name == "doctor" and record["rc"]:
             break  # nothing else can work
     page = write_page(options.out, plan, options.results)
-    failed = [stage.name for stage in plan if _is_left(options.out, stage, retry=True)]
+    failed = [stage.name for stage in plan if _is_pending(options.out, stage, retry=True)]
     print(f"written to {page}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
 
@@ -136,7 +136,7 @@ def run(stage: Stage) -> dict[str, Any]:
     return {"rc": code, "seconds": seconds, "figures": figures, "output": output[-TAIL:]}
 
 
-def _is_left(out: Path, stage: Stage, retry: bool) -> bool:
+def _is_pending(out: Path, stage: Stage, retry: bool) -> bool:
     record = stage.record(out)
     return record is None or (retry and record["rc"] != 0)
 

@@ -55,10 +55,10 @@ def _batches(data: Path, rows: int, pins: bool) -> Iterator[Batch]:
     """Read the rows again and again, as a loop of one's own would."""
     while True:
         file = pq.ParquetFile(data / "train" / "part-0.parquet")
-        for part in file.iter_batches(min(rows, file.metadata.num_rows)):
-            columns = {name: part.column(name).to_numpy() for name in part.schema.names}
+        for chunk in file.iter_batches(min(rows, file.metadata.num_rows)):
+            columns = {name: chunk.column(name).to_numpy() for name in chunk.schema.names}
             ids = np.concatenate([columns[name] for name in NAMES])
-            numbers = np.stack([columns[f"n{place}"] for place in range(NUMBERS)], axis=1)
+            numbers = np.stack([columns[f"n{column}"] for column in range(NUMBERS)], axis=1)
             lengths = torch.ones(len(ids), dtype=torch.int32)
             sparse = KeyedJaggedTensor.from_lengths_sync(NAMES, torch.from_numpy(ids), lengths)
             labels = torch.from_numpy(columns["liked"].copy())

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 
 TABLES, NUMBERS, ROWS, IDS = 26, 13, 131_072, 100_000
 QUICK_ROWS, QUICK_IDS = 64, 50
-NAMES = [f"c{place}" for place in range(TABLES)]
+NAMES = [f"c{column}" for column in range(TABLES)]
 
 
 def write_categories(folder: Path, quick: bool = False) -> Path:
@@ -20,12 +20,12 @@ def write_categories(folder: Path, quick: bool = False) -> Path:
     rng = np.random.default_rng(0)
     for split, rows in (("train", num_rows), ("valid", 64), ("test", 64)):
         ids = {name: rng.integers(num_ids, size=rows) for name in NAMES}
-        numbers = {f"n{place}": rng.random(rows, np.float32) for place in range(NUMBERS)}
+        numbers = {f"n{column}": rng.random(rows, np.float32) for column in range(NUMBERS)}
         label = {"liked": rng.integers(2, size=rows).astype(np.float32)}
         (folder / split).mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table(ids | numbers | label), folder / split / "part-0.parquet")
     columns = [f"  {name}: {{kind: id, num_embeddings: {num_ids}}}" for name in NAMES]
-    columns += [f"  n{place}: {{kind: dense}}" for place in range(NUMBERS)]
+    columns += [f"  n{column}: {{kind: dense}}" for column in range(NUMBERS)]
     text = "\n".join(["target_item: c0", "group: c1", "columns:", *columns])
     (folder / "schema.yaml").write_text(text + "\n  liked: {kind: label}\n")
     return folder

@@ -24,8 +24,8 @@ def write_page(out: Path, plan: Sequence[Stage], results: Path) -> Path:
     from benchmarks.results import Result, write_result
 
     records = {stage.name: stage.record(out) for stage in plan}
-    figures = [
-        figure for record in records.values() if record is not None for figure in record["figures"]
+    speeds = [
+        speed for record in records.values() if record is not None for speed in record["figures"]
     ]
     checks = [
         f"{name}: {_outcome(record)}."
@@ -36,8 +36,8 @@ def write_page(out: Path, plan: Sequence[Stage], results: Path) -> Path:
     sentences = ["Checks, in order:", *[f"- {check}" for check in checks]]
     if num_remaining:
         sentences.append(f"{num_remaining} stages have not run yet.")
-    lines = [{"benchmark": "gpu", **figure} for figure in figures]
-    rows = [_cells(figure) for figure in figures]
+    lines = [{"benchmark": "gpu", **speed} for speed in speeds]
+    rows = [_cells(speed) for speed in speeds]
     write_result(Result("gpu", "One GPU", lines, COLUMNS, rows, reading=sentences), results)
     return results / "gpu.md"
 
@@ -51,15 +51,15 @@ def _outcome(record: dict[str, Any] | None) -> str:
     return f"failed with {record['rc']}: {' '.join(last)[:200]}"
 
 
-def _cells(figure: dict[str, Any]) -> list[str]:
-    about = [figure["model"], figure["precision"], f"{figure['rows']:,}", figure["source"]]
-    if "error" in figure:
-        return [*about, figure["error"], "", "", "", ""]
+def _cells(speed: dict[str, Any]) -> list[str]:
+    cells = [speed["model"], speed["precision"], f"{speed['rows']:,}", speed["source"]]
+    if "error" in speed:
+        return [*cells, speed["error"], "", "", "", ""]
     return [
-        *about,
-        f"{figure['samples_per_second']:,.0f}",
-        f"{figure['kernels']:,.0f}",
-        f"{figure['busy_share']:.0%}",
-        f"{figure['waits']:.1f}",
-        f"{figure['peak_gb']:.1f}",
+        *cells,
+        f"{speed['samples_per_second']:,.0f}",
+        f"{speed['kernels']:,.0f}",
+        f"{speed['busy_share']:.0%}",
+        f"{speed['waits']:.1f}",
+        f"{speed['peak_gb']:.1f}",
     ]

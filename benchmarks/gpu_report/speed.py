@@ -43,14 +43,14 @@ def speed(
     with joined_ranks(device) as ranks:  # type: ignore[arg-type]
         for rows in QUICK_BATCHES if quick else BATCH_SIZES:
             for source in ("memory", "parquet"):
-                about = {"model": model, "precision": precision, "rows": rows, "source": source}
+                run = {"model": model, "precision": precision, "rows": rows, "source": source}
                 try:
                     step = _steps(model, out, precision, rows, source, ranks, quick)
                     rounds = (2, 2, 1) if quick else (10, 30, 3)
-                    figures: dict[str, Any] = measured(step, rows, *rounds)
+                    metrics: dict[str, Any] = measured(step, rows, *rounds)
                 except torch.OutOfMemoryError:
-                    figures = {"error": "out of memory"}
-                print("Figures:", json.dumps(about | figures), flush=True)
+                    metrics = {"error": "out of memory"}
+                print("Figures:", json.dumps(run | metrics), flush=True)
                 step = None  # type: ignore[assignment]
 
 

@@ -51,8 +51,8 @@ def stages(out: Path, device: str = "cuda", quick: bool = False) -> list[Stage]:
     data, module = out / "data" / "movielens", "benchmarks.gpu_report"
     options = ["--out", str(out), "--device", device, *(["--quick", "true"] if quick else [])]
 
-    def python(*words: str | Path) -> tuple[str, ...]:
-        return (sys.executable, "-m", *map(str, words))
+    def python(*arguments: str | Path) -> tuple[str, ...]:
+        return (sys.executable, "-m", *map(str, arguments))
 
     train = python(
         *("recsys.cli", "train", "--config", "recsys/recipes/tiny.yaml", "--data", data),

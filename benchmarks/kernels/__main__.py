@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from jsonargparse import auto_cli
 
 from benchmarks.dataset import write_dataset
-from benchmarks.results import RESULTS, ROOT, Result, require_own_folder, write_result
+from benchmarks.results import RESULTS, ROOT, Result, require_other_folder, write_result
 from benchmarks.settings import A, setting
 from benchmarks.timing.steps import Variant
 
@@ -46,10 +46,10 @@ class Worker:
             pass_fds=[write],
         )
         os.close(write)
-        self.answers = os.fdopen(read)
+        self.responses = os.fdopen(read)
 
-    def ask(self, request: str) -> Any:
-        """Send a request and return its answer.
+    def send(self, request: str) -> Any:
+        """Send a request and return its response.
 
         Raises:
             RuntimeError: the process has ended; its error is above.
@@ -57,15 +57,15 @@ class Worker:
         assert self.process.stdin is not None
         self.process.stdin.write(request + "\n")
         self.process.stdin.flush()
-        answer = self.answers.readline()
-        if not answer:
+        response = self.responses.readline()
+        if not response:
             raise RuntimeError("a process has ended; its error stands above")
-        return json.loads(answer)
+        return json.loads(response)
 
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
-        self.answers.close()
+        self.responses.close()
 
 
 def kernel_steps(
@@ -83,17 +83,17 @@ def kernel_steps(
     Args:
         out: folder for the datasets and the encoded items.
         before: clone of an earlier commit that is measured as well.
-        only: words that a case's name must have one of, e.g. '["DLRM", "history 5"]'.
+        only: texts that a case's name must have one of, e.g. '["DLRM", "history 5"]'.
         rounds: number of rounds.
         seconds: the least time of a variant's steps in a round.
         threads: threads of each process.
         quick: tiny sizes, whose figures mean nothing.
         results: folder for the figures.
     """
-    require_own_folder(quick, results)
+    require_other_folder(quick, results)
     records = []
     for case in cases(out.resolve(), quick):
-        if not only or any(word in case.name for word in only):
+        if not only or any(text in case.name for text in only):
             records.append(_measured(case, before, rounds, seconds, threads))
             print(json.dumps(records[-1]), flush=True)
     write_result(_result(records), results)
@@ -112,12 +112,12 @@ def _measured(
     try:
         steps = {}
         for kind, worker in workers.items():
-            steps[kind] = max(2, round(seconds / worker.ask("run 4")[-1]))
+            steps[kind] = max(2, round(seconds / worker.send("run 4")[-1]))
         times: dict[str, list[float]] = {kind: [] for kind in workers}
         for _ in range(rounds):
             for kind, worker in workers.items():
-                times[kind].append(median(worker.ask(f"run {steps[kind]}")))
-        peaks = {kind: worker.ask("peak") for kind, worker in workers.items()}
+                times[kind].append(median(worker.send(f"run {steps[kind]}")))
+        peaks = {kind: worker.send("peak") for kind, worker in workers.items()}
     finally:
         for worker in workers.values():
             worker.close()
@@ -167,8 +167,8 @@ DIN = (*WIDE, "din", "--ranking.attention_units", "[256,64]")
 def cases(out: Path, quick: bool) -> list[Variant]:
     """Write the datasets under `out` if they are missing; return a variant for each case."""
     sized = setting("A", quick)
-    data, words = sized.prepared(out)
-    base = Variant("A, bank_lora", str(sized.recipe), data, words)
+    data, arguments = sized.prepared(out)
+    base = Variant("A, bank_lora", str(sized.recipe), data, arguments)
     small = ("--batch_size", "16") if quick else ()
     variants = [
         base.changed("A, ID-only", *ID_ONLY),

@@ -17,7 +17,7 @@ import torch
 from jsonargparse import auto_cli
 
 from benchmarks.kernels.__main__ import cases
-from benchmarks.results import RESULTS, Result, require_own_folder, write_result
+from benchmarks.results import RESULTS, Result, require_other_folder, write_result
 from benchmarks.timing.ranks import silence_advice_to_library_developers
 from benchmarks.timing.steps import ProductSteps, Variant
 from recsys.distributed.ranks import joined_ranks
@@ -48,7 +48,7 @@ def gains(
         quick: tiny sizes, whose figures mean nothing.
         results: folder for the figures.
     """
-    require_own_folder(quick, results)
+    require_other_folder(quick, results)
     torch.set_num_threads(1)
     silence_advice_to_library_developers()
     records = []
@@ -81,21 +81,21 @@ def _measured(case: Variant, run: ProductSteps, rounds: int, steps: int) -> list
         return median(times)
 
     seconds(3)
-    with_all: list[float] = []
+    all_kernels: list[float] = []
     ratios: dict[str, list[float]] = {kernel: [] for kernel in KERNELS[case.name]}
     for _ in range(rounds):
-        with_all.append(seconds(steps))
+        all_kernels.append(seconds(steps))
         for kernel, speed_ups in ratios.items():
             caller = importlib.import_module(CALLERS[kernel])
             with mock.patch.object(caller, "has_native", return_value=False):
                 seconds(1)
-                speed_ups.append(seconds(steps) / with_all[-1])
+                speed_ups.append(seconds(steps) / all_kernels[-1])
     return [
         {
             "benchmark": "kernel_gains",
             "case": case.name,
             "kernel": kernel,
-            "milliseconds": 1e3 * median(with_all),
+            "milliseconds": 1e3 * median(all_kernels),
             "x": speed_ups,
         }
         for kernel, speed_ups in ratios.items()

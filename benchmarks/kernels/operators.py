@@ -18,7 +18,7 @@ import torch
 from jsonargparse import auto_cli
 from torch import Tensor, nn
 
-from benchmarks.results import RESULTS, Result, require_own_folder, write_result
+from benchmarks.results import RESULTS, Result, require_other_folder, write_result
 from recsys.config import HistorySettings
 from recsys.content.branch import HistoryMap
 from recsys.content.vectors import ContentVectors, StoredHistory
@@ -69,7 +69,7 @@ SIZES = [
 QUICK_SIZES = [Size(8, 4, fields=3), Size(8, 4, 3, (6, 3)), Size(8, 4, 3, modalities=1)]
 
 
-def pass_of(size: Size) -> Callable[[], None]:
+def build_pass(size: Size) -> Callable[[], None]:
     """Return a forward and backward pass on random inputs of a size."""
     torch.manual_seed(0)
     target = torch.randn(size.rows, size.dim, requires_grad=True)
@@ -89,29 +89,29 @@ def pass_of(size: Size) -> Callable[[], None]:
 
     def run() -> None:
         module.zero_grad()
-        for part in inputs[:2]:
-            part.grad = None
+        for leaf in inputs[:2]:
+            leaf.grad = None
         module(*inputs).backward(factor)
 
     return run
 
 
 def _history(size: Size) -> JaggedHistory:
-    places = size.rows * size.history
-    drawn = torch.exp(torch.rand(places) * torch.log(torch.tensor(float(NUM_ITEMS)))).long()
+    num_positions = size.rows * size.history
+    drawn = torch.exp(torch.rand(num_positions) * torch.log(torch.tensor(float(NUM_ITEMS)))).long()
     unique, index = drawn.unique(return_inverse=True)
     return JaggedHistory.of(index, torch.full((size.rows,), size.history), len(unique))
 
 
 def operators(rounds: int = 7, quick: bool = False, results: Path = RESULTS) -> None:
     """Measure each size by turns; `quick` sizes give figures that mean nothing."""
-    require_own_folder(quick, results)
+    require_other_folder(quick, results)
     torch.set_num_threads(1)
     keep_freed_memory()
     choose_kernels("native")
     records = []
     for size in QUICK_SIZES if quick else SIZES:
-        run = pass_of(size)
+        run = build_pass(size)
         times: dict[str, list[float]] = {"torch": [], "native": []}
         for number in range(rounds + 1):  # the first warms up
             for kind, seconds in times.items():
@@ -120,7 +120,7 @@ def operators(rounds: int = 7, quick: bool = False, results: Path = RESULTS) -> 
                 run()
                 if number:
                     seconds.append(time.perf_counter() - begin)
-        ratios = [before / after for before, after in zip(times["torch"], times["native"])]
+        ratios = [reference / kernel for reference, kernel in zip(times["torch"], times["native"])]
         milliseconds = {kind: 1e3 * median(seconds) for kind, seconds in times.items()}
         records.append({"benchmark": "kernels", "size": size.name, **milliseconds, "x": ratios})
     write_result(_result(records), results)

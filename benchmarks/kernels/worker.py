@@ -19,16 +19,16 @@ from benchmarks.timing.steps import Variant  # noqa: E402
 from recsys.distributed.ranks import joined_ranks  # noqa: E402
 
 
-def serve(answers: int, variant: Variant, threads: int) -> None:
-    """Build the variant and answer on the file descriptor `answers` until the input ends."""
+def serve(descriptor: int, variant: Variant, threads: int) -> None:
+    """Build the variant and answer on the file `descriptor` until the input ends."""
     silence_advice_to_library_developers()
     torch.set_num_threads(threads)
-    with joined_ranks("cpu") as ranks, os.fdopen(answers, "w") as out:
+    with joined_ranks("cpu") as ranks, os.fdopen(descriptor, "w") as responses:
         steps = RankSteps(variant, ranks)
         for line in sys.stdin:
-            word, *count = line.split()
-            answer = steps.run(int(count[0])) if word == "run" else steps.report().peak_bytes
-            print(json.dumps(answer), file=out, flush=True)
+            request, *count = line.split()
+            response = steps.run(int(count[0])) if request == "run" else steps.report().peak_bytes
+            print(json.dumps(response), file=responses, flush=True)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from benchmarks.peers.catalogue import Peer, peers_named
 from benchmarks.peers.rows import write_rows
 from benchmarks.peers.trainings import PeerTraining, tuned
 from benchmarks.quality.runs import RECIPE, finish, in_order, plan_runs, windows
-from benchmarks.results import RESULTS, Result, require_own_folder, write_result
+from benchmarks.results import RESULTS, Result, require_other_folder, write_result
 from recsys.evaluation.bootstrap import Interval, paired_difference, pooled_metric
 from recsys.evaluation.scores import SplitScores, read_scores, scores_file
 
@@ -66,7 +66,7 @@ def peers(
         ValueError: a name is unknown, or `data` is no dataset.
         RuntimeError: a training failed; names its log.
     """
-    require_own_folder(quick, results)
+    require_other_folder(quick, results)
     out = out.absolute()  # programs run in folders of their own
     datasets, selected = windows(data), peers_named(only)
     if unknown := sorted(set(tune_on or ()) - datasets.keys()):
@@ -76,8 +76,8 @@ def peers(
     names = list(datasets)
     folder = out / ("quick" if quick else "rows")
     rows = {name: folder / name for name in names}
-    for name, place in datasets.items():
-        write_rows(place, recipe, rows[name], QUICK_ROWS if quick else None)
+    for name, dataset in datasets.items():
+        write_rows(dataset, recipe, rows[name], QUICK_ROWS if quick else None)
     tuning = [rows[name] for name in tune_on or [names[len(names) // 2]]]
     entries = [] if quick else [_recipe(datasets, recipe, runs or out / "runs", seeds, jobs)]
     for peer in selected:
@@ -107,7 +107,7 @@ def _entry(
     peer: Peer, settings: dict[str, object], rows: dict[str, Path], seeds: int, jobs: int, out: Path
 ) -> Entry:
     trainings = [
-        [PeerTraining(peer, place, settings, seed, out) for place in rows.values()]
+        [PeerTraining(peer, folder, settings, seed, out) for folder in rows.values()]
         for seed in range(seeds)
     ]
     with ThreadPoolExecutor(jobs) as pool:

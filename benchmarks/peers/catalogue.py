@@ -34,8 +34,8 @@ class Peer:
     final: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _rate(low: float, high: float) -> FloatDistribution:
-    return FloatDistribution(low, high, log=True)
+def _rate(lower: float, upper: float) -> FloatDistribution:
+    return FloatDistribution(lower, upper, log=True)
 
 
 NEURAL: Space = {

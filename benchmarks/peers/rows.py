@@ -26,11 +26,11 @@ from recsys.storage.files import atomic_folder
 from recsys.storage.location import Location
 
 VECTORS, WIDTHS, TEXTS = "item_vectors.npy", "widths.npy", "texts.json"
-ABOUT = "about.json"
+METADATA = "about.json"
 LISTS = ("history_liked", "history_stars")  # that adapters read by name
 
 
-def write_rows(data: str, recipe: Path, out: Path, most_rows: int | None = None) -> None:
+def write_rows(data: str, recipe: Path, out: Path, max_rows: int | None = None) -> None:
     """Write `SPLIT.npz` for each split, `item_vectors.npy` [I, V], `widths.npy` and `texts.json`.
 
     The folder appears whole or not at all; one that exists is kept if it is of this data.
@@ -39,16 +39,16 @@ def write_rows(data: str, recipe: Path, out: Path, most_rows: int | None = None)
         data: dataset with one label and a history.
         recipe: names the encoders.
         out: folder to write.
-        most_rows: of each split, the first in time; None: all.
+        max_rows: of each split, the first in time; None: all.
 
     Raises:
         ValueError: the dataset has another form, or the folder is of other data or encoders.
     """
     config, schema = load_config(recipe, ["--device", "cpu"]), load_schema(Location.of(data))
     _check(data, schema)
-    about = _about(data, schema, config, most_rows)
+    metadata = _metadata(data, schema, config, max_rows)
     if out.exists():
-        if json.loads((out / ABOUT).read_text()) != about:
+        if json.loads((out / METADATA).read_text()) != metadata:
             raise ValueError(
                 f"{out}: holds rows of other data, encoders or sizes than {data} has now; remove "
                 "it, or choose another --out"
@@ -57,14 +57,14 @@ def write_rows(data: str, recipe: Path, out: Path, most_rows: int | None = None)
     with atomic_folder(out) as partial:
         for split in SPLITS:
             rows = open_rows(config.source, Location.of(data), split, schema)
-            table = pa.concat_tables(rows.read(*rows.share(0, 1))).slice(0, most_rows)
+            table = pa.concat_tables(rows.read(*rows.share(0, 1))).slice(0, max_rows)
             arrays = _arrays(RowColumns.of(table), schema)
             np.savez(partial / f"{split}.npz", **arrays)  # type: ignore[arg-type]
         vectors, widths = _vectors(data, config)
         np.save(partial / VECTORS, vectors)
         np.save(partial / WIDTHS, widths)
         (partial / TEXTS).write_text(json.dumps(_texts(data, schema)))
-        (partial / ABOUT).write_text(json.dumps(about))
+        (partial / METADATA).write_text(json.dumps(metadata))
 
 
 def _check(data: str, schema: Schema) -> None:
@@ -76,13 +76,13 @@ def _check(data: str, schema: Schema) -> None:
     )
 
 
-def _about(data: str, schema: Schema, config: Config, most_rows: int | None) -> dict[str, Any]:
+def _metadata(data: str, schema: Schema, config: Config, max_rows: int | None) -> dict[str, Any]:
     root = Location.of(data)
     return {
         "dataset": dataset_digest(root),
         "test": open_rows(config.source, root, "test", schema).fingerprint(),
         "modalities": to_plain(config.content)["modalities"],
-        "most_rows": most_rows,
+        "most_rows": max_rows,
         "files": TEXTS,
     }
 

@@ -16,7 +16,7 @@ import optuna
 from filelock import FileLock
 
 from benchmarks.peers.catalogue import Peer
-from benchmarks.peers.rows import ABOUT
+from benchmarks.peers.rows import METADATA
 from recsys.data.item_frequency import ItemCounts
 from recsys.evaluation.bootstrap import pooled_metric
 from recsys.evaluation.scores import SplitScores
@@ -25,11 +25,11 @@ ADAPTERS = Path(__file__).parent / "adapters"
 GIGABYTE = 1e9
 
 
-def digest_of(peer: Peer, windows: list[Path], *further: Any) -> str:
-    """Return a digest of a peer, of the content of the rows, and of anything further."""
-    rows = [(place / ABOUT).read_text() for place in windows]
-    about = [peer.name, peer.requirements, dict(peer.fixed), rows, *further]
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
+def digest_of(peer: Peer, windows: list[Path], *extra: Any) -> str:
+    """Return a digest of a peer, of the content of the rows, and of anything extra."""
+    rows = [(folder / METADATA).read_text() for folder in windows]
+    content = [peer.name, peer.requirements, dict(peer.fixed), rows, *extra]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class PeerTraining:
             raise RuntimeError(f"{self.peer.name}: {self.file}: not a finite score of each row")
         logits = values.astype(np.float32)[:, None]
         names = ("label",)
-        places = np.arange(len(labels))
-        return SplitScores(places, users, items, counts, labels[:, None], logits, names)
+        positions = np.arange(len(labels))
+        return SplitScores(positions, users, items, counts, labels[:, None], logits, names)
 
     def cost(self) -> tuple[float, float]:
         """Return the seconds of the finished training, and its peak memory in GB."""
@@ -86,8 +86,8 @@ class PeerTraining:
         partial = self.file.with_suffix(".partial.npz")
         job, log = self.file.with_suffix(".json"), self.file.with_suffix(".log")
         settings = {**self.peer.fixed, **self.settings}
-        words = {"rows": str(self.rows.resolve()), "out": str(partial.resolve()), "seed": self.seed}
-        job.write_text(json.dumps({**words, "settings": settings}))
+        entry = {"rows": str(self.rows.resolve()), "out": str(partial.resolve()), "seed": self.seed}
+        job.write_text(json.dumps({**entry, "settings": settings}))
         print(f"training {self.peer.name}, {self.rows.name}, seed {self.seed}", flush=True)
         with log.open("w") as output:
             process = subprocess.run(
@@ -112,16 +112,16 @@ def python_with(requirements: tuple[str, ...], folder: Path) -> Path:
         RuntimeError: a package cannot be installed; names the log.
     """
     names = "\n".join([sys.version, *requirements])
-    place = folder / hashlib.sha256(names.encode()).hexdigest()[:12]
-    python, installed = place / "venv" / "bin" / "python", place / INSTALLED
-    place.mkdir(parents=True, exist_ok=True)
-    with FileLock(place / "lock"):
+    environment = folder / hashlib.sha256(names.encode()).hexdigest()[:12]
+    python, installed = environment / "venv" / "bin" / "python", environment / INSTALLED
+    environment.mkdir(parents=True, exist_ok=True)
+    with FileLock(environment / "lock"):
         if installed.exists():
             return python
-        log = place / "log.txt"
+        log = environment / "log.txt"
         with log.open("w") as output:
             for command in (
-                [sys.executable, "-m", "venv", "--clear", str(place / "venv")],
+                [sys.executable, "-m", "venv", "--clear", str(environment / "venv")],
                 [str(python), "-m", "pip", "install", *requirements],
             ):
                 if subprocess.run(command, stdout=output, stderr=output).returncode:

@@ -60,8 +60,8 @@ def quality(
     _require_effects(cells, plan)
     files = results or RESULTS / "quality"
     cell_results = read_results(cells, _trained(plan, jobs, cache, train))
-    by_length = history_table(cell_results)
-    tables = () if by_length is None else (by_length,)
+    length_table = history_table(cell_results)
+    tables = () if length_table is None else (length_table,)
     write_study(Study(cell_results, list(datasets), provenance(), tables), files)
     print(files.with_name(f"{files.name}.md").read_text())
 

@@ -213,7 +213,7 @@ TEXT = [
         {"content.encoder_share": 0.2},
     ),
 ]
-FURTHER = [
+OTHER_CELLS = [
     Cell(
         "text tokens",
         "the Fusion-Q-Former, its queries attending to every token of the text, not to their mean",
@@ -382,7 +382,7 @@ GRIDS: dict[str, list[Cell]] = {
     "history": [ID_ONLY, *HISTORY],
     "text": [ID_ONLY, *TEXT],
     "backbones": [cell for name in BACKBONES for cell in backbone(name)],
-    "full": [*PARTS, *HISTORY, *TEXT, *FURTHER],
+    "full": [*PARTS, *HISTORY, *TEXT, *OTHER_CELLS],
     "ifdb": IMPLICIT,
 }
 PEERS = ("stored features", "SimTier histogram", "ConcatFusion", "FQ-Former modern")

@@ -43,31 +43,29 @@ def history_table(results: Sequence[CellResult]) -> str | None:
     rows, counts = [], np.zeros(len(SLICES), int)
     for result in results:
         lengths = [history_lengths(run.data, run.recipe) for run in result.runs[0]]
-        if any(part is None for part in lengths):
+        if any(values is None for values in lengths):
             return None
         cells = []
-        for place, (first, last) in enumerate(SLICES.values()):
-            parts = [
-                [_with_length(scores, part, first, last) for scores, part in zip(windows, lengths)]
+        for index, (first, last) in enumerate(SLICES.values()):
+            slices = [
+                [_slice(scores, values, first, last) for scores, values in zip(windows, lengths)]
                 for windows in result.scores
             ]
-            counts[place] = sum(len(scores.positions) for scores in parts[0])
-            cells.append(_gauc(parts))
+            counts[index] = sum(len(scores.positions) for scores in slices[0])
+            cells.append(_gauc(slices))
         rows.append([result.cell.name, *cells])
     titles = [f"{name} ({count:,} rows)" for name, count in zip(SLICES, counts)]
     return markdown_table(("GAUC by items in the history", *titles), rows)
 
 
-def _with_length(
-    scores: SplitScores, lengths: np.ndarray | None, first: int, last: int
-) -> SplitScores:
+def _slice(scores: SplitScores, lengths: np.ndarray | None, first: int, last: int) -> SplitScores:
     assert lengths is not None
     row_lengths = lengths[scores.positions]
     return scores.take((row_lengths >= first) & (row_lengths < last))
 
 
-def _gauc(parts: list[list[SplitScores]]) -> str:
-    windows = [[scores for scores in seed if len(scores.positions)] for seed in parts]
+def _gauc(slices: list[list[SplitScores]]) -> str:
+    windows = [[scores for scores in seed if len(scores.positions)] for seed in slices]
     values = [pooled_metric(seed, "gauc", "all") for seed in windows if seed]
     defined = [value for value in values if value is not None]
     if not defined:

@@ -24,7 +24,7 @@ import torch
 from jsonargparse import auto_cli
 from matplotlib.figure import Figure
 
-from benchmarks.results import RESULTS, Result, require_own_folder, write_result
+from benchmarks.results import RESULTS, Result, require_other_folder, write_result
 from recsys.config import NeighbourSettings
 from recsys.data.batch import Batch
 from recsys.data.batch_builder import BatchBuilder
@@ -66,13 +66,13 @@ class Log:
             items[user] = np.argpartition(log_popularity + noise, -EVENTS_OF_USER)[-EVENTS_OF_USER:]
             generator.shuffle(items[user])
             liking = tastes[items[user]] @ generator.standard_normal(TASTES)
-            noise_of_values = generator.standard_normal(EVENTS_OF_USER)
-            values[user] = means[items[user]] + liking + noise_of_values
+            value_noise = generator.standard_normal(EVENTS_OF_USER)
+            values[user] = means[items[user]] + liking + value_noise
         return Log(items, values)
 
     def first_events(self) -> Events:
         users = np.repeat(np.arange(len(self.items)), FIRST_EVENTS)
-        items, values = (part[:, :FIRST_EVENTS].ravel() for part in (self.items, self.values))
+        items, values = (column[:, :FIRST_EVENTS].ravel() for column in (self.items, self.values))
         return Events(users, items, values, np.zeros_like(users)).distinct()
 
     def ranked_rows(self, last_users: int) -> pa.Table:
@@ -81,12 +81,12 @@ class Log:
         rows: dict[str, list[Any]] = {name: [] for name in ("user", "item", "history", "stars")}
         liked = []
         for user in range(first, len(self.items)):
-            for place in range(FIRST_EVENTS, EVENTS_OF_USER):
+            for index in range(FIRST_EVENTS, EVENTS_OF_USER):
                 rows["user"].append(user)
-                rows["item"].append(self.items[user, place])
+                rows["item"].append(self.items[user, index])
                 rows["history"].append(self.items[user, :FIRST_EVENTS])
                 rows["stars"].append(self.values[user, :FIRST_EVENTS].astype(np.float32))
-                liked.append(float(self.values[user, place] > 0))
+                liked.append(float(self.values[user, index] > 0))
         count = {ROW_POSITION: np.arange(len(liked))}
         return pa.table({**rows, "liked": pa.array(liked, pa.float32()), **count})
 
@@ -102,7 +102,7 @@ def benchmark(users: tuple[int, ...] = USERS, quick: bool = False, results: Path
     Raises:
         SystemExit: GAUC falls, or a step's cost grows, with users.
     """
-    require_own_folder(quick, results)
+    require_other_folder(quick, results)
     sizes, num_items = ((50, 100), 200) if quick else (users, NUM_ITEMS)
     measured = [_measured(num_users, num_items) for num_users in sizes]
     timed = [(neighbours, batch) for _, neighbours, batch in measured]
@@ -125,7 +125,7 @@ def _measured(num_users: int, num_items: int) -> tuple[dict[str, Any], Neighbour
     fill_statistics(neighbours, events, settings)
     seconds = time.perf_counter() - start
     batches = _batches(log.ranked_rows(RANKED_USERS), num_users, num_items)
-    buffers = sum(part.nbytes for name, part in neighbours.named_buffers() if "blend" not in name)
+    buffers = sum(array.nbytes for name, array in neighbours.named_buffers() if "blend" not in name)
     record = {
         "benchmark": "neighbour_scaling",
         "users": num_users,

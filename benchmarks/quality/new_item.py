@@ -67,8 +67,8 @@ def new_item(
     for item in list(takers)[:items]:
         other_rows = np.setdiff1d(np.arange(rows.num_rows), takers[item])
         other_rows = generator.choice(other_rows, min(users, len(takers[item])), replace=False)
-        placed = [ranking.places(item, part) for part in (takers[item][:users], other_rows)]
-        records.append(_record(item, names[item], ranking, len(takers[item]), *placed))
+        ranked = [ranking.item_ranks(item, group) for group in (takers[item][:users], other_rows)]
+        records.append(_record(item, names[item], ranking, len(takers[item]), *ranked))
     write_result(_result(records), results)
 
 
@@ -103,33 +103,33 @@ def _write_copies(catalogue: pa.Table, schema: Schema, items: Sequence[str], out
 
 @dataclass(frozen=True)
 class Ranking:
-    """Ranks the items of a package, and copies of `new` ones, for the users of rows."""
+    """Ranks the items of a package, and copies of `new_items`, for the users of rows."""
 
     scorer: Scorer
     rows: pa.Table
     items: list[str]
-    new: list[str]
+    new_items: list[str]
 
-    def places(self, item: str, rows: np.ndarray) -> np.ndarray:  # [N] -> int64 [N, 2]
-        """Return the place, from 1, of an item's copy among all items, and among the copies."""
-        copies = [COPY + name for name in self.new]
-        places = []
+    def item_ranks(self, item: str, rows: np.ndarray) -> np.ndarray:  # [N] -> int64 [N, 2]
+        """Return the rank, from 1, of an item's copy among all items, and among the copies."""
+        copies = [COPY + name for name in self.new_items]
+        item_ranks = []
         for number in rows.tolist():
             row, schema = self.rows.slice(number, 1).to_pylist()[0], self.scorer.schema
             history = {name: row[name] for name in (*schema.event_columns, *schema.parallel)}
             user = {schema.group: row[schema.group]}
             scores = self.scorer.score(user, history, [*self.items, *copies])[:, 0]
             earlier, later = np.split(scores, [len(self.items)])
-            item_score = later[self.new.index(item)]
-            places.append([1 + int((part > item_score).sum()) for part in (earlier, later)])
-        return np.array(places)
+            item_score = later[self.new_items.index(item)]
+            item_ranks.append([1 + int((block > item_score).sum()) for block in (earlier, later)])
+        return np.array(item_ranks)
 
 
 def _record(
     item: str,
     title: str,
     ranking: Ranking,
-    num_taken: int,
+    num_takers: int,
     takers: np.ndarray,
     non_takers: np.ndarray,
 ) -> dict[str, Any]:
@@ -137,9 +137,9 @@ def _record(
         "benchmark": "new_item",
         "item": item,
         "title": title,
-        "taken": num_taken,
+        "taken": num_takers,
         "items": len(ranking.items),
-        "new_items": len(ranking.new),
+        "new_items": len(ranking.new_items),
         "place_for_takers": np.median(takers, axis=0).tolist(),
         "place_for_others": np.median(non_takers, axis=0).tolist(),
     }
@@ -153,8 +153,8 @@ def _result(records: list[dict[str, Any]]) -> Result:
             record["title"],
             f"{record['taken']}",
             *(
-                f"{record[name][part]:,.0f}"
-                for part in (0, 1)
+                f"{record[name][column]:,.0f}"
+                for column in (0, 1)
                 for name in ("place_for_takers", "place_for_others")
             ),
         ]

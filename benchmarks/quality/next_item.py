@@ -67,13 +67,13 @@ def _result(
     gains: list[RowGains],
     costs: dict[str, tuple[float, float]],
 ) -> Result:
-    parts = [("all", name) for name in reports[0]["model"]["all"] if "@" in name]
-    parts.append(("unseen", parts[0][1]))
+    pairs = [("all", name) for name in reports[0]["model"]["all"] if "@" in name]
+    pairs.append(("unseen", pairs[0][1]))
     rows = [
-        [name, *(_mean_cell(reports, name, *part) for part in parts), *_cost_cells(costs.get(name))]
+        [name, *(_mean_cell(reports, name, *pair) for pair in pairs), *_cost_cells(costs.get(name))]
         for name in reports[0]
     ]
-    columns = ["scores", *(name if part == "all" else f"{name} {part}" for part, name in parts)]
+    columns = ["scores", *(key if subset == "all" else f"{key} {subset}" for subset, key in pairs)]
     columns += ["training, s", "peak, GB"]
     counts = reports[0]["model"]
     reading = [
@@ -102,8 +102,8 @@ def _result(
 MODEL_SCORES = ("model", "blend with model")
 
 
-def _mean_cell(reports: list[dict[str, Any]], name: str, part: str, metric: str) -> str:
-    values = [report[name][part][metric] for report in reports]
+def _mean_cell(reports: list[dict[str, Any]], name: str, subset: str, metric: str) -> str:
+    values = [report[name][subset][metric] for report in reports]
     return "-" if None in values else f"{fmean(values):.4f}"
 
 
@@ -112,10 +112,10 @@ def _cost_cells(cost: tuple[float, float] | None) -> tuple[str, str]:
 
 
 def _gain(gains: list[RowGains], name: str, baseline: str) -> str:
-    over_runs = {
+    mean_gains = {
         key: torch.stack([run.ndcg[key] for run in gains]).mean(dim=0) for key in (name, baseline)
     }
-    gain = format_interval(replace(gains[0], ndcg=over_runs).gain_over(name, baseline))
+    gain = format_interval(replace(gains[0], ndcg=mean_gains).gain_over(name, baseline))
     return f"{name} over {baseline}, NDCG at the first depth, mean of the runs: {gain}, 95 %."
 
 

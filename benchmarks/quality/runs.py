@@ -30,7 +30,7 @@ RECIPE = ROOT / "recsys" / "recipes" / "movielens_multimodal.yaml"
 class Training:
     """A `recsys train` process in `folder`.
 
-    leaves: files of the folder besides `metrics.json`; if one is missing, the run is repeated.
+    required_files: besides `metrics.json`; if one is missing, the run is repeated.
     """
 
     folder: Path
@@ -39,11 +39,11 @@ class Training:
     seed: int
     overrides: tuple[str, ...]
     title: str
-    leaves: tuple[str, ...] = ()
+    required_files: tuple[str, ...] = ()
 
     @property
     def is_finished(self) -> bool:
-        return all((self.folder / name).exists() for name in ("metrics.json", *self.leaves))
+        return all((self.folder / name).exists() for name in ("metrics.json", *self.required_files))
 
     def metrics(self) -> dict[str, Any]:
         return json.loads((self.folder / "metrics.json").read_text())
@@ -91,12 +91,12 @@ def _command(training: Training, cache: Path | None) -> list[str]:
     return [*command, *training.overrides]
 
 
-def command_words(settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return settings by full name as words of the command line."""
+def command_arguments(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return settings by full name as command-line arguments."""
     return tuple(
-        word
+        argument
         for name, value in settings.items()
-        for word in (f"--{name}", value if isinstance(value, str) else json.dumps(value))
+        for argument in (f"--{name}", value if isinstance(value, str) else json.dumps(value))
     )
 
 
@@ -123,8 +123,8 @@ def plan_runs(
             raise ValueError(f"'{name}': {error}") from error
         plan[name] = [
             [
-                _training(name, settings, configuration, dataset, place, out, recipe, seed)
-                for dataset, place in datasets.items()
+                _training(name, settings, configuration, dataset, path, out, recipe, seed)
+                for dataset, path in datasets.items()
             ]
             for seed in range(seeds)
         ]
@@ -136,16 +136,16 @@ def _training(
     settings: Settings,
     configuration: dict[str, Any],
     dataset: str,
-    place: str,
+    path: str,
     out: Path,
     recipe: Path,
     seed: int,
 ) -> Training:
-    about = json.dumps([configuration, place], sort_keys=True)
-    folder = out / dataset / f"{sha256(about.encode()).hexdigest()[:10]}-{seed}"
-    leaves = (scores_file(folder, "test").name,)
+    identity = json.dumps([configuration, path], sort_keys=True)
+    folder = out / dataset / f"{sha256(identity.encode()).hexdigest()[:10]}-{seed}"
+    required_files = (scores_file(folder, "test").name,)
     title = f"{name} on {dataset}"
-    return Training(folder, place, recipe, seed, command_words(settings), title, leaves)
+    return Training(folder, path, recipe, seed, command_arguments(settings), title, required_files)
 
 
 def resolved(recipe: Path, settings: Settings) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def resolved(recipe: Path, settings: Settings) -> dict[str, Any]:
     Raises:
         ValueError: a setting is unknown, or does not fit the others.
     """
-    configuration: dict[str, Any] = to_plain(load_config(recipe, list(command_words(settings))))
+    configuration: dict[str, Any] = to_plain(load_config(recipe, list(command_arguments(settings))))
     del configuration["cache"]
     return configuration
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers.catalogue import PEERS, Peer
-from benchmarks.peers.rows import ABOUT
+from benchmarks.peers.rows import METADATA
 from benchmarks.peers.trainings import PeerTraining
 from recsys.build import Job
 from recsys.checkpoint.run_folder import read_item_counts
@@ -69,7 +69,7 @@ def sequence_models(
 
 
 def _write_rows(job: Job, items: np.ndarray, out: Path) -> Path:
-    """Write histories and items of each split by their places in the catalogue, unless it is done.
+    """Write histories and items of each split by index in the catalogue, unless it is done.
 
     Rows with a positive label whose item is in the catalogue, as those that are measured.
     """
@@ -80,7 +80,7 @@ def _write_rows(job: Job, items: np.ndarray, out: Path) -> Path:
             for split in SPLITS:
                 sequences = _sequences(job, split, items)
                 np.savez(partial / f"{split}.npz", **sequences)  # type: ignore[arg-type]
-            (partial / ABOUT).write_text(json.dumps({"dataset": digest, "items": len(items)}))
+            (partial / METADATA).write_text(json.dumps({"dataset": digest, "items": len(items)}))
     return folder
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.quality.grid import PEERS, RECIPE, Cell
 from benchmarks.quality.runs import Plan, Training
-from benchmarks.results import markdown_table, without_places
+from benchmarks.results import markdown_table, without_local_paths
 from recsys.config import BestModelBy, load_config
 from recsys.evaluation.bootstrap import Interval, metric_users, paired_difference, pooled_metric
 from recsys.evaluation.metrics import FEW_USERS_NOTE, MIN_USERS, in_parentheses
@@ -55,9 +55,9 @@ class CellResult:
 
     def by_seed(self, column: str) -> dict[int, float]:
         """Return a column of `COLUMNS` by seed; seeds whose rows do not define it are left out."""
-        metric, part = COLUMNS[column]
+        metric, subset = COLUMNS[column]
         seeds = [runs[0].seed for runs in self.runs]
-        values = [pooled_metric(runs, metric, part) for runs in self.scores]
+        values = [pooled_metric(runs, metric, subset) for runs in self.scores]
         return {seed: value for seed, value in zip(seeds, values) if value is not None}
 
     def users(self, column: str) -> int:
@@ -66,10 +66,10 @@ class CellResult:
     def median(self, column: str) -> float | None:
         return median_of_known(list(self.by_seed(column).values()))
 
-    def training(self, figure: str) -> float | None:
+    def training(self, key: str) -> float | None:
         """Return the median of a figure of the trainings: `seconds`, or `peak_bytes` of memory."""
         return median_of_known(
-            [run.metrics()["train"].get(figure) for runs in self.runs for run in runs]
+            [run.metrics()["train"].get(key) for runs in self.runs for run in runs]
         )
 
     @property
@@ -146,17 +146,17 @@ def _effect(first: CellResult, second: CellResult) -> Effect:
     intervals, by_seed = {}, {}
     for column in EFFECTS:
         intervals[column] = paired_difference(first.scores, second.scores, *COLUMNS[column])
-        before, after = first.by_seed(column), second.by_seed(column)
+        baseline, changed = first.by_seed(column), second.by_seed(column)
         by_seed[column] = [
-            after[seed] - before[seed] for seed in sorted(before.keys() & after.keys())
+            changed[seed] - baseline[seed] for seed in sorted(baseline.keys() & changed.keys())
         ]
     return Effect(second.cell, intervals, by_seed)
 
 
-def validation_metric(runs: Sequence[Training], metric: str, part: str = "all") -> float | None:
+def validation_metric(runs: Sequence[Training], metric: str, subset: str = "all") -> float | None:
     """Average a validation metric of the chosen models over datasets, weighted by their rows."""
     reports = [run.metrics()["valid"] for run in runs]
-    reports = [report if part == "all" else report[part] for report in reports]
+    reports = [report if subset == "all" else report[subset] for report in reports]
     defined = [report for report in reports if report[metric] is not None]
     if not defined:
         return None
@@ -179,7 +179,7 @@ class Study:
 
     results: list[CellResult]
     datasets: list[str]
-    about: Mapping[str, Any]
+    provenance: Mapping[str, Any]
     tables: tuple[str, ...] = ()
 
     @property
@@ -197,10 +197,10 @@ def write_study(study: Study, files: Path) -> None:
     """Write `FILES.md` and `FILES.jsonl`, each whole or not at all."""
     cell_effects, peer_effects = effects(study.results), against_peers(study.results)
     records = [
-        json.dumps({**record, **study.about})
+        json.dumps({**record, **study.provenance})
         for record in _records(study, cell_effects, peer_effects)
     ]
-    lines = ["# Quality of each part", provenance_words(study.about), study.protocol]
+    lines = ["# Quality of each part", provenance_text(study.provenance), study.protocol]
     lines += [_headline(study.results), COSTS, FEW_USERS_NOTE]
     if cell_effects:
         lines += [INTERVALS, _effect_table(cell_effects)]
@@ -209,20 +209,20 @@ def write_study(study: Study, files: Path) -> None:
     lines += study.tables
     texts = {"jsonl": "\n".join(records) + "\n", "md": "\n\n".join(lines) + "\n"}
     for ending, text in texts.items():
-        atomic_write(files.with_name(f"{files.name}.{ending}"), without_places(text))
+        atomic_write(files.with_name(f"{files.name}.{ending}"), without_local_paths(text))
 
 
-def provenance_words(about: Mapping[str, Any]) -> str:
+def provenance_text(metadata: Mapping[str, Any]) -> str:
     """Describe command, commit and date in a sentence."""
-    changed = " with uncommitted changes" if about["uncommitted_changes"] else ""
-    return f"`{about['command']}`, commit {about['commit']}{changed}, {about['date']}."
+    changed = " with uncommitted changes" if metadata["uncommitted_changes"] else ""
+    return f"`{metadata['command']}`, commit {metadata['commit']}{changed}, {metadata['date']}."
 
 
 def _records(
     study: Study, cell_effects: list[Effect], peer_effects: list[Effect]
 ) -> list[dict[str, Any]]:
-    by_cell = {effect.cell.name: _effect_record(effect) for effect in cell_effects}
-    by_peer = {effect.cell.baseline: _effect_record(effect) for effect in peer_effects}
+    baseline_effects = {effect.cell.name: _effect_record(effect) for effect in cell_effects}
+    peer_records = {effect.cell.baseline: _effect_record(effect) for effect in peer_effects}
     return [
         {
             "benchmark": "quality",
@@ -232,8 +232,8 @@ def _records(
             "median": {column: result.median(column) for column in COLUMNS},
             "by_seed": {column: result.by_seed(column) for column in COLUMNS},
             "validation_auc": [validation_metric(runs, "auc") for runs in result.runs],
-            "effect": by_cell.get(result.cell.name, {}),
-            "recipe_against_it": by_peer.get(result.cell.name, {}),
+            "effect": baseline_effects.get(result.cell.name, {}),
+            "recipe_against_it": peer_records.get(result.cell.name, {}),
             "runs": [[run.folder.name for run in runs] for runs in result.runs],
             "train_seconds": result.training("seconds"),
             "peak_bytes": result.training("peak_bytes"),
@@ -288,6 +288,6 @@ def interval_cell(interval: Interval | None) -> str:
     """Return a value with its interval, and a star if the interval excludes 0."""
     if interval is None:
         return "–"
-    mark = " *" if interval.excludes_zero else ""
-    text = f"{interval.value:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]{mark}"
+    star = " *" if interval.excludes_zero else ""
+    text = f"{interval.value:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]{star}"
     return text.replace(" ", "\N{NO-BREAK SPACE}")

@@ -52,20 +52,20 @@ def unseen_shares(
     if unknown := sorted(recipes.keys() - data.keys()):
         raise ValueError(f"--recipes: {unknown} have no data; --data has {list(data)}")
     plans = {
-        title: plan_runs(CELLS, windows(place), out / title, recipes.get(title, RECIPE), seeds)
-        for title, place in data.items()
+        title: plan_runs(CELLS, windows(path), out / title, recipes.get(title, RECIPE), seeds)
+        for title, path in data.items()
     }
     finish([run for plan in plans.values() for run in in_order(plan)], jobs, cache)
     records = []
     for title, plan in plans.items():
-        for place, window in enumerate(windows(data[title])):
-            runs = [[by_seed[place] for by_seed in plan[name]] for name in CELLS]
+        for index, window in enumerate(windows(data[title])):
+            runs = [[by_seed[index] for by_seed in plan[name]] for name in CELLS]
             records.append({"benchmark": "unseen_shares", "data": title, "window": window})
-            records[-1] |= _figures(*runs)
+            records[-1] |= _gains_of_window(*runs)
     write_result(_result(records), results)
 
 
-def _figures(id_only: list[Training], recipe: list[Training]) -> dict[str, Any]:
+def _gains_of_window(id_only: list[Training], recipe: list[Training]) -> dict[str, Any]:
     """Return the share of unseen items among positives, and what the recipe gains.
 
     Runs are by seed.
@@ -76,7 +76,7 @@ def _figures(id_only: list[Training], recipe: list[Training]) -> dict[str, Any]:
     )
     scores = second[0][0]
     gains = {
-        part: paired_difference(first, second, "gauc", part) for part in ("all", "warm", "unseen")
+        rows: paired_difference(first, second, "gauc", rows) for rows in ("all", "warm", "unseen")
     }
     return {
         "share": float(np.mean(scores.counts[scores.labels[:, 0] > 0] == 0)),
@@ -91,7 +91,7 @@ def _result(records: list[dict[str, Any]]) -> Result:
             f"{record['data']}, {record['window']}",
             f"{record['rows']:,}",
             f"{record['share']:.1%}",
-            *(interval_cell(record["gains"][part]) for part in ("all", "warm", "unseen")),
+            *(interval_cell(record["gains"][subset]) for subset in ("all", "warm", "unseen")),
         ]
         for record in records
     ]
@@ -126,8 +126,8 @@ def _margins(interval: Interval) -> tuple[float, float]:
 
 def _plain(gains: dict[str, Interval | None]) -> dict[str, list[float] | None]:
     return {
-        part: None if gain is None else [gain.value, gain.low, gain.high]
-        for part, gain in gains.items()
+        subset: None if gain is None else [gain.value, gain.low, gain.high]
+        for subset, gain in gains.items()
     }
 
 

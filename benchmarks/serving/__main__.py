@@ -27,7 +27,7 @@ from benchmarks.serving.server import (
 from recsys.serving import Scorer
 
 GRAPH, SCORER, REST, GRPC = "exported graph", "scorer", "HTTP, JSON", "gRPC"
-MOST_TIMES_THE_GRAPH, MOST_MILLISECONDS_OF_HTTP, MOST_TIMES_THE_MEDIAN = 1.3, 3.0, 5.0
+MAX_TIMES_THE_GRAPH, MAX_MILLISECONDS_OF_HTTP, MAX_TIMES_THE_MEDIAN = 1.3, 3.0, 5.0
 
 
 def serving(
@@ -71,13 +71,13 @@ def _latencies_of_start(
 ) -> dict[str, np.ndarray]:
     scorer = Scorer.load(package)
     with served(package) as (_, port, grpc_port):
-        ways: dict[str, Callable[[], object]] = {
+        calls: dict[str, Callable[[], object]] = {
             GRAPH: graph_call(scorer, request),
             SCORER: lambda: scorer.score(**request),
             REST: HTTPClient(port, request),
             GRPC: grpc_client(grpc_port, scorer, request),
         }
-        return latencies(ways, rounds)
+        return latencies(calls, rounds)
 
 
 def _result(
@@ -100,13 +100,13 @@ def _result(
     history = request["history"].get(scorer.schema.history, ())
     manifest = scorer.manifest
     kinds = ["compiled"] * bool(manifest.compiled) + ["bf16"] * (manifest.precision == "bf16")
-    about = f"{manifest.ranking}, {len(history)} history items"
+    model = f"{manifest.ranking}, {len(history)} history items"
     reading = [
-        f"{about}, {len(request['candidates'])} candidates, one thread, {len(starts)} starts of "
+        f"{model}, {len(request['candidates'])} candidates, one thread, {len(starts)} starts of "
         f"scorer and server. The scorer takes {p50[SCORER] / p50[GRAPH]:.2f} times the graph (aim: "
-        f"at most {MOST_TIMES_THE_GRAPH}). HTTP adds {float(np.median(differences)):.2f} ms, "
+        f"at most {MAX_TIMES_THE_GRAPH}). HTTP adds {float(np.median(differences)):.2f} ms, "
         f"median of starts ({differences[0]:.2f} to {differences[-1]:.2f}; aim: at most "
-        f"{MOST_MILLISECONDS_OF_HTTP})."
+        f"{MAX_MILLISECONDS_OF_HTTP})."
     ]
     if observed:
         reading.append(_reading_of_load(observed, swap_every))
@@ -130,10 +130,10 @@ def _result(
 
 
 def _reading_of_load(observed: dict[str, Any], swap_every: float) -> str:
-    near = observed["p99_near_exchanges"]
-    apart = "" if near is None else f" ({near:.1f} within {NEAR:g} s of an exchange)"
+    near_p99 = observed["p99_near_exchanges"]
+    near_text = "" if near_p99 is None else f" ({near_p99:.1f} within {NEAR:g} s of an exchange)"
     megabytes = [resident for _, resident in observed["resident_mb"]]
-    later = [resident for at, resident in observed["resident_mb"] if at > swap_every + NEAR]
+    later = [resident for moment, resident in observed["resident_mb"] if moment > swap_every + NEAR]
     growth = f"{later[0]:.0f} MB after the first exchange, " if later else ""
     mixed = sum(number - 1 for number in observed["different_scores"].values())
     p50, p99 = observed["p50"], observed["p99"]
@@ -141,8 +141,8 @@ def _reading_of_load(observed: dict[str, Any], swap_every: float) -> str:
         f"{observed['rate']:.1f} requests per second at random times for "
         f"{observed['seconds']:.0f} s, an exchange every {swap_every:g} s: "
         f"{observed['requests']:,} requests, failed: {observed['failed'] or 'none'}; "
-        f"p50 {p50:.1f} ms, p99 {p99:.1f} ms{apart}, {p99 / p50:.1f} times p50 (aim: at most "
-        f"{MOST_TIMES_THE_MEDIAN}; {observed['constant']:.1f} if each request took the same time, "
+        f"p50 {p50:.1f} ms, p99 {p99:.1f} ms{near_text}, {p99 / p50:.1f} times p50 (aim: at most "
+        f"{MAX_TIMES_THE_MEDIAN}; {observed['constant']:.1f} if each request took the same time, "
         f"of waiting alone); {len(observed['versions'])} versions of the package answered, "
         f"{mixed or 'no'} answers with scores of neither. Resident memory: {megabytes[0]:.0f} MB "
         f"before requests, {growth}{megabytes[-1]:.0f} MB at the end, at most "

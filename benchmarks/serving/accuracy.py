@@ -27,8 +27,8 @@ from recsys.serving.requests import request_columns
 from recsys.serving.vector_file import StoredType
 from recsys.storage.location import Location
 
-MOST_LOST = {"fp16": 0.0005, "int8": 0.001, "bf16": 0.0005}
-MOST_DIFFERENT = 1e-6  # of fp32 from `recsys predict`
+MAX_LOST = {"fp16": 0.0005, "int8": 0.001, "bf16": 0.0005}
+MAX_DIFFERENCE = 1e-6  # of fp32 from `recsys predict`
 # Options of an export by name: type of the tables, and precision.
 PACKAGES: dict[str, tuple[StoredType, PackagePrecision]] = {
     **{stored_as: (stored_as, "run") for stored_as in get_args(StoredType)},
@@ -78,7 +78,7 @@ def _measure(run: Path, out: Path, rows: int) -> dict[str, Any]:
         files = scorer.manifest.files.values()
         megabytes[name] = sum(file["bytes"] for file in files) / 1e6
     lost = {name: aucs["fp32"] - aucs[name] for name in PACKAGES}
-    is_near = all(lost[name] <= most for name, most in MOST_LOST.items())
+    is_accurate = all(lost[name] <= limit for name, limit in MAX_LOST.items())
     return {
         "benchmark": "package_accuracy",
         "run": run.name,
@@ -88,7 +88,7 @@ def _measure(run: Path, out: Path, rows: int) -> dict[str, Any]:
         "lost": lost,
         "megabytes": megabytes,
         "difference": difference,
-        "passes": is_near and difference <= MOST_DIFFERENT,
+        "passes": is_accurate and difference <= MAX_DIFFERENCE,
     }
 
 
@@ -124,10 +124,10 @@ def _result(records: list[dict[str, Any]]) -> Result:
         ]
         for record in records
     ]
-    limits = ", ".join(f"{name} {most:g}" for name, most in MOST_LOST.items())
+    limits = ", ".join(f"{name} {limit:g}" for name, limit in MAX_LOST.items())
     reading = [
         f"{records[0]['rows']:,} test rows, each scored as a request. A package may lose: "
-        f"{limits}; in fp32 it differs from `recsys predict` by at most {MOST_DIFFERENT:g}. "
+        f"{limits}; in fp32 it differs from `recsys predict` by at most {MAX_DIFFERENCE:g}. "
         "`bf16` has tables in fp32, and products of attention and ensemble in bfloat16."
     ]
 

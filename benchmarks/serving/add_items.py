@@ -31,7 +31,7 @@ from recsys.serving import Scorer
 from recsys.serving.package import REQUEST
 from recsys.storage.location import Location
 
-MOST_SECONDS = 10.0
+MAX_SECONDS = 10.0
 TOLERANCE = 1e-6
 WAIT_SECONDS = 0.05  # between requests
 
@@ -58,17 +58,17 @@ def add_items(
                 ids = _write_items(data, items, number, file)
                 records.append(_measure(copy, file, ids, port))
     write_result(_result(records, items), results)
-    return median(record["seconds"] for record in records) < MOST_SECONDS
+    return median(record["seconds"] for record in records) < MAX_SECONDS
 
 
 def _write_items(data: Path, count: int, number: int, file: Path) -> list[Any]:
     """Write items of the dataset with other texts; return their ids."""
     name = _id_column(data)
     table = pq.read_table(data / "items").slice(0, count)
-    for place, field in enumerate(table.schema):
+    for index, field in enumerate(table.schema):
         if pa.types.is_string(field.type) and field.name != name:
             texts = [f"edition {number} of {text}" for text in table[field.name].to_pylist()]
-            table = table.set_column(place, field, pa.array(texts, field.type))
+            table = table.set_column(index, field, pa.array(texts, field.type))
     pq.write_table(table, file)
     return table[name].to_pylist()
 
@@ -82,27 +82,27 @@ def _id_column(data: Path) -> str:
 def _measure(package: Path, file: Path, ids: list[Any], port: int) -> dict[str, Any]:
     """Run the command; return its seconds, and those until the server answers with the items."""
     request = json.loads((package / REQUEST).read_text()) | {"candidates": ids}
-    before, usage = _ranked(port, request), resource.getrusage(resource.RUSAGE_CHILDREN)
-    words = [sys.executable, "-m", "recsys.cli", "package", "add-items", str(package)]
+    old_response, usage = _ranked(port, request), resource.getrusage(resource.RUSAGE_CHILDREN)
+    arguments = [sys.executable, "-m", "recsys.cli", "package", "add-items", str(package)]
     start = time.perf_counter()
-    command = subprocess.Popen([*words, "--items", str(file)], cwd=ROOT)
+    command = subprocess.Popen([*arguments, "--items", str(file)], cwd=ROOT)
     ended = None
     while True:
-        answer, seconds = _ranked(port, request), time.perf_counter() - start
+        response, seconds = _ranked(port, request), time.perf_counter() - start
         if ended is None and command.poll() is not None:
-            assert command.returncode == 0, words
+            assert command.returncode == 0, arguments
             ended = seconds
-        if answer["model_version"] != before["model_version"]:
+        if response["model_version"] != old_response["model_version"]:
             break
         time.sleep(WAIT_SECONDS)
     command.wait()
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    _require_equal(Scorer.load(package), request, answer, before)
+    end_usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    _require_equal(Scorer.load(package), request, response, old_response)
     return {
         "benchmark": "add_items",
         "seconds": seconds,
         "command_seconds": seconds if ended is None else ended,
-        "cpu_seconds": after.ru_utime + after.ru_stime - usage.ru_utime - usage.ru_stime,
+        "cpu_seconds": end_usage.ru_utime + end_usage.ru_stime - usage.ru_utime - usage.ru_stime,
     }
 
 
@@ -113,16 +113,16 @@ def _ranked(port: int, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _require_equal(
-    scorer: Scorer, request: dict[str, Any], answer: dict[str, Any], before: dict[str, Any]
+    scorer: Scorer, request: dict[str, Any], response: dict[str, Any], old_response: dict[str, Any]
 ) -> None:
     label = scorer.labels[0]
     expected = dict(zip(request["candidates"], scorer.score(**request)[:, 0], strict=True))
-    answered = np.array(answer["scores"][label])
-    expected_scores = np.array([expected[item] for item in answer["items"]])
-    assert np.abs(answered - expected_scores).max() <= TOLERANCE, (
+    scores = np.array(response["scores"][label])
+    expected_scores = np.array([expected[item] for item in response["items"]])
+    assert np.abs(scores - expected_scores).max() <= TOLERANCE, (
         "other scores than those of the package"
     )
-    assert answer["scores"] != before["scores"], "the items have their content of before"
+    assert response["scores"] != old_response["scores"], "the items have their content of before"
 
 
 def _result(records: list[dict[str, Any]], items: int) -> Result:
@@ -130,18 +130,18 @@ def _result(records: list[dict[str, Any]], items: int) -> Result:
 
     rows = [
         [
-            str(place + 1),
+            str(index + 1),
             f"{record['seconds']:.1f}",
             f"{record['command_seconds']:.1f}",
             f"{record['cpu_seconds']:.1f}",
         ]
-        for place, record in enumerate(records)
+        for index, record in enumerate(records)
     ]
-    verdict = "reached" if median(seconds) < MOST_SECONDS else "missed"
+    verdict = "reached" if median(seconds) < MAX_SECONDS else "missed"
     reading = [
         f"{items} items per command, beside a server with one thread; scores equal those of a "
         f"scorer that loads the package afterwards. Median {median(seconds):.1f} s, aim: "
-        f"below {MOST_SECONDS:g} s, {verdict}."
+        f"below {MAX_SECONDS:g} s, {verdict}."
     ]
     columns = ["round", "first answer, s", "command, s", "processor time of the command, s"]
     title = "Items added to the package of a running server"

@@ -30,7 +30,7 @@ from benchmarks.serving.server import served
 from recsys.serving.package import MANIFEST, REQUEST, read_manifest, write_manifest
 from recsys.serving.vector_file import VectorFileShape, write_vectors
 
-MOST_SECONDS, MOST_GB, LEAST_SHARED = 5.0, 1.5, 0.9
+MAX_SECONDS, MAX_GB, MIN_SHARED = 5.0, 1.5, 0.9
 ROWS_PER_BLOCK = 2**20
 ROWS_READ = 20_000  # of the large table, by requests
 SCHEMA = "schema.yaml"
@@ -48,9 +48,9 @@ def enlarged(package: Path, out: Path, column: str, gigabytes: float) -> int:
     """Write a package with a large table for a column of the user; return its number of rows."""
     shutil.copytree(package, out, copy_function=os.link)
     manifest = read_manifest(out, verify=False)
-    old = VectorFileShape(**manifest.tables[column])
-    num_rows = int(gigabytes * 1e9 / old.row_bytes)
-    shape = VectorFileShape(num_rows, old.dim, old.stored_as)
+    old_shape = VectorFileShape(**manifest.tables[column])
+    num_rows = int(gigabytes * 1e9 / old_shape.row_bytes)
+    shape = VectorFileShape(num_rows, old_shape.dim, old_shape.stored_as)
     path = out / "tables" / f"{column}.vectors"
     for file in (path, out / SCHEMA, out / MANIFEST):
         content = file.read_bytes() if file.name == SCHEMA else b""
@@ -59,7 +59,7 @@ def enlarged(package: Path, out: Path, column: str, gigabytes: float) -> int:
             schema = yaml.safe_load(content)
             schema["schema"]["columns"][column]["num_embeddings"] = num_rows
             file.write_text(yaml.safe_dump(schema, sort_keys=False))
-    block = torch.randn(min(ROWS_PER_BLOCK, num_rows), old.dim) / 100
+    block = torch.randn(min(ROWS_PER_BLOCK, num_rows), old_shape.dim) / 100
 
     def blocks() -> Iterator[Tensor]:
         for start in range(0, num_rows, len(block)):
@@ -108,9 +108,9 @@ def large_tables(
         **shared,
     }
     record["passes"] = (
-        record["seconds"] < MOST_SECONDS
-        and record["resident_gb"] < MOST_GB
-        and record["shared"] >= LEAST_SHARED
+        record["seconds"] < MAX_SECONDS
+        and record["resident_gb"] < MAX_GB
+        and record["shared"] >= MIN_SHARED
     )
     write_result(_result(record), results)
     return bool(record["passes"])
@@ -140,8 +140,8 @@ def _shared(package: Path, column: str, num_rows: int) -> dict[str, float]:
             if "spawn_main" in " ".join(child.cmdline())
         ]
         while min(mapped(worker, file).resident for worker in workers) < 4 * ROWS_READ * 0.9:
-            for at in range(0, ROWS_READ, len(candidates)):
-                ids = rows[at : at + len(candidates)].tolist()
+            for first in range(0, ROWS_READ, len(candidates)):
+                ids = rows[first : first + len(candidates)].tolist()
                 columns = {item: candidates[: len(ids)], column: ids}
                 _rank(port, request | {"candidates": columns})
         memory_maps = [mapped(worker, file) for worker in workers]
@@ -166,9 +166,9 @@ def _rank(port: int, request: dict[str, Any]) -> None:
 
 def _result(record: dict[str, Any]) -> Result:
     aims = [
-        ("start of the server, s", record["seconds"], f"< {MOST_SECONDS:g}"),
-        ("resident before any request, GB", record["resident_gb"], f"< {MOST_GB:g}"),
-        ("share of read pages in memory once, two workers", record["shared"], f">= {LEAST_SHARED}"),
+        ("start of the server, s", record["seconds"], f"< {MAX_SECONDS:g}"),
+        ("resident before any request, GB", record["resident_gb"], f"< {MAX_GB:g}"),
+        ("share of read pages in memory once, two workers", record["shared"], f">= {MIN_SHARED}"),
         ("proportional memory of both workers after reading, GB", record["two_workers_gb"], ""),
     ]
     rows = [[name, f"{value:.2f}", aim] for name, value, aim in aims]

@@ -76,15 +76,15 @@ class Load:
         if response.status != 200:
             self.failed[str(response.status)] += 1
             return
-        answer = json.loads(content)
-        scores = json.dumps([answer["items"], answer["scores"]])
-        self.scores.setdefault(answer["model_version"], Counter())[scores] += 1
+        ranked = json.loads(content)
+        scores = json.dumps([ranked["items"], ranked["scores"]])
+        self.scores.setdefault(ranked["model_version"], Counter())[scores] += 1
 
     async def _exchange(self) -> None:
         for package in itertools.cycle([self.link.with_name("copy"), self.link.resolve()]):
             await asyncio.sleep(self.swap_every)
-            (new := self.link.with_name("new")).symlink_to(package)
-            new.replace(self.link)
+            (new_link := self.link.with_name("new")).symlink_to(package)
+            new_link.replace(self.link)
 
     async def _watch(self) -> None:
         while True:
@@ -115,7 +115,7 @@ def load(
     times = arrivals(seconds, rate)
     with tempfile.TemporaryDirectory(dir=package.parent) as folder:
         link, copy = Path(folder, "package"), Path(folder, "copy")
-        _write_another(package, copy)
+        _write_scaled_package(package, copy)
         link.symlink_to(package.absolute())
         with served(link, verify="true") as (pid, port, _):
             url = f"http://127.0.0.1:{port}/v1/rank"
@@ -136,11 +136,11 @@ def load(
         if is_near.any()
         else None,
         "p99_elsewhere": float(np.percentile(latencies[~is_near], 99)),
-        "resident_mb": [[round(at, 1), round(megabytes, 1)] for at, megabytes in sent.resident],
+        "resident_mb": [[round(moment, 1), round(mb, 1)] for moment, mb in sent.resident],
     }
 
 
-def _write_another(package: Path, copy: Path) -> None:
+def _write_scaled_package(package: Path, copy: Path) -> None:
     """Write a package with other weights and other vectors of items, as a run that trained on."""
     shutil.copytree(package, copy)
     manifest = read_manifest(copy, verify=False)
@@ -160,15 +160,15 @@ def _write_another(package: Path, copy: Path) -> None:
 def _scale_weights(graph: Path, out: Path) -> None:
     """Write a graph with larger parameters in float32; statistics, such as counts, stay."""
     state = torch.export.load(graph).state_dict
-    with ZipFile(graph) as old, ZipFile(out, "w") as new:
-        (config,) = (name for name in old.namelist() if name.endswith(f"{WEIGHTS}{CONFIG}"))
+    with ZipFile(graph) as source, ZipFile(out, "w") as target:
+        (config,) = (name for name in source.namelist() if name.endswith(f"{WEIGHTS}{CONFIG}"))
         scaled = {
             config.replace(CONFIG, record["path_name"])
-            for name, record in json.loads(old.read(config))["config"].items()
+            for name, record in json.loads(source.read(config))["config"].items()
             if record["is_param"] and state[name].dtype == torch.float32
         }
-        for name in old.namelist():
-            content = old.read(name)
+        for name in source.namelist():
+            content = source.read(name)
             if name in scaled:
                 content = (np.frombuffer(content, np.float32) * np.float32(SCALE)).tobytes()
-            new.writestr(name, content)
+            target.writestr(name, content)

@@ -79,7 +79,7 @@ def request_for(package: Path, scorer: Scorer, length: int, count: int) -> dict[
     items = scorer.read.item_ids(limit=10**9)
 
     def drawn(number: int) -> list[Any]:
-        return [items[place] for place in rng.integers(len(items), size=number)]
+        return [items[index] for index in rng.integers(len(items), size=number)]
 
     for history in scorer.schema.histories:
         request["history"][history.name] = drawn(length)
@@ -134,14 +134,14 @@ def graph_call(scorer: Scorer, request: dict[str, Any]) -> Callable[[], object]:
 
 
 def latencies(
-    ways: dict[str, Callable[[], object]],
+    calls: dict[str, Callable[[], object]],
     rounds: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, np.ndarray]:  # milliseconds, a value per round
     """Time each way once per round, after a tenth of the rounds to warm up."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(-max(1, rounds // 10), rounds):
-        for name, call in ways.items():
+        for name, call in calls.items():
             start = clock()
             call()
             if number >= 0:

@@ -19,7 +19,7 @@ class Setting:
     name: str
     recipe: Path
     size: DatasetSize
-    overrides: tuple[str, ...] = ()  # command-line words of `recsys train`
+    overrides: tuple[str, ...] = ()  # command-line arguments of `recsys train`
 
     def with_data(self, **sizes: Any) -> Setting:
         """Return the same recipe on another dataset; `sizes` replace fields of `DatasetSize`."""

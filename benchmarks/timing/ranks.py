@@ -68,9 +68,9 @@ class RankSteps:
 
     def report(self) -> RankReport:
         status = STATUS.read_text()
-        marked = int(status.split("VmHWM:")[1].split()[0]) * 1024
+        high_water_mark = int(status.split("VmHWM:")[1].split()[0]) * 1024
         # The kernel updates the peak separately from the current size, and counts some pages late.
-        peak = max(marked, self.resting)
+        peak = max(high_water_mark, self.resting)
         return RankReport(self.steps.rows, peak, self.resting, self.counts)
 
 
@@ -100,7 +100,7 @@ def require_not_launched(benchmark: str) -> None:
         )
 
 
-class HereProcesses:
+class CurrentProcesses:
     """The ranks of the job that this process belongs to."""
 
     def __init__(self, variant: Variant, ranks: Ranks) -> None:
@@ -116,7 +116,7 @@ class HereProcesses:
         """Do nothing: this process continues."""
 
 
-class OwnProcesses:
+class SpawnedProcesses:
     """New processes, which wait for calls."""
 
     def __init__(self, variant: Variant, threads: int) -> None:
@@ -132,10 +132,10 @@ class OwnProcesses:
         with _environment(OMP_NUM_THREADS=str(threads)):  # read when libraries are loaded
             for rank in range(variant.ranks):
                 parent_end, child_end = context.Pipe()
-                place = (0, 1) if variant.apart else (rank, variant.ranks)
+                world = (0, 1) if variant.apart else (rank, variant.ranks)
                 port = self.stores[rank if variant.apart else 0].port
                 process = context.Process(
-                    target=_serve, args=(variant, *place, port, threads, child_end), daemon=True
+                    target=_serve, args=(variant, *world, port, threads, child_end), daemon=True
                 )
                 process.start()
                 child_end.close()
@@ -157,10 +157,10 @@ class OwnProcesses:
             ready = wait([self.connections[rank] for rank in waiting])
             for rank in waiting:
                 if self.connections[rank] in ready:
-                    results[rank] = self._answer(rank)
+                    results[rank] = self._receive(rank)
         return [results[rank] for rank in range(len(results))]
 
-    def _answer(self, rank: int) -> Any:
+    def _receive(self, rank: int) -> Any:
         try:
             succeeded, result = self.connections[rank].recv()
         except EOFError:
@@ -202,7 +202,7 @@ def _serve(
         TORCHELASTIC_USE_AGENT_STORE="True",
         GLOO_SOCKET_IFNAME="lo",  # gloo would look up the machine's name, which need not resolve
     )
-    answer: Callable[[], Any]
+    call: Callable[[], Any]
     try:
         with joined_ranks(variant.config().device) as ranks:
             steps: RankSteps | None = None
@@ -210,8 +210,8 @@ def _serve(
                 method, arguments = connection.recv()
                 if steps is None:
                     steps = RankSteps(variant, ranks)
-                answer = getattr(steps, method)
-                connection.send((True, answer(*arguments)))
+                call = getattr(steps, method)
+                connection.send((True, call(*arguments)))
     except EOFError:
         return
     except BaseException:
@@ -220,12 +220,12 @@ def _serve(
 
 @contextmanager
 def _environment(**values: str) -> Any:
-    before = {name: os.environ.get(name) for name in values}
+    old_values = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
         yield
     finally:
-        for name, value in before.items():
+        for name, value in old_values.items():
             if value is None:
                 del os.environ[name]
             else:

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from benchmarks.timing.ranks import (
-    HereProcesses,
-    OwnProcesses,
+    CurrentProcesses,
     Processes,
     RankReport,
+    SpawnedProcesses,
     is_launched,
     silence_advice_to_library_developers,
 )
@@ -116,11 +116,11 @@ class Ratio:
     highest: float
 
 
-def ratio(this: Measurement, other: Measurement) -> Ratio:
+def ratio(measurement: Measurement, baseline: Measurement) -> Ratio:
     """Compute the ratio of samples/s, round by round."""
     ratios = [
-        (this.rows / median(mine)) / (other.rows / median(theirs))
-        for mine, theirs in zip(this.seconds, other.seconds, strict=True)
+        (measurement.rows / median(mine)) / (baseline.rows / median(theirs))
+        for mine, theirs in zip(measurement.seconds, baseline.seconds, strict=True)
     ]
     return Ratio(median(ratios), min(ratios), max(ratios))
 
@@ -142,16 +142,16 @@ def measure(
             torch.set_num_threads(effort.threads)
             ranks = stack.enter_context(joined_ranks(variants[0].config().device))
             for variant in variants:
-                opened.append(HereProcesses(variant, ranks))
+                opened.append(CurrentProcesses(variant, ranks))
         else:
             for variant in variants:
-                opened.append(stack.enter_context(_own(variant, effort.threads)))
+                opened.append(stack.enter_context(_spawned(variant, effort.threads)))
         return _measure(variants, opened, effort)
 
 
 @contextmanager
-def _own(variant: Variant, threads: int) -> Iterator[OwnProcesses]:
-    processes = OwnProcesses(variant, threads)
+def _spawned(variant: Variant, threads: int) -> Iterator[SpawnedProcesses]:
+    processes = SpawnedProcesses(variant, threads)
     try:
         yield processes
     finally:

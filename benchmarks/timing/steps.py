@@ -95,8 +95,8 @@ class ProductSteps:
         source: Iterator[Batch] = itertools.cycle(loaded)
         if not variant.loaded_batches:
             source = endless(interactions, config.num_workers, pins)
-        agreed = Lockstep(ranks).training_batches(source, sys.maxsize, config.accumulate_steps)
-        self.batches = self.job.preparation(agreed, UnknownIds(self.job.schema), 0, training=True)
+        synced = Lockstep(ranks).training_batches(source, sys.maxsize, config.accumulate_steps)
+        self.batches = self.job.preparation(synced, UnknownIds(self.job.schema), 0, training=True)
         self.loss_watch = LossWatch(
             ranks, interactions.rows, config.log_every_steps, last_good=lambda: None
         )
@@ -145,11 +145,11 @@ class PlainSteps:
     def __init__(self, variant: Variant, ranks: Ranks) -> None:
         config = variant.config()
         self.rows = config.batch_size
-        source = PlainSource(config, variant.data, ranks)
-        self.twin = source.twin()
-        self.optimizers = self.twin.optimizers()
+        inputs = PlainSource(config, variant.data, ranks)
+        self.model = inputs.build_model()
+        self.optimizers = self.model.optimizers()
         count = max(variant.loaded_batches, 1)
-        self.batches = itertools.cycle(list(itertools.islice(source.batches(), count)))
+        self.batches = itertools.cycle(list(itertools.islice(inputs.batches(), count)))
         self.parts: list[dict[str, float]] = []
 
     def counts(self) -> list[BatchCounts]:
@@ -159,7 +159,7 @@ class PlainSteps:
         batch, moments = next(self.batches), [time.perf_counter()]
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        loss, _ = self.twin(batch)
+        loss, _ = self.model(batch)
         moments.append(time.perf_counter())
         loss.backward()
         moments.append(time.perf_counter())

@@ -59,7 +59,7 @@ NAVIGATION = {
     ],
     "Reference": ["launch/docs/api", "recsys/README", "CHANGELOG", "CONTRIBUTING"],
 }
-FURTHER_PAGES = {
+OTHER_PAGES = {
     "benchmarks/README": {"Results": ["benchmarks/results/*"]},
     "CONTRIBUTING": {"Project": [".github/CODE_OF_CONDUCT", ".github/SECURITY", "tests/ERRORS"]},
 }
@@ -67,7 +67,7 @@ FURTHER_PAGES = {
 
 def add_navigation(app: Sphinx, page: str, source: list[str]) -> None:
     """Append the navigation, so that the pages of the repository need no directive of the site."""
-    groups = NAVIGATION if page == root_doc else FURTHER_PAGES.get(page, {})
+    groups = NAVIGATION if page == root_doc else OTHER_PAGES.get(page, {})
     for title, pages in groups.items():
         lines = "\n".join(f"/{name}" for name in pages)
         head = f"\n\n```{{toctree}}\n:hidden:\n:glob:\n:caption: {title}"

@@ -21,7 +21,7 @@ from benchmarks.kernels.gains import CALLERS, gains
 from benchmarks.kernels.operators import QUICK_SIZES, operators
 from benchmarks.ladder import ladder, reading, rows_of
 from benchmarks.loader import benchmark as loader
-from benchmarks.results import ROOT, without_places
+from benchmarks.results import ROOT, without_local_paths
 from benchmarks.retrieval import retrieval
 from benchmarks.scaling import curves_of, scaling
 from benchmarks.sequences import variants_of
@@ -192,9 +192,9 @@ def test_each_row_of_a_ladder_makes_one_change_to_the_row_it_names(setting: str)
         if row.base is None:
             continue
         base = rows[row.base].variant
-        words = row.variant.overrides[len(base.overrides) :]
+        argv = row.variant.overrides[len(base.overrides) :]
         assert row.variant.overrides[: len(base.overrides)] == base.overrides
-        settings = {word.rsplit(".", 1)[0] for word in words[::2]}  # halves of one thing count once
+        settings = {key.rsplit(".", 1)[0] for key in argv[::2]}  # halves of one thing count once
         fields = ("kind", "ranks", "loaded_batches")
         changed = [name for name in fields if getattr(row.variant, name) != getattr(base, name)]
         assert len(settings) + len(changed) == 1, row.name
@@ -206,11 +206,11 @@ def test_scaling_compares_each_point_with_the_first(tmp_path: Path) -> None:
     scaling(tmp_path / "out", curves, quick=True, in_process=True, results=tmp_path)
     records = lines_of(tmp_path, "scaling")
     assert [record["curve"] for record in records] == [name for name in curves for _ in range(2)]
-    first, second, few, many = records
+    first, second, few, all_ids = records
     assert first["slower_than_first"]["median"] == 1.0
     # As many impressions with three times the history, and more distinct items to encode.
     assert second["counts"]["history"] == 3 * first["counts"]["history"]
-    assert few["x"] < many["x"] and few["counts"]["encoded"] < many["counts"]["encoded"]
+    assert few["x"] < all_ids["x"] and few["counts"]["encoded"] < all_ids["counts"]["encoded"]
 
 
 @pytest.mark.parametrize("command", [compare, throughput, ladder, scaling])
@@ -246,14 +246,14 @@ def test_folders_of_the_command_and_of_the_clone_are_named_not_told(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["scaling.py", "--out", "/disk/bench/", "--results", "mine"])
     text = f"{ROOT}/benchmarks/settings/a.yaml /disk/bench/data --out /disk/bench mine"
-    assert without_places(text) == "benchmarks/settings/a.yaml OUT/data --out OUT mine"
+    assert without_local_paths(text) == "benchmarks/settings/a.yaml OUT/data --out OUT mine"
     monkeypatch.setattr(sys, "argv", ["scaling.py", "--out=/disk/bench", "--data", "/"])
-    assert without_places("a/b /disk/bench/data") == "a/b OUT/data"
+    assert without_local_paths("a/b /disk/bench/data") == "a/b OUT/data"
     monkeypatch.setattr(sys, "argv", ["accuracy.py", "--runs", "[/disk/one,/disk/two/]"])
-    assert without_places("--runs [/disk/one,/disk/two/]") == "--runs [RUNS,RUNS/]"
+    assert without_local_paths("--runs [/disk/one,/disk/two/]") == "--runs [RUNS,RUNS/]"
     by_title = '{"One": "/disk/one", "Two": "/disk/two"}'
     monkeypatch.setattr(sys, "argv", ["unseen_shares.py", "--data", by_title])
-    assert without_places(f"--data {by_title}") == '--data {"One": "DATA", "Two": "DATA"}'
+    assert without_local_paths(f"--data {by_title}") == '--data {"One": "DATA", "Two": "DATA"}'
 
 
 def test_all_programs_write_the_same_dataset_and_are_measured(tmp_path: Path) -> None:

@@ -77,16 +77,16 @@ def test_pieces_go_on_where_the_last_one_ended_and_the_page_has_what_ran(
     ]
     monkeypatch.setattr(report, "stages", lambda *options: plan)
     results = tmp_path / "results"
-    words = ["--out", str(tmp_path), "--device", "cpu", "--results", str(results), "--minutes"]
-    assert report.main([*words, "0.5"]) == report.STAGES_LEFT
+    argv = ["--out", str(tmp_path), "--device", "cpu", "--results", str(results), "--minutes"]
+    assert report.main([*argv, "0.5"]) == report.STAGES_REMAIN
     assert "2 stages have not run yet." in (results / "gpu.md").read_text()
-    assert report.main([*words, "10"]) == 1  # one has failed
+    assert report.main([*argv, "10"]) == 1  # one has failed
     page = (results / "gpu.md").read_text()
     assert "| dlrm | bf16 | 512 | memory | 1,000 | 200 | 50% | 0.0 | 1.0 |" in page
     assert "waits hstu: failed with 1: AssertionError: a wait" in page
     flag.touch()
-    assert report.main([*words, "10"]) == 1
-    assert report.main([*words, "10", "--retry"]) == 0
+    assert report.main([*argv, "10"]) == 1
+    assert report.main([*argv, "10", "--retry"]) == 0
     assert (tmp_path / "ran").read_text() == "x"
 
 
@@ -98,12 +98,12 @@ def test_a_stage_prints_the_figures_of_each_batch_and_source(
 ) -> None:
     speed(model, tmp_path, "fp32", "cpu", quick=True)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Figures: ")]
-    figures = [json.loads(line.removeprefix("Figures: ")) for line in lines]
-    assert [(f["rows"], f["source"]) for f in figures] == [
+    metrics = [json.loads(line.removeprefix("Figures: ")) for line in lines]
+    assert [(f["rows"], f["source"]) for f in metrics] == [
         *((8, "memory"), (8, "parquet")),
         *((16, "memory"), (16, "parquet")),
     ]
-    assert all(figure["samples_per_second"] > 0 for figure in figures)
+    assert all(values["samples_per_second"] > 0 for values in metrics)
 
 
 def test_kernels_that_run_at_once_count_once() -> None:

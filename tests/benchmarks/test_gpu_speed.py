@@ -14,12 +14,12 @@ from benchmarks.timing.rounds import Effort
 @pytest.mark.parametrize("compiles", ["false", "auto"])
 def test_setting_a_is_faster_on_a_gpu_than_on_two_cores(tmp_path: Path, compiles: str) -> None:
     (record,) = (json.loads(line) for line in (RESULTS / "throughput_a.jsonl").open())
-    words = ["--batch_size", "8192", "--compile", compiles]
+    argv = ["--batch_size", "8192", "--compile", compiles]
     effort = Effort(rounds=2)
     measured = throughput(
         tmp_path,
         from_files=False,
-        overrides=words,
+        overrides=argv,
         effort=effort,
         device="cuda",
         in_process=True,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.dataset import DatasetSize, write_dataset
-from benchmarks.plain_twin import PlainSource, PlainTwin, padded
+from benchmarks.plain_twin import PlainBaseline, PlainSource, padded
 from benchmarks.settings import QUICK_SIZE
 from benchmarks.timing.steps import ProductSteps
 from recsys.data.batch import Batch
@@ -50,14 +50,14 @@ LAYER = {
 def of_product(name: str, values: Mapping[str, Tensor]) -> Tensor:
     """The twin's parameter `name` among the product's weights or gradients."""
     if name.startswith("encoder.layers."):
-        number, rest = name.removeprefix("encoder.layers.").split(".", 1)
+        number, suffix = name.removeprefix("encoder.layers.").split(".", 1)
         layer = f"content.fusion.layers.{number}."
-        if rest.startswith("self_attn.in_proj_"):
-            kind = rest.removeprefix("self_attn.in_proj_")
-            parts = ("query", "key", "value")
-            return torch.cat([values[f"{layer}attention.{part}.{kind}"] for part in parts])
-        theirs, ours = next((t, o) for t, o in LAYER.items() if rest.startswith(t))
-        return values[layer + rest.replace(theirs, ours)]
+        if suffix.startswith("self_attn.in_proj_"):
+            kind = suffix.removeprefix("self_attn.in_proj_")
+            names = ("query", "key", "value")
+            return torch.cat([values[f"{layer}attention.{key}.{kind}"] for key in names])
+        theirs, ours = next((t, o) for t, o in LAYER.items() if suffix.startswith(t))
+        return values[layer + suffix.replace(theirs, ours)]
     if name.startswith("cross."):
         _, direction, number, kind = name.split(".")
         kernels = {"down.weight": "V_kernels", "up.weight": "W_kernels", "up.bias": "bias"}
@@ -68,28 +68,28 @@ def of_product(name: str, values: Mapping[str, Tensor]) -> Tensor:
 
 def tables_of(steps: ProductSteps) -> dict[str, Tensor]:
     """Weights by table, whole, as a single rank has them."""
-    pieces = steps.job.model.state_dict().items()
+    state = steps.job.model.state_dict().items()
     return {
         name.split(".")[-2]: value.local_shards()[0].tensor
-        for name, value in pieces
+        for name, value in state
         if hasattr(value, "local_shards")
     }
 
 
 @torch.no_grad()
-def copy_weights(twin: PlainTwin, steps: ProductSteps) -> None:
+def copy_weights(model: PlainBaseline, steps: ProductSteps) -> None:
     dense, tables = dict(steps.job.em3.named_parameters()), tables_of(steps)
-    pooled: list[Any] = [bag.weight for bag in twin.bags]
-    for weight, name in zip([*pooled, twin.items.weight], ["user", "tags", "item"], strict=True):
+    pooled: list[Any] = [bag.weight for bag in model.bags]
+    for weight, name in zip([*pooled, model.items.weight], ["user", "tags", "item"], strict=True):
         weight.copy_(tables[name])
-    for name, parameter in dense_parameters(twin).items():
+    for name, parameter in dense_parameters(model).items():
         parameter.copy_(of_product(name, dense))
 
 
-def dense_parameters(twin: PlainTwin) -> dict[str, Tensor]:
+def dense_parameters(baseline: PlainBaseline) -> dict[str, Tensor]:
     return {
         name: parameter
-        for name, parameter in twin.named_parameters()
+        for name, parameter in baseline.named_parameters()
         if not name.startswith(("bags.", "items."))
     }
 
@@ -105,31 +105,31 @@ def test_twin_and_product_agree_on_loss_logits_and_gradients(
     variant = quick_variant(tmp_path, *FULL, *NO_DROPOUT)
     data = str(write_dataset(tmp_path / "sized", size))
     with product_steps(variant.changed("full", data=data)) as steps:
-        twin = PlainSource(steps.job.config, data, steps.ranks).twin()
+        baseline = PlainSource(steps.job.config, data, steps.ranks).build_model()
         # It starts at zero, which would hide what the queries do.
         nn.init.normal_(steps.job.em3.get_parameter("content.fusion.output.weight"), std=0.1)
-        copy_weights(twin, steps)
+        copy_weights(baseline, steps)
         batch = first_batch(steps)
-        logits, loss, rows = twin_step(twin, batch)
-        before = tables_of(steps)["item"].clone()
+        logits, loss, rows = baseline_step(baseline, batch)
+        old_weights = tables_of(steps)["item"].clone()
         product_loss, (_, product_logits, _) = steps.job.model(batch)
         torch.testing.assert_close(logits, product_logits, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(loss, product_loss, rtol=1e-5, atol=1e-6)
         product_loss.backward()
         gradients: dict[str, Any] = {n: p.grad for n, p in steps.job.em3.named_parameters()}
-        for name, parameter in dense_parameters(twin).items():
+        for name, parameter in dense_parameters(baseline).items():
             expected = of_product(name, gradients)
             torch.testing.assert_close(parameter.grad, expected, rtol=1e-3, atol=1e-5, msg=name)
         # The tables' gradients are applied in the backward, by row-wise Adagrad.
-        updated = rowwise_adagrad(before, rows, steps.job.config.embedding.learning_rate)
+        updated = rowwise_adagrad(old_weights, rows, steps.job.config.embedding.learning_rate)
         torch.testing.assert_close(tables_of(steps)["item"], updated, rtol=1e-3, atol=1e-5)
 
 
-def twin_step(twin: PlainTwin, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def baseline_step(baseline: PlainBaseline, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, loss, and the gradient of the item table."""
-    loss, logits = twin(padded(batch))
+    loss, logits = baseline(padded(batch))
     loss.backward()
-    gradient = twin.items.weight.grad
+    gradient = baseline.items.weight.grad
     assert gradient is not None
     return logits, loss, gradient.to_dense()
 
@@ -143,12 +143,12 @@ def rowwise_adagrad(weight: Tensor, gradient: Tensor, rate: float) -> Tensor:
 def test_the_twin_and_its_batches_move_to_a_gpu(tmp_path: Path) -> None:
     variant = quick_variant(tmp_path, *FULL)
     with product_steps(variant) as steps:
-        twin = PlainSource(steps.job.config, variant.data, steps.ranks).twin()
+        baseline = PlainSource(steps.job.config, variant.data, steps.ranks).build_model()
         batch = padded(first_batch(steps))
-    moved = [*vars(batch.to(torch.device("meta"))).values(), *twin.to("meta").buffers()]
+    moved = [*vars(batch.to(torch.device("meta"))).values(), *baseline.to("meta").buffers()]
     pooled = [tensor for pair in moved.pop(0) for tensor in pair]
     assert {tensor.device.type for tensor in (*moved, *pooled)} == {"meta"}
-    twin.encoder.layers = nn.ModuleList()  # PyTorch's attention looks for the device inside
+    baseline.encoder.layers = nn.ModuleList()  # PyTorch's attention looks for the device inside
     with fake_gpu():
-        loss, logits = on_fake_gpu(twin)(on_fake_gpu(batch))
+        loss, logits = on_fake_gpu(baseline)(on_fake_gpu(batch))
     assert (loss.device.type, logits.device.type) == ("cuda", "cuda")

@@ -14,8 +14,8 @@ NO_DROPOUT = ("--content.fusion.dropout", "0", "--ranking.dropout", "0")
 def quick_variant(folder: Path, *overrides: str, name: str = "A") -> Variant:
     """The quick form of a setting, its data and cache in `folder`."""
     sized = setting(name, quick=True)
-    data, words = sized.prepared(folder)
-    return Variant("variant", str(sized.recipe), data, (*words, *overrides), loaded_batches=2)
+    data, argv = sized.prepared(folder)
+    return Variant("variant", str(sized.recipe), data, (*argv, *overrides), loaded_batches=2)
 
 
 @contextmanager

@@ -189,14 +189,14 @@ def train_in_plain_pytorch(
 def _plain_vectors(tables: dict[str, Tensor], step: int) -> Tensor:
     mode = {"user": "sum", "tags": "mean", "item": "sum", "history": "sum"}
     tables_by_feature = {"user": "user", "tags": "tags", "item": "item", "history": "item"}
-    pieces = []
+    vectors = []
     for feature in FEATURES:
         lists = BATCHES[step][feature]
         offsets = torch.tensor([0, *[len(ids) for ids in lists]]).cumsum(0)[:-1]
         ids = torch.tensor([item for row in lists for item in row])
         weight = tables[tables_by_feature[feature]]
-        pieces.append(functional.embedding_bag(ids, weight, offsets, mode=mode[feature]))
-    return torch.cat(pieces, dim=1)
+        vectors.append(functional.embedding_bag(ids, weight, offsets, mode=mode[feature]))
+    return torch.cat(vectors, dim=1)
 
 
 @torch.no_grad()
@@ -217,18 +217,18 @@ def _update(weight: Tensor, moment: Tensor, optimizer: TableOptimizer, rate: flo
 def local_shards(model: torch.nn.Module) -> dict[str, list[tuple[list[int], Tensor]]]:
     return {
         name.split(".")[-2]: [
-            (list(piece.metadata.shard_offsets), piece.tensor.detach().clone())
-            for piece in value.local_shards()
+            (list(shard.metadata.shard_offsets), shard.tensor.detach().clone())
+            for shard in value.local_shards()
         ]
         for name, value in table_weights(model).items()
     }
 
 
-def whole_table(pieces: list[tuple[list[int], Tensor]]) -> Tensor:
+def full_table(shards: list[tuple[list[int], Tensor]]) -> Tensor:
     """Shards laid out at their offsets, [rows, D]."""
-    rows = max(offset[0] + len(piece) for offset, piece in pieces)
-    columns = max(offset[1] + piece.shape[1] for offset, piece in pieces)
+    rows = max(offset[0] + len(shard) for offset, shard in shards)
+    columns = max(offset[1] + shard.shape[1] for offset, shard in shards)
     table = torch.full((rows, columns), float("nan"))
-    for (row, column), piece in pieces:
-        table[row : row + piece.shape[0], column : column + piece.shape[1]] = piece
+    for (row, column), shard in shards:
+        table[row : row + shard.shape[0], column : column + shard.shape[1]] = shard
     return table

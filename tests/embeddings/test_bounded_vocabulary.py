@@ -19,7 +19,7 @@ from tests.ranks import run_on_ranks
 
 
 @dataclass
-class _Known:
+class _KnownId:
     row: int
     score: float
     last_used: int
@@ -34,7 +34,7 @@ class SlowVocabulary:
     admit_after: int
     half_life: float
     protect_steps: int
-    known: dict[int, _Known] = field(default_factory=dict)
+    entries: dict[int, _KnownId] = field(default_factory=dict)
     waiting: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
     admitted: int = 0
 
@@ -45,16 +45,16 @@ class SlowVocabulary:
         slot = mix64(mix64(np.array([item])))[0] % np.uint64(self.rows_per_set)
         return self.set_of(item), int(slot)
 
-    def faded(self, entry: _Known, step: int) -> float:
+    def faded(self, entry: _KnownId, step: int) -> float:
         return float(entry.score * np.exp2((entry.last_used - step) / self.half_life))
 
     def use(self, ids: list[int], step: int) -> set[int]:
         """The rows taken from other ids."""
         counts = Counter(ids)
-        for item in counts.keys() & self.known.keys():
-            entry = self.known[item]
+        for item in counts.keys() & self.entries.keys():
+            entry = self.entries[item]
             entry.score, entry.last_used = self.faded(entry, step) + counts[item], step
-        occurrences = {item: counts[item] for item in sorted(counts.keys() - self.known.keys())}
+        occurrences = {item: counts[item] for item in sorted(counts.keys() - self.entries.keys())}
         if self.admit_after > 1:
             for item, slot in [
                 (item, self.waiting.get(self.slot_of(item))) for item in occurrences
@@ -71,10 +71,10 @@ class SlowVocabulary:
             )
             if row is None:
                 continue
-            for other in [other for other, entry in self.known.items() if entry.row == row]:
-                del self.known[other]
+            for other in [other for other, entry in self.entries.items() if entry.row == row]:
+                del self.entries[other]
                 evicted.add(row)
-            self.known[item] = _Known(row, occurrences[item], step)
+            self.entries[item] = _KnownId(row, occurrences[item], step)
             self.admitted += 1
             if self.waiting.get(self.slot_of(item), (None,))[0] == item:
                 del self.waiting[self.slot_of(item)]
@@ -82,7 +82,7 @@ class SlowVocabulary:
 
     def next_row(self, set_number: int, step: int) -> int | None:
         rows = range(set_number * self.rows_per_set, (set_number + 1) * self.rows_per_set)
-        entries = {entry.row: entry for entry in self.known.values()}
+        entries = {entry.row: entry for entry in self.entries.values()}
         free = [row for row in rows if row not in entries]
         if free:
             return free[0]
@@ -127,7 +127,7 @@ def test_rows_are_those_of_the_slow_vocabulary(
         evicted = set(vocabulary.take_evicted_rows().tolist())
         assert evicted == slow.use(ids, step)
         evictions += len(evicted)
-        expected = {item: entry.row for item, entry in slow.known.items()}
+        expected = {item: entry.row for item, entry in slow.entries.items()}
         assert rows.tolist() == [expected.get(item, unknown) for item in ids]
         # What must hold whatever the policy.
         assert all(step - last_used[row] > protect_steps for row in evicted)
@@ -136,10 +136,10 @@ def test_rows_are_those_of_the_slow_vocabulary(
         assert len(item_by_row) == len({item for item, row in zip(ids, rows) if row != unknown})
         last_used |= dict.fromkeys(item_by_row, step)
         step += pause
-    assert len(slow.known) <= num_embeddings - 1
+    assert len(slow.entries) <= num_embeddings - 1
     counts = vocabulary.counts()
     assert (counts.admitted, counts.evicted) == (slow.admitted, evictions)
-    assert counts.known == len(slow.known) == counts.admitted - counts.evicted
+    assert counts.known == len(slow.entries) == counts.admitted - counts.evicted
 
 
 def look_up(vocabulary: BoundedVocabulary, ids: list[int]) -> list[int]:
@@ -182,7 +182,7 @@ def ids_of(step: int) -> torch.Tensor:
 
 
 @dataclass
-class Went:
+class Outcome:
     """What the map did in some steps."""
 
     rows: list[torch.Tensor]  # of each step, this rank's part
@@ -190,30 +190,30 @@ class Went:
     counts: tuple[int, ...]
 
 
-def go(vocabulary: BoundedVocabulary, steps: range, rank: int = 0, world_size: int = 1) -> Went:
+def run(vocabulary: BoundedVocabulary, steps: range, rank: int = 0, world_size: int = 1) -> Outcome:
     """Each rank takes a part of a step's ids, the first none at all in every third step."""
     rows, evicted = [], []
     for step in steps:
-        parts = list(ids_of(step).tensor_split(world_size))
+        lists = list(ids_of(step).tensor_split(world_size))
         if world_size > 1 and step % 3 == 0:
-            parts = [torch.zeros(0, dtype=torch.int64), *ids_of(step).tensor_split(world_size - 1)]
-        rows.append(vocabulary.rows_of(parts[rank], step, training=True))
+            lists = [torch.zeros(0, dtype=torch.int64), *ids_of(step).tensor_split(world_size - 1)]
+        rows.append(vocabulary.rows_of(lists[rank], step, training=True))
         evicted.append(sorted(vocabulary.take_evicted_rows().tolist()))
-    return Went(rows, evicted, astuple(vocabulary.counts()))
+    return Outcome(rows, evicted, astuple(vocabulary.counts()))
 
 
-def go_and_save(rank: int, world_size: int, folder: str) -> tuple[Went, Went]:
+def run_and_save(rank: int, world_size: int, folder: str) -> tuple[Outcome, Outcome]:
     vocabulary = bounded(dist.group.WORLD)
-    first = go(vocabulary, range(STEPS), rank, world_size)
+    first = run(vocabulary, range(STEPS), rank, world_size)
     checkpoint.save(vocabulary.state_dict(), checkpoint_id=folder)
-    return first, go(vocabulary, range(STEPS, 2 * STEPS), rank, world_size)
+    return first, run(vocabulary, range(STEPS, 2 * STEPS), rank, world_size)
 
 
-def load_and_go(rank: int, world_size: int, folder: str) -> Went:
+def load_and_go(rank: int, world_size: int, folder: str) -> Outcome:
     assert_ranks_without_rows_ask_the_others()
     vocabulary = bounded(dist.group.WORLD)
     checkpoint.load(vocabulary.state_dict(), checkpoint_id=folder)
-    return go(vocabulary, range(STEPS, 2 * STEPS), rank, world_size)
+    return run(vocabulary, range(STEPS, 2 * STEPS), rank, world_size)
 
 
 def assert_ranks_without_rows_ask_the_others() -> None:
@@ -222,23 +222,23 @@ def assert_ranks_without_rows_ask_the_others() -> None:
     assert use(vocabulary, [5, 6], step=0) == [0, 1]
 
 
-def assert_went_as(ranks: list[Went], whole: Went) -> None:
-    for step, rows in enumerate(whole.rows):
+def assert_outcomes(ranks: list[Outcome], expected: Outcome) -> None:
+    for step, rows in enumerate(expected.rows):
         assert torch.equal(torch.cat([rank.rows[step] for rank in ranks]), rows)
-    assert all(rank.evicted == whole.evicted for rank in ranks)
-    assert all(rank.counts == whole.counts for rank in ranks)
+    assert all(rank.evicted == expected.evicted for rank in ranks)
+    assert all(rank.counts == expected.counts for rank in ranks)
 
 
 def test_any_number_of_ranks_has_the_map_of_one_and_goes_on_from_a_checkpoint(
     tmp_path: Path,
 ) -> None:
     vocabulary = bounded()
-    first, second = (go(vocabulary, range(start, start + STEPS)) for start in (0, STEPS))
+    first, second = (run(vocabulary, range(start, start + STEPS)) for start in (0, STEPS))
     assert first.counts[3] > 0 and second.counts[3] > 0 and second.counts[1] > 0
-    ranks = run_on_ranks(go_and_save, 2, str(tmp_path))
-    assert_went_as([rank[0] for rank in ranks], first)
-    assert_went_as([rank[1] for rank in ranks], second)
-    assert_went_as(run_on_ranks(load_and_go, 3, str(tmp_path)), second)
+    ranks = run_on_ranks(run_and_save, 2, str(tmp_path))
+    assert_outcomes([rank[0] for rank in ranks], first)
+    assert_outcomes([rank[1] for rank in ranks], second)
+    assert_outcomes(run_on_ranks(load_and_go, 3, str(tmp_path)), second)
     alone = bounded()
     checkpoint.load(alone.state_dict(), checkpoint_id=str(tmp_path), no_dist=True)
-    assert_went_as([go(alone, range(STEPS, 2 * STEPS))], second)
+    assert_outcomes([run(alone, range(STEPS, 2 * STEPS))], second)

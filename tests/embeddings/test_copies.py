@@ -27,11 +27,11 @@ from tests.embeddings.tables_model import (
     SEED,
     STEPS,
     TablesModel,
+    full_table,
     jagged,
     local_shards,
     table_configs,
     train_in_plain_pytorch,
-    whole_table,
 )
 from tests.ranks import rank_device, run_on_ranks
 
@@ -49,7 +49,7 @@ def without_assertions() -> Any:
     module, file = ModuleType("without_assertions"), model_parallel.__file__
     exec(compile(Path(file).read_text(), file, "exec", optimize=1), vars(module))
     # A shard on a CPU is on "cpu", not on "cpu:0".
-    vars(module)["_remote_device"] = lambda place: _remote_device(place.partition("/")[0] + "/cpu")
+    vars(module)["_remote_device"] = lambda name: _remote_device(name.partition("/")[0] + "/cpu")
     return module
 
 
@@ -98,19 +98,19 @@ def train(rank: int, folder: Path, sharding: Any, optimizer: Any) -> dict[str, A
 
 def save_and_restore(model: DMPCollection, folder: Path) -> None:
     """Stores tables and moments once, not once per copy, and reads both copies from there."""
-    group, before = dist.group.WORLD, local_shards(model)
+    group, old_shards = dist.group.WORLD, local_shards(model)
     assert group is not None
     moments = TableOptimizerState(model, group)
     state = {name: in_blocks(value, group) for name, value in table_weights(model).items()}
     state |= {f"moments.{name}": value for name, value in moments.state_dict().items()}
     dcp.save(state, checkpoint_id=folder)
     with torch.no_grad():
-        for piece in (piece for value in state.values() for piece in value.local_shards()):
-            piece.tensor.zero_()
-    assert not any(tensor.any() for pieces in local_shards(model).values() for _, tensor in pieces)
+        for block in (block for value in state.values() for block in value.local_shards()):
+            block.tensor.zero_()
+    assert not any(tensor.any() for shards in local_shards(model).values() for _, tensor in shards)
     dcp.load(state, checkpoint_id=folder)
-    for name, pieces in local_shards(model).items():
-        for (_, result), (_, expected) in zip(pieces, before[name], strict=True):
+    for name, shards in local_shards(model).items():
+        for (_, result), (_, expected) in zip(shards, old_shards[name], strict=True):
             assert torch.equal(result, expected)
 
 
@@ -129,18 +129,18 @@ def test_copies_under_sgd_train_as_one_table(device: str, runs: Any, sharding: s
     assert BATCH == RANKS
     for copy in range(COPIES):
         for name in ("user", "tags", "item"):
-            copy_losses = [piece for rank in ranks[copy::COPIES] for piece in rank["pieces"][name]]
+            copy_losses = [shard for rank in ranks[copy::COPIES] for shard in rank["pieces"][name]]
             torch.testing.assert_close(
-                whole_table(copy_losses), plain.weights[name], rtol=0, atol=1e-5
+                full_table(copy_losses), plain.weights[name], rtol=0, atol=1e-5
             )
 
 
 def test_copies_keep_equal_weights_and_store_their_moments(runs: Any) -> None:
     folder, rank_losses = runs
     first, second, *_ = [run["row_wise", "rowwise_adagrad"] for run in rank_losses]
-    for name, pieces in first["pieces"].items():
+    for name, shards in first["pieces"].items():
         for (offsets, mine), (other_runs, theirs) in zip(
-            pieces, second["pieces"][name], strict=True
+            shards, second["pieces"][name], strict=True
         ):
             assert offsets == other_runs and torch.equal(mine, theirs)
     reader = dcp.FileSystemReader(folder / "row_wise-rowwise_adagrad")

@@ -20,12 +20,12 @@ from embeddings.sharding import machine_topology
 from tests.embeddings.tables_model import (
     FEATURES,
     LABELS,
+    full_table,
     jagged,
     local_shards,
     rank_rows,
     sharded_model,
     table_configs,
-    whole_table,
 )
 from tests.ranks import run_on_ranks
 
@@ -95,9 +95,9 @@ def test_column_shards_are_as_many_as_ranks_where_kernels_allow(
 ) -> None:
     for pooling in ("sum", "none"):
         tables = [table("wide", sharding="column_wise", pooling=pooling, embedding_dim=dim)]
-        pieces = shards(sharding_of(plan(tables, machine_topology(world_size, 1, CPU)))["wide"])
-        assert [piece.shard_sizes[1] for piece in pieces] == widths
-        assert len({piece.placement.rank() for piece in pieces}) == len(widths)
+        column = shards(sharding_of(plan(tables, machine_topology(world_size, 1, CPU)))["wide"])
+        assert [shard.shard_sizes[1] for shard in column] == widths
+        assert len({shard.placement.rank() for shard in column}) == len(widths)
 
 
 def plan_errors(rank: int, world_size: int) -> list[str]:
@@ -164,12 +164,12 @@ def _one_step(
 ) -> dict[str, Any]:
     tables, rows = table_configs(sharding, "sgd", RATE), rank_rows(rank, world_size)
     sharded = sharded_model(tables, communication=(forward, backward))
-    before = local_shards(sharded)
+    old_shards = local_shards(sharded)
     logits, vectors = sharded(jagged(0, rows))
     ((logits - LABELS[0, rows]) ** 2).mean().backward()
     return {
         "vectors": {name: value.detach().clone() for name, value in vectors.items()},
-        "before": before,
+        "before": old_shards,
         "after": local_shards(sharded),
     }
 
@@ -181,11 +181,11 @@ def two_ranks() -> Any:
 
 def gradient_of(runs: Any, case: Any, table: str) -> Tensor:
     """What plain SGD moved the table by, over its learning rate."""
-    before, after = (
-        whole_table([piece for run in runs for piece in run[case][when][table]])
-        for when in ("before", "after")
+    old, new = (
+        full_table([shard for run in runs for shard in run[case][moment][table]])
+        for moment in ("before", "after")
     )
-    return (before - after) / RATE
+    return (old - new) / RATE
 
 
 @by_type

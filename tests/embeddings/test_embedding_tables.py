@@ -79,11 +79,11 @@ def test_a_shard_starts_with_its_rectangle_of_the_whole_table(
 ) -> None:
     monkeypatch.setattr(tables_module, "INITIALIZATION_BLOCK_ROWS", 4)  # a shard crosses blocks
     config = table(num_embeddings=11)
-    whole = initial_weights(config, seed=3)
-    assert len({tuple(row.tolist()) for row in whole}) == 11
+    full_table = initial_weights(config, seed=3)
+    assert len({tuple(row.tolist()) for row in full_table}) == 11
     shard = torch.full((6, 4), float("nan"))
     NormalInitializer(config).fill(shard, row_offset=3, column_offset=4)
-    assert torch.equal(shard, whole[3:9, 4:8])
+    assert torch.equal(shard, full_table[3:9, 4:8])
 
 
 def test_an_initializer_refuses_a_shard_without_its_offsets() -> None:
@@ -199,12 +199,12 @@ def test_a_table_that_is_not_sharded_steps_as_by_the_function_of_torch() -> None
     (mine,), (other,) = ours.parameters(), theirs.parameters()
     _apply_optimizer_in_backward(torch.optim.SGD, [other], {"lr": 0.5})
     other.data.copy_(mine.data)
-    before = mine.detach().clone()
+    old_weights = mine.detach().clone()
     for _ in range(2):
         for weight in (mine, other):
             (weight[:3] ** 2).sum().backward()
             assert weight.grad is None
-    assert torch.equal(mine, other) and not torch.equal(mine, before)
+    assert torch.equal(mine, other) and not torch.equal(mine, old_weights)
     for name in ("_optimizer_classes", "_optimizer_kwargs"):
         assert getattr(mine, name) == getattr(other, name)
     assert isinstance(mine._in_backward_optimizers[0], torch.optim.SGD)

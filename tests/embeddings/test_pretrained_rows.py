@@ -18,11 +18,11 @@ from tests.embeddings.tables_model import (
     DIM,
     SEED,
     TablesModel,
+    full_table,
     initial_tables,
     local_shards,
     sharded_model,
     table_configs,
-    whole_table,
 )
 from tests.ranks import run_on_ranks
 
@@ -109,19 +109,19 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("sharding", SHARDINGS)
 def test_rows_get_their_vectors_under_every_plan(ranks: list[Any], sharding: str) -> None:
     for table, ids in IDS.items():
-        pieces = [piece for rank in ranks for piece in rank[sharding]["shards"][table]]
-        assert torch.equal(whole_table(pieces), expected(table))
+        shards = [shard for rank in ranks for shard in rank[sharding]["shards"][table]]
+        assert torch.equal(full_table(shards), expected(table))
         for rank in ranks:
             assert rank[sharding]["counts"][table] == LoadedRows(len(ids), 0)
-    untouched = [piece for rank in ranks for piece in rank[sharding]["shards"]["tags"]]
-    assert torch.equal(whole_table(untouched), initial_tables()["tags"])
+    untouched = [shard for rank in ranks for shard in rank[sharding]["shards"]["tags"]]
+    assert torch.equal(full_table(untouched), initial_tables()["tags"])
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
 def test_a_row_that_is_set_twice_is_an_error_where_it_lies(ranks: list[Any], sharding: str) -> None:
     for rank in ranks:
         shards = rank[sharding]["shards"]["user"]
-        holds_row_9 = any(row <= 9 < row + len(piece) for (row, _), piece in shards)
+        holds_row_9 = any(row <= 9 < row + len(shard) for (row, _), shard in shards)
         error = rank[sharding]["error"]
         assert (error is not None) == holds_row_9
         assert error is None or "column 'id', row 2: id 9: row 9 of table 'user'" in error
@@ -232,14 +232,14 @@ def test_what_cannot_be_used_is_refused_with_its_place(
 
 def test_a_number_beyond_the_type_of_the_table_is_refused(tmp_path: Path) -> None:
     model = TablesModel(table_configs(precision="fp16"), "cpu")
-    most = torch.finfo(torch.float16).max
-    path = write(tmp_path / "vectors.parquet", [1, 2], [[most] * DIM, [1e5] * DIM])
+    largest = torch.finfo(torch.float16).max
+    path = write(tmp_path / "vectors.parquet", [1, 2], [[largest] * DIM, [1e5] * DIM])
     with pytest.raises(ValueError, match=r"row 1: value 100000\.0; .*fits float16"):
         load_pretrained_rows(model, "user", PretrainedFiles([path]))
 
 
 def test_an_id_that_two_files_hold_is_refused(tmp_path: Path) -> None:
-    paths = [write(tmp_path / f"{part}.parquet", [part, 5], vectors([1, 2])) for part in (0, 1)]
+    paths = [write(tmp_path / f"{row}.parquet", [row, 5], vectors([1, 2])) for row in (0, 1)]
     with pytest.raises(ValueError, match=r"1\.parquet: column 'id', row 1: id 5"):
         load(paths)
 

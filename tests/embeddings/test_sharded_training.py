@@ -18,6 +18,7 @@ from tests.embeddings.tables_model import (
     LABELS,
     STEPS,
     TablesModel,
+    full_table,
     initial_tables,
     jagged,
     local_shards,
@@ -25,7 +26,6 @@ from tests.embeddings.tables_model import (
     sharded_model,
     table_configs,
     train_in_plain_pytorch,
-    whole_table,
 )
 from tests.ranks import RunsByWorldSize, rank_device, run_on_ranks
 
@@ -93,7 +93,7 @@ def ranks_of_table(plan: Any) -> dict[str, set[int]]:
     for module_plan in plan.plan.values():
         assert isinstance(module_plan, EmbeddingModuleShardingPlan)
         for name, sharding in module_plan.items():
-            result[name] = {piece.placement.rank() for piece in sharding.sharding_spec.shards}
+            result[name] = {shard.placement.rank() for shard in sharding.sharding_spec.shards}
     return result
 
 
@@ -128,7 +128,7 @@ def assert_equal_to_plain_pytorch(
     torch.testing.assert_close(logits, plain.logits, **close)
     start = initial_tables(device)
     for name in ("user", "tags", "item"):
-        table = whole_table([piece for run in ranks for piece in run.last_shards[name]])
+        table = full_table([shard for run in ranks for shard in run.last_shards[name]])
         torch.testing.assert_close(table, plain.weights[name], **close)
         if name == frozen:
             assert torch.equal(table, start[name])
@@ -157,21 +157,21 @@ def test_tables_of_half_precision_train_as_whole_ones_but_for_rounding(
     sharding, optimizer, frozen = case
     ranks = run_on_ranks(train, world_size, *case, "fused", "fp16", device=device)
     columns = world_size if sharding == "column_wise" else 1
-    whole = train_in_plain_pytorch(optimizer, columns, ranks[0].device, frozen)
+    full_tables = train_in_plain_pytorch(optimizer, columns, ranks[0].device, frozen)
     logits = torch.cat([run.logits for run in ranks], dim=1)
-    torch.testing.assert_close(logits, whole.logits, rtol=0, atol=4e-3)
+    torch.testing.assert_close(logits, full_tables.logits, rtol=0, atol=4e-3)
     for name in ("user", "tags", "item"):
-        pieces = [piece for run in ranks for piece in run.last_shards[name]]
-        assert {piece.dtype for _, piece in pieces} == {torch.float16}
-        table = whole_table(pieces)
-        assert not torch.equal(table, whole.weights[name])
-        torch.testing.assert_close(table, whole.weights[name], rtol=0, atol=5e-4)
+        shards = [shard for run in ranks for shard in run.last_shards[name]]
+        assert {shard.dtype for _, shard in shards} == {torch.float16}
+        table = full_table(shards)
+        assert not torch.equal(table, full_tables.weights[name])
+        torch.testing.assert_close(table, full_tables.weights[name], rtol=0, atol=5e-4)
 
 
 def test_table_wise_tables_are_spread_but_not_cut(runs: dict[int, list[Any]]) -> None:
-    places = runs[2][0]["table_wise", "sgd", "tags"].ranks_of_table
-    assert all(len(ranks) == 1 for ranks in places.values())
-    assert set.union(*places.values()) == {0, 1}
+    table_ranks = runs[2][0]["table_wise", "sgd", "tags"].ranks_of_table
+    assert all(len(ranks) == 1 for ranks in table_ranks.values())
+    assert set.union(*table_ranks.values()) == {0, 1}
 
 
 def shard_real_weights(rank: int, world_size: int) -> dict[str, dict[str, list[Any]]]:
@@ -190,5 +190,5 @@ def test_weights_that_a_table_already_has_survive_sharding() -> None:
     ranks = run_on_ranks(shard_real_weights, 2)
     for sharding in ("row_wise", "column_wise"):
         for name, rows in (("user", 10), ("tags", 3), ("item", 7)):
-            table = whole_table([piece for rank in ranks for piece in rank[sharding][name]])
+            table = full_table([shard for rank in ranks for shard in rank[sharding][name]])
             assert torch.equal(table, torch.arange(rows * 8.0).view(rows, 8))

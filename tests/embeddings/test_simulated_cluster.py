@@ -35,7 +35,7 @@ def table(name: str = "item", rows: int = 4 * BILLION, **fields: object) -> Tabl
 
 def planned(tables: list[TableConfig], cluster: Cluster) -> ShardingPlan:
     collections = [build_embedding_collection(tables), build_embedding_bag_collection(tables)]
-    model = nn.ModuleList(part for part in collections if part is not None)
+    model = nn.ModuleList(module for module in collections if module is not None)
     fuse_table_optimizers(model, tables)
     topology = cluster.topology()
     return plan_sharding(model, tables, device=cluster.device.kind, topology=topology)
@@ -99,16 +99,16 @@ def test_optimizer_state(optimizer: str, bytes_per_row: int) -> None:
 
 @pytest.mark.parametrize("kernel", ["fused", "uvm"])
 def test_rows_of_half_precision_take_half_the_memory_and_their_state_as_much(kernel: str) -> None:
-    whole = table(rows=6 * BILLION, kernel=kernel, sharding="row_wise")
-    half = replace(whole, precision="fp16")
-    parts = [table_memory(part, planned([part], EIGHT_BY_EIGHT)) for part in (whole, half)]
-    (weights, state), (half_weights, half_state) = (part.bytes_on_rank(0) for part in parts)
+    full = table(rows=6 * BILLION, kernel=kernel, sharding="row_wise")
+    half = replace(full, precision="fp16")
+    reports = [table_memory(t, planned([t], EIGHT_BY_EIGHT)) for t in (full, half)]
+    (weights, state), (half_weights, half_state) = (t.bytes_on_rank(0) for t in reports)
     assert (half_weights, half_state) == (weights / 2, state)
     on_device = 0 if kernel == "uvm" else half_weights + half_state
-    assert parts[1].bytes_on_device(0) == on_device
-    assert half.megabytes == whole.megabytes / 2
+    assert reports[1].bytes_on_device(0) == on_device
+    assert half.megabytes == full.megabytes / 2
     # The planner counts as we do: a table that fits in half precision alone is refused in whole.
-    large = replace(whole, num_embeddings=10 * BILLION)
+    large = replace(full, num_embeddings=10 * BILLION)
     if kernel == "fused":
         planned([replace(large, precision="fp16")], EIGHT_BY_EIGHT)
         with pytest.raises(ValueError, match="do not fit"):

@@ -57,7 +57,7 @@ def train(module: SplitTableBatchedEmbeddingBagsCodegen, steps: int) -> list[Ten
             factor = torch.randn(output.shape, generator=torch.Generator().manual_seed(9))
             (output * factor).sum().backward()
             results.append(output.detach().clone())
-    moments = [part for state in module.split_optimizer_states() for part in state]
+    moments = [moment for state in module.split_optimizer_states() for moment in state]
     return [*results, *module.split_embedding_weights(), *moments]
 
 
@@ -72,8 +72,8 @@ def test_vectors_weights_and_moments_equal_those_without_pooling(optimizer: EmbO
     assert len(expected) == len(results)
     for result, reference in zip(results, expected):
         torch.testing.assert_close(result, reference, atol=1e-6, rtol=1e-6)
-    before = lookup(optimizer).split_embedding_weights()[0]
-    assert not torch.allclose(bags.split_embedding_weights()[0], before, atol=1e-3)
+    old_weights = lookup(optimizer).split_embedding_weights()[0]
+    assert not torch.allclose(bags.split_embedding_weights()[0], old_weights, atol=1e-3)
 
 
 PRIVATE_PARTS: dict[Any, str] = {
@@ -87,9 +87,9 @@ PRIVATE_PARTS: dict[Any, str] = {
 
 def test_the_installed_torchrec_has_the_private_parts_that_tables_use() -> None:
     missing = [
-        f"{part.__name__}.{name}"
-        for part, names in PRIVATE_PARTS.items()
-        for source in [inspect.getsource(part)]
+        f"{cls.__name__}.{name}"
+        for cls, names in PRIVATE_PARTS.items()
+        for source in [inspect.getsource(cls)]
         for name in names.split()
         if name not in source
     ]

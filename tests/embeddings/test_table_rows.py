@@ -23,12 +23,12 @@ from tests.embeddings.tables_model import (
     DIM,
     SEED,
     TablesModel,
+    full_table,
     initial_tables,
     jagged,
     local_shards,
     sharded_model,
     table_configs,
-    whole_table,
 )
 from tests.ranks import run_on_ranks
 
@@ -60,7 +60,7 @@ def train_step(model: nn.Module, combined: Any, batch: KeyedJaggedTensor) -> Ten
     return logits.detach()
 
 
-def pieces(states: dict[str, Any]) -> list[tuple[str, list[int], Tensor]]:
+def shards_of(states: dict[str, Any]) -> list[tuple[str, list[int], Tensor]]:
     """Name, offsets and copy of every shard on this rank."""
     return [
         (name, list(shard.metadata.shard_offsets), shard.tensor.detach().clone())
@@ -76,7 +76,7 @@ def state_of(model: DistributedModelParallel) -> dict[str, list[tuple[str, list[
         for states in model.fused_optimizer.state_dict()["state"].values()
         for name, value in states.items()
     }
-    return {"weights": pieces(model.state_dict()), "moments": pieces(moments)}
+    return {"weights": shards_of(model.state_dict()), "moments": shards_of(moments)}
 
 
 def train_and_reset(rank: int, world_size: int) -> dict[tuple[str, str], Any]:
@@ -88,11 +88,11 @@ def train_and_reset(rank: int, world_size: int) -> dict[tuple[str, str], Any]:
         model, combined = with_optimizer(tables)
         for step in range(2):
             train_step(model, combined, jagged(step, slice(rank, 4, world_size)))
-        before = state_of(model)
+        old_state = state_of(model)
         reset = RowReset(model, tables, seed=SEED)
         for table, rows in RESET.items():
             reset(table, torch.tensor(rows))
-        states[plan] = before, state_of(model)
+        states[plan] = old_state, state_of(model)
     return states
 
 
@@ -106,43 +106,41 @@ def test_reset_rows_have_initial_weights_and_no_moments_and_others_stay(
     resets: list[dict[tuple[str, str], Any]], plan: tuple[str, str]
 ) -> None:
     initial = initial_tables()
-    reset_places = set()
+    reset_rows = set()
     for rank in resets:
-        before, after = (state["weights"] for state in rank[plan])
-        for (key, (row, column), old), (_, _, new) in zip(before, after, strict=True):
+        old_shards, new_shards = (state["weights"] for state in rank[plan])
+        for (key, (row, column), old), (_, _, new) in zip(old_shards, new_shards, strict=True):
             table = key.split(".")[-2]
-            places = [
-                place - row for place in RESET.get(table, []) if row <= place < row + len(old)
-            ]
+            rows = [index - row for index in RESET.get(table, []) if row <= index < row + len(old)]
             columns = slice(column, column + old.shape[1])
             start = initial[table][row : row + len(old), columns]
-            assert not any(torch.equal(old[place], start[place]) for place in places)
-            assert torch.equal(new[places], start[places])
-            other_places = [place for place in range(len(old)) if place not in places]
-            assert torch.equal(new[other_places], old[other_places])
-            reset_places |= {(table, row + place, column) for place in places}
+            assert not any(torch.equal(old[index], start[index]) for index in rows)
+            assert torch.equal(new[rows], start[rows])
+            other_rows = [index for index in range(len(old)) if index not in rows]
+            assert torch.equal(new[other_rows], old[other_rows])
+            reset_rows |= {(table, row + index, column) for index in rows}
     starts = (0, 4) if plan[0] == "column_wise" else (0,)
-    assert reset_places == {
+    assert reset_rows == {
         (table, row, c) for table in RESET for row in RESET[table] for c in starts
     }
     for rank in resets:
-        weights, before, after = (
+        weights, old_shards, new_shards = (
             rank[plan][0]["weights"],
             rank[plan][0]["moments"],
             rank[plan][1]["moments"],
         )
         offsets = {key.split(".")[-2]: row for key, (row, _), _ in weights}
-        assert bool(before) == (plan[1] != "sgd" and bool(weights))
-        for (name, _, old), (_, _, new) in zip(before, after, strict=True):
+        assert bool(old_shards) == (plan[1] != "sgd" and bool(weights))
+        for (name, _, old), (_, _, new) in zip(old_shards, new_shards, strict=True):
             table = name.split(".")[0]
-            places = [
+            rows = [
                 row - offsets[table]
                 for row in RESET.get(table, [])
                 if offsets[table] <= row < offsets[table] + len(old)
             ]
-            assert (old[places] > 0).any() or not places
+            assert (old[rows] > 0).any() or not rows
             expected = old.clone()
-            expected[places] = 0
+            expected[rows] = 0
             assert torch.equal(new, expected)
 
 
@@ -212,9 +210,9 @@ def test_a_pipeline_that_maps_batches_ahead_trains_as_one_that_does_not() -> Non
     for rank in run_on_ranks(train_ahead_and_in_turn, 2):
         for (logits, state), (expected_logits, expected_state) in rank:
             torch.testing.assert_close(logits, expected_logits, rtol=0, atol=0)
-            for part in ("weights", "moments"):
+            for key in ("weights", "moments"):
                 for (_, _, value), (_, _, expected) in zip(
-                    state[part], expected_state[part], strict=True
+                    state[key], expected_state[key], strict=True
                 ):
                     assert torch.equal(value, expected)
 
@@ -231,10 +229,10 @@ def rows_on_rank(rank: int, world_size: int) -> dict[str, Any]:
         untrained = TableRows(model, "item", group).mean()
         train_step(model, combined, jagged(1, slice(rank, 4, world_size)))
         rows = TableRows(model, "item", group)
-        before, mean = local_shards(model)["item"], rows.mean()
+        old_shards, mean = local_shards(model)["item"], rows.mean()
         rows.fill_untrained(torch.arange(DIM))
-        after, again = local_shards(model)["item"], TableRows(model, "item", group).mean()
-        result[sharding] = untrained, before, mean, after, again
+        new_shards, new_mean = local_shards(model)["item"], TableRows(model, "item", group).mean()
+        result[sharding] = untrained, old_shards, mean, new_shards, new_mean
     return result
 
 
@@ -243,21 +241,21 @@ def row_results() -> list[dict[str, Any]]:
     return run_on_ranks(rows_on_rank, 2)
 
 
-def plan_rows(values: list[dict[str, Any]], sharding: str, part: int) -> Tensor:
-    return whole_table([piece for rank in values for piece in rank[sharding][part]])
+def plan_rows(values: list[dict[str, Any]], sharding: str, position: int) -> Tensor:
+    return full_table([shard for rank in values for shard in rank[sharding][position]])
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
 def test_rows_are_averaged_and_those_without_training_filled(
     row_results: list[dict[str, Any]], sharding: str
 ) -> None:
-    before, after = plan_rows(row_results, sharding, 1), plan_rows(row_results, sharding, 3)
-    changed = (before != initial_tables()["item"]).any(dim=1).nonzero().flatten().tolist()
+    old_rows, new_rows = plan_rows(row_results, sharding, 1), plan_rows(row_results, sharding, 3)
+    changed = (old_rows != initial_tables()["item"]).any(dim=1).nonzero().flatten().tolist()
     for rank in row_results:
         untrained, _, (mean, count), _, again = rank[sharding]
         assert untrained[1] == 0
         assert count == again[1] == len(changed)  # values alone do not train a row
-        torch.testing.assert_close(mean, before[changed].double().mean(dim=0))
-    expected = before.clone()
+        torch.testing.assert_close(mean, old_rows[changed].double().mean(dim=0))
+    expected = old_rows.clone()
     expected[[row for row in range(7) if row not in changed]] = torch.arange(DIM).float()
-    assert torch.equal(after, expected)
+    assert torch.equal(new_rows, expected)

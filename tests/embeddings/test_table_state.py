@@ -45,12 +45,12 @@ def moments(model: DistributedModelParallel) -> dict[tuple[int, int], Tensor]:
     """This rank's moments by (first row, first column) of the shard of weights."""
     (weight,) = table_weights(model).values()
     states = model.fused_optimizer.state_dict()["state"].values()
-    pieces = [
-        piece for values in states for value in values.values() for piece in value.local_shards()
+    shards = [
+        local for values in states for value in values.values() for local in value.local_shards()
     ]
     return {
-        (shard.metadata.shard_offsets[0], shard.metadata.shard_offsets[1]): piece.tensor
-        for shard, piece in zip(weight.local_shards(), pieces, strict=True)
+        (shard.metadata.shard_offsets[0], shard.metadata.shard_offsets[1]): local.tensor
+        for shard, local in zip(weight.local_shards(), shards, strict=True)
     }
 
 
@@ -70,7 +70,7 @@ def load(rank: int, world_size: int, folder: Path, plan: str) -> dict[tuple[int,
     state = training.state_dict(stored)
     dcp.load(state, checkpoint_id=folder / "columns")
     training.finish_loading()
-    return {place: moment.clone() for place, moment in moments(model).items()}
+    return {offsets: moment.clone() for offsets, moment in moments(model).items()}
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +83,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("plan", ["row_wise", "table_wise"])
 def test_a_whole_rows_moment_is_the_mean_of_its_column_shards(folder: Path, plan: str) -> None:
     """mean over all columns of g^2 = mean over the shards of their means, summed over steps."""
-    pieces: dict[tuple[int, int], Tensor] = {}
+    shards: dict[tuple[int, int], Tensor] = {}
     for rank in run_on_ranks(load, 2, folder, plan):
-        pieces |= rank
-    whole = torch.cat([pieces[place] for place in sorted(pieces)])
-    torch.testing.assert_close(whole, torch.arange(ROWS) + 400.0)
+        shards |= rank
+    full = torch.cat([shards[offsets] for offsets in sorted(shards)])
+    torch.testing.assert_close(full, torch.arange(ROWS) + 400.0)
 
 
 def test_the_same_column_shards_get_their_own_moments_back(folder: Path) -> None:
@@ -126,7 +126,7 @@ def blocks(rank: int, world_size: int) -> list[tuple[list[int], list[int]]]:
         assert shard.tensor.data_ptr() == columns.data_ptr()
         # torch's writer copies parts of larger storages.
         assert shard.tensor.untyped_storage().nbytes() == shard.tensor.nbytes
-    return [(part.shard_offsets, part.shard_sizes) for part in cut.metadata().shards_metadata]
+    return [(block.shard_offsets, block.shard_sizes) for block in cut.metadata().shards_metadata]
 
 
 def test_shards_are_cut_into_blocks_that_share_their_memory() -> None:

@@ -60,12 +60,12 @@ def test_ids_not_in_the_map_have_the_last_row(lists: tuple[list[int], list[int]]
 @given(two_lists_of_ids)
 def test_an_extension_keeps_every_row(lists: tuple[list[int], list[int]]) -> None:
     earlier, later = lists
-    before, after = vocabulary_of(earlier), vocabulary_of(earlier)
-    num_added = after.extend([array(later)])
-    assert num_added == len({*later} - {*earlier}) == len(after) - len(before)
-    assert after.rows_of(array(earlier)).tolist() == before.rows_of(array(earlier)).tolist()
-    assert after.is_extension_of(before)
-    assert before.is_extension_of(after) == (num_added == 0)
+    old, new = vocabulary_of(earlier), vocabulary_of(earlier)
+    num_added = new.extend([array(later)])
+    assert num_added == len({*later} - {*earlier}) == len(new) - len(old)
+    assert new.rows_of(array(earlier)).tolist() == old.rows_of(array(earlier)).tolist()
+    assert new.is_extension_of(old)
+    assert old.is_extension_of(new) == (num_added == 0)
 
 
 @given(ids=lists_of_ids)
@@ -86,10 +86,10 @@ STRINGS = [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.str
 @pytest.mark.parametrize("kind", INTEGERS + STRINGS)
 def test_every_type_of_integer_and_string_means_the_same_ids(kind: pa.DataType) -> None:
     if kind in INTEGERS:
-        ids, known = pa.array([5, 6, 7], kind), [7, 5]
+        ids, map_ids = pa.array([5, 6, 7], kind), [7, 5]
     else:
-        ids, known = pa.array(["b", "c", "a"]).cast(kind), ["a", "b"]
-    assert vocabulary_of(known).rows_of(ids).tolist() == [1, 999, 0]  # type: ignore[arg-type]
+        ids, map_ids = pa.array(["b", "c", "a"]).cast(kind), ["a", "b"]
+    assert vocabulary_of(map_ids).rows_of(ids).tolist() == [1, 999, 0]  # type: ignore[arg-type]
 
 
 def test_slices_and_chunks_mean_their_own_ids() -> None:
@@ -98,9 +98,9 @@ def test_slices_and_chunks_mean_their_own_ids() -> None:
     assert vocabulary.rows_of(chunks).tolist() == [0, 2]
 
 
-@pytest.mark.parametrize("of", [int, str])
-def test_many_ids_have_the_rows_that_each_has_alone(of: type) -> None:
-    ids = [of(number % 700) for number in range(2 * FEW_IDS)]
+@pytest.mark.parametrize("kind", [int, str])
+def test_many_ids_have_the_rows_that_each_has_alone(kind: type) -> None:
+    ids = [kind(number % 700) for number in range(2 * FEW_IDS)]
     vocabulary = ExactVocabulary(600)
     vocabulary.extend([pa.array(ids[100:690])])
     alone = [int(vocabulary.rows_of(pa.array([one]))[0]) for one in ids[:700]]

@@ -32,31 +32,31 @@ class Machine:
     hosts: Path
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
-    def command(self, words: Sequence[str]) -> list[str]:
+    def command(self, argv: Sequence[str]) -> list[str]:
         """The words that run a command on this machine."""
         inside = ["ip", "netns", "exec", self.namespace, "unshare", "--uts", "--mount"]
-        return [*inside, "bash", "-c", AS_MACHINE, "machine", self.name, str(self.hosts), *words]
+        return [*inside, "bash", "-c", AS_MACHINE, "machine", self.name, str(self.hosts), *argv]
 
     def start(
-        self, words: Sequence[str], log: Path, env: Mapping[str, str] | None = None
+        self, argv: Sequence[str], log: Path, env: Mapping[str, str] | None = None
     ) -> subprocess.Popen[bytes]:
         """Starts a command in the background; its output goes to the end of `log`."""
         with log.open("ab") as output:
             process = subprocess.Popen(
-                self.command(words), env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+                self.command(argv), env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output
             )
         self.started.append(process)
         return process
 
     def run(
         self,
-        words: Sequence[str],
+        argv: Sequence[str],
         env: Mapping[str, str] | None = None,
         seconds: float = HANG_SECONDS,
     ) -> subprocess.CompletedProcess[str]:
         """Runs a command to its end."""
         return subprocess.run(
-            self.command(words), env=env, capture_output=True, text=True, timeout=seconds
+            self.command(argv), env=env, capture_output=True, text=True, timeout=seconds
         )
 
     def lose(self) -> None:
@@ -124,8 +124,8 @@ def why_no_machines(folder: Path) -> str:
         return str(error)
 
 
-def _ip(*words: str) -> str:
-    process = subprocess.run(["ip", *words], capture_output=True, text=True)
+def _ip(*argv: str) -> str:
+    process = subprocess.run(["ip", *argv], capture_output=True, text=True)
     if process.returncode:
-        raise RuntimeError(f"ip {' '.join(words)}: {process.stderr.strip()}")
+        raise RuntimeError(f"ip {' '.join(argv)}: {process.stderr.strip()}")
     return process.stdout

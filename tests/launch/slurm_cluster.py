@@ -64,16 +64,16 @@ class SlurmCluster:
         """This process's environment with what Slurm's commands need."""
         return {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf")}
 
-    def run(self, words: Sequence[str], seconds: float = HANG_SECONDS, **env: str) -> str:
+    def run(self, argv: Sequence[str], seconds: float = HANG_SECONDS, **env: str) -> str:
         """What a command on the first machine prints.
 
         Raises:
             RuntimeError: it failed.
         """
-        process = self.machines[0].run(words, {**self.env, **env}, seconds)
+        process = self.machines[0].run(argv, {**self.env, **env}, seconds)
         if process.returncode:
             raise RuntimeError(
-                f"{' '.join(words)}: {process.returncode}\n{process.stdout}{process.stderr}"
+                f"{' '.join(argv)}: {process.returncode}\n{process.stdout}{process.stderr}"
             )
         return process.stdout
 
@@ -88,14 +88,14 @@ class SlurmCluster:
 
     def wait_for_state(self, machine: Machine, state: str, seconds: float = HANG_SECONDS) -> None:
         """Returns when Slurm holds the node to be in a state; TimeoutError if it does not."""
-        words = ["sinfo", "--noheader", "--nodes", machine.name, "--format=%T"]
+        argv = ["sinfo", "--noheader", "--nodes", machine.name, "--format=%T"]
         # Not `run`: the controller may not answer yet.
         node = self.machines[0]
-        self._wait(lambda: node.run(words, self.env).stdout.strip() == state, seconds)
+        self._wait(lambda: node.run(argv, self.env).stdout.strip() == state, seconds)
 
-    def _wait(self, until: Callable[[], bool], seconds: float) -> None:
+    def _wait(self, is_done: Callable[[], bool], seconds: float) -> None:
         deadline = time.monotonic() + seconds
-        while not until():
+        while not is_done():
             if time.monotonic() > deadline:
                 logs = sorted(self.folder.glob("*.log"))
                 raise TimeoutError("\n".join(f"{log}\n{log.read_text()[-3000:]}" for log in logs))
@@ -131,10 +131,10 @@ def _start_munge(cluster: SlurmCluster) -> None:
     key = folder / "munge.key"
     key.write_bytes(os.urandom(1024))
     key.chmod(0o600)
-    files = [f"--{what}-file={folder}/munge.{what}" for what in ("key", "pid", "log", "seed")]
+    files = [f"--{name}-file={folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
     socket = folder / "munge.socket"
-    words = ["munged", "--foreground", "--force", f"--socket={socket}", *files]
-    cluster.machines[0].start(words, folder / "munged.log")
+    argv = ["munged", "--foreground", "--force", f"--socket={socket}", *files]
+    cluster.machines[0].start(argv, folder / "munged.log")
     cluster._wait(socket.exists, HANG_SECONDS)
 
 

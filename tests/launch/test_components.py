@@ -180,8 +180,8 @@ def job() -> dict[str, Any]:
     """The manifest of `torchx run --dryrun -s kubernetes`."""
     torchx = str(Path(sys.executable).parent / "torchx")
     # Without a workspace the image is used as it is; with one, docker would add files to it.
-    words = ["run", "--dryrun", "--workspace", "", "-s", "kubernetes", "-cfg", "queue=training"]
-    command = [torchx, *words, "launch/components.py:train", *JOB.split()]
+    argv = ["run", "--dryrun", "--workspace", "", "-s", "kubernetes", "-cfg", "queue=training"]
+    command = [torchx, *argv, "launch/components.py:train", *JOB.split()]
     env = {**os.environ, "OMP_NUM_THREADS": "5"}
     process = subprocess.run(
         command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=HANG_SECONDS

@@ -27,7 +27,7 @@ NAMES = (
     *("reset_cache_states", "DMPCollection", "DTensor", "PrefetchTrainPipelineSparseDist"),
 )
 DEVICES = ("cuda", "cpu", "nccl")
-WORDS = re.compile(r"nccl|^cuda$|^cuda:|^uvm")
+GPU_NAMES = re.compile(r"nccl|^cuda$|^cuda:|^uvm")
 
 
 def branches(file: Path) -> Iterator[str]:
@@ -35,16 +35,16 @@ def branches(file: Path) -> Iterator[str]:
     yield from _branches(ast.parse(file.read_text()), "module")
 
 
-def _branches(node: ast.AST, place: str) -> Iterator[str]:
+def _branches(node: ast.AST, owner: str) -> Iterator[str]:
     if _is_branch(node):
-        yield place
+        yield owner
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Subscript) and ast.unparse(child.value).endswith("Literal"):
             continue  # a type, not a branch
         if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
             continue  # a docstring
-        is_place = isinstance(child, ast.FunctionDef | ast.ClassDef)
-        yield from _branches(child, child.name if is_place else place)
+        is_owner = isinstance(child, ast.FunctionDef | ast.ClassDef)
+        yield from _branches(child, child.name if is_owner else owner)
 
 
 def _is_branch(node: ast.AST) -> bool:
@@ -52,10 +52,10 @@ def _is_branch(node: ast.AST) -> bool:
         case ast.Attribute(attr=name) | ast.Name(id=name) | ast.arg(arg=name):
             return name in NAMES
         case ast.Compare(left=ast.Attribute(attr="type")) | ast.Compare(left=ast.Name()):
-            texts = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
+            texts = [leaf.value for leaf in ast.walk(node) if isinstance(leaf, ast.Constant)]
             return any(text in DEVICES for text in texts)
         case ast.Constant(value=str(text)):
-            return WORDS.search(text) is not None
+            return GPU_NAMES.search(text) is not None
     return False
 
 
@@ -63,10 +63,10 @@ def found_in_sources() -> set[tuple[str, str]]:
     files = [file for package in PACKAGES for file in (ROOT / package).rglob("*.py")]
     hints = re.compile("|".join([*NAMES, *DEVICES, "uvm"]))
     return {
-        (str(file.relative_to(ROOT)), place)
+        (str(file.relative_to(ROOT)), owner)
         for file in files
         if hints.search(file.read_text())  # most files have none, and parsing takes time
-        for place in branches(file)
+        for owner in branches(file)
     }
 
 
@@ -76,7 +76,7 @@ def rows_of_page() -> list[tuple[str, str, str, str]]:
 
 
 def test_every_branch_has_one_row_and_every_row_a_branch() -> None:
-    listed = [(file, place) for file, place, *_ in rows_of_page()]
+    listed = [(file, owner) for file, owner, *_ in rows_of_page()]
     assert len(listed) == len(set(listed))
     branches = found_in_sources()
     missing, stale = branches - set(listed), set(listed) - branches

@@ -132,9 +132,9 @@ def test_on_a_gpu_machine_encoders_and_clients_are_installed_without_dependencie
 
 def test_another_package_index_serves_torch_only() -> None:
     stages = install.installation_stages(PROJECT, "cpu", index_url="https://wheels")
-    first, *rest = stages.values()
+    first, *later_stages = stages.values()
     assert first == ["--index-url", "https://wheels", "torch>=2.13"]
-    assert not any("--index-url" in arguments for arguments in rest)
+    assert not any("--index-url" in arguments for arguments in later_stages)
 
 
 def test_an_extra_that_the_project_lacks_is_named_before_anything_is_made(

@@ -18,9 +18,9 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "launch" / "serving"
 
 
-def parsed(words: list[str]) -> Namespace:
+def parsed(argv: list[str]) -> Namespace:
     """The words as `recsys serve` reads them."""
-    return command_parser("serve", words)[1].parse_args(words)
+    return command_parser("serve", argv)[1].parse_args(argv)
 
 
 def dockerfile(name: str) -> list[dict[str, Any]]:

@@ -28,14 +28,14 @@ def cluster(tmp_path: Path) -> Iterator[SlurmCluster]:
         yield cluster
 
 
-def submit(cluster: SlurmCluster, folder: Path, *words: str) -> str:
+def submit(cluster: SlurmCluster, folder: Path, *argv: str) -> str:
     """Submits `recsys train` on two nodes, from an empty folder; the job's number."""
     (folder / "empty").mkdir()
     torchx = Path(sys.executable).parent / "torchx"
     scheduler = f"-s slurm -cfg partition=debug,job_dir={folder}/job"
     component = f"{ROOT}/launch/components.py:train --nnodes 2 --nproc 1"
     # Once it is submitted torchx asks `sacct` how the job is, which fails without accounting.
-    script = f"{torchx} run {scheduler} {component} {' '.join(words)} || true"
+    script = f"{torchx} run {scheduler} {component} {' '.join(argv)} || true"
     printed = cluster.run(["bash", "-c", f"cd {folder}/empty; {script}"], OMP_NUM_THREADS="1")
     return printed.strip().removeprefix("slurm://torchx/")
 
@@ -45,12 +45,12 @@ def test_a_job_trains_on_two_nodes_and_goes_on_after_the_loss_of_one(
 ) -> None:
     write_dataset(tmp_path / "data", NUM_ROWS)
     run = tmp_path / "run"
-    words = f"--config {ROOT}/recsys/recipes/tiny.yaml --data file://{tmp_path}/data --out {run}"
+    paths = f"--config {ROOT}/recsys/recipes/tiny.yaml --data file://{tmp_path}/data --out {run}"
     settings = (
         f"--epochs {EPOCHS} --patience 9 --batch_size 8 --device cpu --cache {tmp_path}/cache"
     )
     resources = ("--cpu", "1", "--gpu", "2", "--memMB", "2000")
-    job = submit(cluster, tmp_path, *resources, "--", words, settings, "--checkpoint.every_steps 3")
+    job = submit(cluster, tmp_path, *resources, "--", paths, settings, "--checkpoint.every_steps 3")
 
     described = cluster.run(["scontrol", "show", "job", job])
     assert described.count("ReqTRES=cpu=1,mem=2000M,node=1") == 2

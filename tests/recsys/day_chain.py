@@ -40,10 +40,10 @@ def commands(folder: Path, day: str) -> list[list[str]]:
     """The words of a day's two commands."""
     data, config = str(folder / "out"), str(folder / "data" / "events.yaml")
     prepare = ["prepare", "events", "--config", config, "--out", data, "--until", day]
-    words = ["continual", "--config", str(TINY), "--data", data, "--out", str(folder / "run")]
-    words += ["--device", "cpu", "--batch_size", "16", "--cache", "cache"]
-    words += ["--content.modalities.text.column", "title", "--continual.keep", "9"]
-    return [prepare, [*words, "--continual.packages", str(folder / "packages")]]
+    argv = ["continual", "--config", str(TINY), "--data", data, "--out", str(folder / "run")]
+    argv += ["--device", "cpu", "--batch_size", "16", "--cache", "cache"]
+    argv += ["--content.modalities.text.column", "title", "--continual.keep", "9"]
+    return [prepare, [*argv, "--continual.packages", str(folder / "packages")]]
 
 
 def run_day(
@@ -65,29 +65,29 @@ def run_day(
         deliver(folder / "data", table, 0)  # no row of the first day is decided on it
     deliver(folder / "data", table, number)
     rng = random.Random(number)
-    for place, words in enumerate(commands(folder, DAYS[number]), COMMANDS * (number - 1)):
-        steps = f"steps-{words[0]}-{number}"
-        due = kills * (place + 1) // (COMMANDS * days)
+    for index, argv in enumerate(commands(folder, DAYS[number]), COMMANDS * (number - 1)):
+        steps = f"steps-{argv[0]}-{number}"
+        due = kills * (index + 1) // (COMMANDS * days)
         for attempt in range(due - killed):
             assert peaceful is not None
             last = int((peaceful / steps).read_text()) // (attempt + 1)
-            if not run_command(words, folder, steps, rng.randrange(last)):
+            if not run_command(argv, folder, steps, rng.randrange(last)):
                 break  # it had less left to do than when it ran first: the next command is killed
             killed += 1
-        assert not run_command(words, folder, steps, None)
+        assert not run_command(argv, folder, steps, None)
     return killed
 
 
-def run_command(words: list[str], folder: Path, steps: str, kill_at: int | None) -> bool:
+def run_command(argv: list[str], folder: Path, steps: str, kill_step: int | None) -> bool:
     """Run `recsys` in a process; return whether it was killed."""
-    process = forking_server().Process(target=_counted, args=(words, folder, steps, kill_at))
+    process = forking_server().Process(target=_counted, args=(argv, folder, steps, kill_step))
     process.start()
     process.join(HANG_SECONDS)
     assert process.exitcode in (0, -signal.SIGKILL), (folder / "output.err").read_text()[-5000:]
     return process.exitcode != 0
 
 
-def _counted(words: list[str], folder: Path, steps: str, kill_at: int | None) -> None:
+def _counted(argv: list[str], folder: Path, steps: str, kill_step: int | None) -> None:
     """`recsys`, which counts the changes of files in the folder, and dies before one of them."""
     number = count()
 
@@ -96,7 +96,7 @@ def _counted(words: list[str], folder: Path, steps: str, kill_at: int | None) ->
             event == "open" and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))
         )
         is_inside = is_change and str(arguments[0]).startswith(f"{folder}/")
-        if is_inside and next(number) == kill_at:
+        if is_inside and next(number) == kill_step:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def export(command: list[str], **_: Any) -> Any:  # in a process that has all imports
@@ -105,7 +105,7 @@ def _counted(words: list[str], folder: Path, steps: str, kill_at: int | None) ->
     walk.subprocess = SimpleNamespace(run=export)  # type: ignore[assignment]
     sys.addaudithook(hook)
     try:
-        run_rank(words, {**os.environ, "CXX": "no-compiler"}, folder, folder / "output")
+        run_rank(argv, {**os.environ, "CXX": "no-compiler"}, folder, folder / "output")
     finally:
         (folder / steps).write_text(str(next(number)))
 

@@ -65,7 +65,7 @@ class Run:
     gradients: list[dict[str, Tensor]] = field(default_factory=list)  # dense, per step
     dense: dict[str, Tensor] = field(default_factory=dict)  # trained, at the end
     tables: list[dict[str, list[tuple[list[int], Tensor]]]] = field(default_factory=list)
-    # Pieces of each table on this rank with their offsets, before each step and at the end.
+    # Shards of each table on this rank with their offsets, before each step and at the end.
     encoded: list[Tensor] = field(default_factory=list)  # items that this rank encoded, per step
 
 
@@ -149,7 +149,7 @@ def _train(rank: int, world_size: int, folder: Path, config: Config) -> Run:
     round_tables(table_weights(job))
     run = Run()
     for step in range(STEPS):
-        run.tables.append(table_pieces(job))
+        run.tables.append(table_shards(job))
         rows = rows_of_step(job.root, job.schema, step, rank, world_size)
         loaded = iter([job.batch_builder()(rows)])
         (batch,) = job.preparation(loaded, UnknownIds(job.schema), step, training=True)
@@ -160,7 +160,7 @@ def _train(rank: int, world_size: int, folder: Path, config: Config) -> Run:
         loss.backward()
         _record(run, job.em3, loss, logits)
         job.pipeline.update.optimizer.step()
-    run.tables.append(table_pieces(job))
+    run.tables.append(table_shards(job))
     trained = dense_weights(job.em3)
     run.dense = {name: trained[name] for name in run.gradients[0]}
     return run
@@ -188,12 +188,12 @@ def dense_weights(em3: EM3) -> dict[str, Tensor]:
     }
 
 
-def table_pieces(job: Job) -> dict[str, list[tuple[list[int], Tensor]]]:
+def table_shards(job: Job) -> dict[str, list[tuple[list[int], Tensor]]]:
     """By table: offsets and weights of what lies on this rank."""
     return {
         name.split(".")[-2]: [
-            (list(piece.metadata.shard_offsets), piece.tensor.detach().clone())
-            for piece in value.local_shards()
+            (list(shard.metadata.shard_offsets), shard.tensor.detach().clone())
+            for shard in value.local_shards()
         ]
         for name, value in job.model.state_dict().items()
         if isinstance(value, ShardedTensor)
@@ -213,21 +213,21 @@ def round_tables(weights: Iterable[Tensor]) -> None:
 def table_weights(job: Job) -> list[Tensor]:
     """The weights of all tables that lie on this rank, to be changed in place."""
     return [
-        piece.tensor
+        shard.tensor
         for value in job.model.state_dict().values()
         if isinstance(value, ShardedTensor)
-        for piece in value.local_shards()
+        for shard in value.local_shards()
     ]
 
 
-def whole_table(runs: list[Run], step: int, name: str) -> Tensor:
+def full_table(runs: list[Run], step: int, name: str) -> Tensor:
     """A table before a step (`STEPS`: at the end) put together from all ranks, [rows, D]."""
-    pieces = [piece for run in runs for piece in run.tables[step][name]]
-    rows = max(offset[0] + len(piece) for offset, piece in pieces)
-    columns = max(offset[1] + piece.shape[1] for offset, piece in pieces)
+    shards = [shard for run in runs for shard in run.tables[step][name]]
+    rows = max(offset[0] + len(shard) for offset, shard in shards)
+    columns = max(offset[1] + shard.shape[1] for offset, shard in shards)
     table = torch.full((rows, columns), float("nan"))
-    for (row, column), piece in pieces:
-        table[row : row + piece.shape[0], column : column + piece.shape[1]] = piece
+    for (row, column), shard in shards:
+        table[row : row + shard.shape[0], column : column + shard.shape[1]] = shard
     return table
 
 
@@ -251,7 +251,7 @@ def _train_unsharded(ranks: Ranks, folder: Path, table_optimizer: str, column_sh
     adamw = torch.optim.AdamW(_dense_groups(em3), weight_decay=0.0, eps=EPS)
     run = Run()
     for step in range(STEPS):
-        run.tables.append(_whole_pieces(weights))
+        run.tables.append(_full_shards(weights))
         em3.zero_grad()
         loss, (_, logits, _) = em3(build(rows_of_step(root, schema, step, 0, 1)))
         loss.backward()
@@ -259,7 +259,7 @@ def _train_unsharded(ranks: Ranks, folder: Path, table_optimizer: str, column_sh
         adamw.step()
         for name, weight in weights.items():
             _update_table(weight, moments[name], table_optimizer)
-    run.tables.append(_whole_pieces(weights))
+    run.tables.append(_full_shards(weights))
     run.dense = dense_weights(em3)
     return run
 
@@ -288,7 +288,7 @@ def _table_weights(em3: EM3) -> dict[str, torch.nn.Parameter]:
     return {name: holder.weight for name, holder in holders.items()}
 
 
-def _whole_pieces(weights: dict[str, torch.nn.Parameter]) -> dict[str, Any]:
+def _full_shards(weights: dict[str, torch.nn.Parameter]) -> dict[str, Any]:
     return {name: [([0, 0], weight.detach().clone())] for name, weight in weights.items()}
 
 

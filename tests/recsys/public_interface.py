@@ -18,7 +18,7 @@ PACKAGES = (
     *("recsys", "embeddings", "recsys.plug_in", "recsys.serving"),
     "recsys.serving.retrieval",
 )
-PARTS = (
+PATHS = (
     "recsys.model.auxiliary:AuxiliaryInputs",
     "recsys.data.row_source:Chunk",
     "recsys.data.row_source:RowSource",
@@ -37,16 +37,16 @@ def parameters(function: Any) -> str:
     return f"({', '.join(name for name in names if name != 'self')})"
 
 
-def members(part: Any) -> Iterator[str]:
+def members(obj: Any) -> Iterator[str]:
     """Arguments of a function or class, and public methods and properties of a class."""
-    if not getattr(part, "_is_protocol", False):
-        message = getattr(part, "__deprecated__", None)
-        yield parameters(part) + (f" deprecated: {message}" if message else "")
-    if inspect.isclass(part):
-        for name, member in sorted(vars(part).items()):
+    if not getattr(obj, "_is_protocol", False):
+        message = getattr(obj, "__deprecated__", None)
+        yield parameters(obj) + (f" deprecated: {message}" if message else "")
+    if inspect.isclass(obj):
+        for name, member in sorted(vars(obj).items()):
             is_method = inspect.isfunction(member) or isinstance(member, classmethod | staticmethod)
             if is_method and (name == "__call__" or not name.startswith("_")):
-                yield f".{name}{parameters(getattr(part, name))}"
+                yield f".{name}{parameters(getattr(obj, name))}"
             elif isinstance(member, property) and not name.startswith("_"):
                 yield f".{name}"
 
@@ -63,10 +63,10 @@ def command(path: str) -> Any:
 def homes() -> set[str]:
     """Modules in which the public names, parts and commands are defined."""
     names = [f"{package}:{name}" for package in PACKAGES for name in import_module(package).__all__]
-    objects = [loaded(path) for path in (*names, *PARTS)]
+    objects = [loaded(path) for path in (*names, *PATHS)]
     objects += [loaded(f"recsys.data.schema_columns:{name}") for name in SCHEMA]
     objects += [command(path) for path, _ in COMMANDS.values()]
-    return {*PACKAGES, *(part.__module__ for part in objects)}
+    return {*PACKAGES, *(obj.__module__ for obj in objects)}
 
 
 def interface() -> str:
@@ -76,7 +76,7 @@ def interface() -> str:
             lines += [
                 f"name {package}.{name}{text}" for text in members(loaded(f"{package}:{name}"))
             ]
-    for path in PARTS:
+    for path in PATHS:
         lines += [f"part {path}{text}" for text in members(loaded(path))]
     for name, (path, _) in COMMANDS.items():
         lines.append(f"command recsys {name} {parameters(command(path))}")

@@ -105,10 +105,10 @@ def write_case(folder: Path, case: SchemaCase) -> Path:
         rating = random.normal(size=table.num_rows).astype(np.float32)
         pq.write_table(table.append_column("rating", pa.array(rating)), path)
     for number, partition in enumerate(PARTITIONS):
-        place = folder / "train" / partition
-        place.mkdir()
-        (folder / "train" / f"part-{number}.parquet").rename(place / "part-0.parquet")
-        (place / "_SUCCESS").touch()
+        location = folder / "train" / partition
+        location.mkdir()
+        (folder / "train" / f"part-{number}.parquet").rename(location / "part-0.parquet")
+        (location / "_SUCCESS").touch()
     schema = {
         "target_item": "item",
         "group": "user" if "user" in case.columns else "item",

@@ -36,8 +36,8 @@ CASES: dict[str, BadInput] = {
     }.items()
     for name, bad in cases.items()
 } | {
-    f"setting: {name}": BadInput(bad_settings.nothing, [word], (setting,))
-    for name, (setting, word) in bad_settings.SETTINGS.items()
+    f"setting: {name}": BadInput(bad_settings.nothing, [text], (setting,))
+    for name, (setting, text) in bad_settings.SETTINGS.items()
 }
 Outcome = tuple[str, str]  # type and message of what was raised
 
@@ -60,7 +60,7 @@ def recipes(folder: Path) -> dict[str, Config | ValueError]:
     return {
         case: recipe(
             tuple(
-                word.replace("DATA", str(folder_of(case, folder) / "data")) for word in bad.settings
+                text.replace("DATA", str(folder_of(case, folder) / "data")) for text in bad.settings
             )
         )
         for case, bad in CASES.items()
@@ -109,8 +109,8 @@ def test_every_rank_ends_with_the_cause(
     case_folder = folder_of(case, folder)
     for rank in outcomes:
         kind, message = rank[case]
-        for word in CASES[case].words:
-            assert word.replace("DATA", str(case_folder / "data")) in message
+        for text in CASES[case].messages:
+            assert text.replace("DATA", str(case_folder / "data")) in message
         assert kind == "ValueError"
         assert len(message) < 1500  # for people
     assert not (case_folder / "run").exists()

@@ -26,12 +26,12 @@ PACKAGES = (
     *("embeddings", "recsys", "recsys.content.encoders.build"),
     *("recsys.optimizer", "recsys.plug_in", "recsys.serving", "recsys.serving.retrieval"),
 )
-PUBLIC_PARTS = {
+PUBLIC_OBJECTS = {
     getattr(package, name) for package in map(import_module, PACKAGES) for name in package.__all__
 }
 # The tests of these run their examples, in folders that have a package or vectors.
 SERVED = {Scorer, Retrieved, Retriever}
-PARTS = sorted({Distillation, *PUBLIC_PARTS} - SERVED, key=lambda part: part.__name__)
+OBJECTS = sorted({Distillation, *PUBLIC_OBJECTS} - SERVED, key=lambda obj: obj.__name__)
 SETTINGS = """\
 data: shop
 item: item
@@ -44,17 +44,17 @@ content:
 """
 
 
-def example_of(part: Any) -> str:
+def example_of(obj: Any) -> str:
     """The indented block behind `Example::`."""
-    match = re.search(r"^Example::\n\n((?:(?:    .*)?\n)+)", f"{inspect.getdoc(part)}\n", re.M)
-    assert match is not None, f"{part.__name__} has no Example::"
+    match = re.search(r"^Example::\n\n((?:(?:    .*)?\n)+)", f"{inspect.getdoc(obj)}\n", re.M)
+    assert match is not None, f"{obj.__name__} has no Example::"
     return textwrap.dedent(match.group(1))
 
 
-def run_example(part: Any, names: dict[str, Any]) -> None:
+def run_example(obj: Any, names: dict[str, Any]) -> None:
     """Runs the example of a class or function, which must import it."""
-    exec(example_of(part), names)
-    assert part.__name__ in names, "an example imports what it shows"
+    exec(example_of(obj), names)
+    assert obj.__name__ in names, "an example imports what it shows"
 
 
 @pytest.fixture(scope="module")
@@ -66,18 +66,18 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.__name__)
+@pytest.mark.parametrize("obj", OBJECTS, ids=lambda obj: obj.__name__)
 def test_the_example_in_the_docstring_runs(
-    part: Any, shop: Path, monkeypatch: pytest.MonkeyPatch
+    obj: Any, shop: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names: dict[str, Any] = {}
-    if part.__module__.startswith("recsys.plug_in"):
+    if obj.__module__.startswith("recsys.plug_in"):
         dlrm, device = build_dlrm("dlrm", "cpu"), torch.device("cpu")
         names = {"dlrm": dlrm, "loader": user_batches(0, 2), "device": device}
     monkeypatch.chdir(shop)
 
     with joined_ranks("cpu"), torch.random.fork_rng():
-        run_example(part, names)
+        run_example(obj, names)
 
 
 def test_every_package_with_public_names_is_read_here() -> None:

@@ -129,12 +129,12 @@ def driver(monkeypatch: pytest.MonkeyPatch):
     def init() -> None:
         raise RuntimeError(DRIVER_TOO_OLD)
 
-    def answers(code: int = 0) -> None:
+    def set_code(code: int = 0) -> None:
         monkeypatch.setattr(doctor.ctypes, "CDLL", lambda name: DriverWithAGPU(code))
 
     monkeypatch.setattr(torch.cuda, "init", init)
-    answers()
-    return answers
+    set_code()
+    return set_code
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda"])

@@ -33,7 +33,7 @@ class Load:
 
     server: ServedPackage
     example: dict[str, Any]
-    answers: list[tuple[dict[str, Any], int, Any]] = field(default_factory=list)
+    responses: list[tuple[dict[str, Any], int, Any]] = field(default_factory=list)
     is_over: bool = False
 
     def run(self) -> None:
@@ -41,8 +41,8 @@ class Load:
         while not self.is_over:
             request = self.example | {"candidates": random.integers(0, 35, 5).tolist()}
             request["user"] = request["user"] | {"user": f"u{random.integers(15)}"}
-            answer = self.server.call("/v1/rank", request)
-            self.answers.append((request, answer.status, answer.content))
+            response = self.server.call("/v1/rank", request)
+            self.responses.append((request, response.status, response.content))
             time.sleep(PAUSE)
 
 
@@ -88,13 +88,13 @@ def live_through(folder: Path, server: ServedPackage, load: Load) -> FiveDays:
         for number in range(NEW_ITEMS):
             item = {"item": 100 * day + number, "title": f"new on day {day}, {number}"}
             started = processor_seconds(server)
-            answer = server.call("/v1/items", {"items": [item]})
+            response = server.call("/v1/items", {"items": [item]})
             ranked = server.call("/v1/rank", load.example | {"candidates": [item["item"]]})
             seconds.append(processor_seconds(server) - started)
-            assert {answer.status, ranked.status} == {200}, answer.body
-            assert ranked.content["model_version"] == answer.content["model_version"]
+            assert {response.status, ranked.status} == {200}, response.body
+            assert ranked.content["model_version"] == response.content["model_version"]
             new_versions[-1].append(keep(newest, folder / "served").name)
-            assert new_versions[-1][-1] == answer.content["model_version"]
+            assert new_versions[-1][-1] == response.content["model_version"]
         versions += new_versions[-1]
     return FiveDays(folder, load, versions, new_versions, seconds)
 
@@ -122,10 +122,10 @@ def days(tmp_path_factory: pytest.TempPathFactory) -> FiveDays:
 def test_every_request_of_five_days_is_answered_by_one_version(days: FiveDays) -> None:
     scorers = {name: Scorer.load(days.folder / "served" / name) for name in days.versions}
     order = {name: number for number, name in enumerate(days.versions)}
-    assert [status for _, status, _ in days.load.answers if status != 200] == []
-    numbers = [order[content["model_version"]] for _, _, content in days.load.answers]
+    assert [status for _, status, _ in days.load.responses if status != 200] == []
+    numbers = [order[content["model_version"]] for _, _, content in days.load.responses]
     assert numbers == sorted(numbers) and {numbers[0], numbers[-1]} == {0, len(order) - 1}
-    for request, _, content in days.load.answers:
+    for request, _, content in days.load.responses:
         scorer = scorers[content["model_version"]]
         assert content["features_version"] == scorer.features_version
         scores = np.sort(scorer.score(**request)[:, 0])[::-1]
@@ -145,8 +145,8 @@ def test_new_items_of_each_day_have_the_content_that_the_command_encodes(
     days: FiveDays, tmp_path: Path
 ) -> None:
     for day, new_versions in zip(DAYS, days.new_versions, strict=True):
-        before = days.versions[days.versions.index(new_versions[0]) - 1]
-        package = shutil.copytree(days.folder / "served" / before, tmp_path / before)
+        old_version = days.versions[days.versions.index(new_versions[0]) - 1]
+        package = shutil.copytree(days.folder / "served" / old_version, tmp_path / old_version)
         ids = [100 * day + number for number in range(NEW_ITEMS)]
         titles = [f"new on day {day}, {number}" for number in range(NEW_ITEMS)]
         pq.write_table(pa.table({"item": ids, "title": titles}), tmp_path / "new.parquet")

@@ -48,7 +48,7 @@ names = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min
 name_lists = st.lists(names.map("x".__add__), min_size=10, max_size=10, unique=True)
 # Shifts of user, item, hour and whether it is bought from view to view, and the price.
 view = st.tuples(
-    *(st.integers(0, most) for most in (9, 9, HOURS, 1)), st.none() | st.floats(0, 1e6)
+    *(st.integers(0, highest) for highest in (9, 9, HOURS, 1)), st.none() | st.floats(0, 1e6)
 )
 logs = st.tuples(name_lists, name_lists, st.lists(view, min_size=200, max_size=300))
 
@@ -71,10 +71,10 @@ def write_log(folder: Path, log: Any) -> dict[tuple[str, str, int], bool]:
             {"buy": moment + HOUR // 2} if (is_bought + number) % 2 else {}
         )
         for action, seconds in actions.items():
-            at = datetime.fromtimestamp(seconds, ZoneInfo(ZONES[name])).strftime(
+            ts = datetime.fromtimestamp(seconds, ZoneInfo(ZONES[name])).strftime(
                 "%Y-%m-%d %H:%M:%S"
             )
-            rows.setdefault(f"{name}-{number // 3 % 2}.csv", []).append([*pair, at, action, price])
+            rows.setdefault(f"{name}-{number // 3 % 2}.csv", []).append([*pair, ts, action, price])
     for name, lines in rows.items():
         with (folder / name).open("w", newline="") as file:
             csv.writer(file).writerows([["customer", "sku", "at", "what", "price"], *lines])
@@ -100,11 +100,11 @@ def test_five_commands_lead_from_files_to_a_served_answer(log: Any) -> None:
         try:
             request = json.loads((folder / "package" / "request.json").read_text())
             request["candidates"] = log[1]
-            answer = server.call("/v1/rank", request)
+            response = server.call("/v1/rank", request)
         finally:
             assert server.end() == 0
-        assert answer.status == 200 and sorted(answer.content["items"]) == sorted(log[1])
-        scores = answer.content["scores"]["bought"]
+        assert response.status == 200 and sorted(response.content["items"]) == sorted(log[1])
+        scores = response.content["scores"]["bought"]
         assert scores == sorted(scores, reverse=True) and np.isfinite(scores).all()
         rows = pq.read_table(folder / "data" / "train").to_pylist()
         keys = [(row["user"], row["item"], row["time"] // 10**6) for row in rows]

@@ -49,9 +49,9 @@ PAIRS = [
         id=f"{schema}-{backbone}",
         marks=[pytest.mark.long] if shift or schema == "no history" else [],
     )
-    for place, schema in enumerate(SCHEMAS)
+    for index, schema in enumerate(SCHEMAS)
     for number, backbone in enumerate(RANKING_MODELS)
-    if (shift := (place + number) % len(RANKING_MODELS)) in (0, 3, 6)
+    if (shift := (index + number) % len(RANKING_MODELS)) in (0, 3, 6)
     and (schema, backbone) not in UNFIT
 ]
 
@@ -125,8 +125,8 @@ def test_a_partition_is_scored_as_the_run_before_predicts(run: SchemaRun) -> Non
         train_continually(run.config, str(run.data), walk.path, ranks, options)
 
     losses = load_schema(Location.of(run.data), with_vocabularies=False).label_losses
-    before = (run.folder / "run", walk.run_of(PARTITIONS[0]))
-    for model, partition in zip(before, PARTITIONS):
+    old_run = (run.folder / "run", walk.run_of(PARTITIONS[0]))
+    for model, partition in zip(old_run, PARTITIONS):
         logits = torch.from_numpy(read_scores(walk.scores_of(partition)).logits)
         expected = run.predicted(model, f"train/{partition}")
         np.testing.assert_allclose(predictions(logits, losses), expected, rtol=0, atol=1e-6)

@@ -77,9 +77,9 @@ def test_pickled_adapters_are_refused(encoder: Path, trace: Path) -> None:
     assert not trace.exists()
 
 
-@pytest.mark.parametrize("part", ["model", "tokenizer"])
+@pytest.mark.parametrize("file", ["model", "tokenizer"])
 def test_code_of_an_encoder_is_not_run_even_by_someone_who_would_agree(
-    encoder: Path, trace: Path, part: str, monkeypatch: pytest.MonkeyPatch
+    encoder: Path, trace: Path, file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("builtins.input", lambda _: "y")
     (encoder / "code.py").write_text(f"open({str(trace)!r}, 'w')\n")
@@ -87,7 +87,7 @@ def test_code_of_an_encoder_is_not_run_even_by_someone_who_would_agree(
     change(encoder / "config.json", model_type="own", auto_map=auto_map)
     with pytest.raises(ValueError, match="its repository"):
         pretrained = PretrainedEncoder(str(encoder), None, "text")
-        pretrained.load_model() if part == "model" else pretrained.tokenizer
+        pretrained.load_model() if file == "model" else pretrained.tokenizer
     assert not trace.exists()
 
 
@@ -172,9 +172,9 @@ def calls() -> Iterator[tuple[str, str, dict[str, Any]]]:
             for node in ast.walk(ast.parse(file.read_text())):
                 if isinstance(node, ast.Call):
                     arguments = {
-                        word.arg: word.value.value
-                        for word in node.keywords
-                        if word.arg is not None and isinstance(word.value, ast.Constant)
+                        keyword.arg: keyword.value.value
+                        for keyword in node.keywords
+                        if keyword.arg is not None and isinstance(keyword.value, ast.Constant)
                     }
                     yield str(file.relative_to(ROOT)), ast.unparse(node.func), arguments
 

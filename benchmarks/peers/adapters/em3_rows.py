@@ -24,7 +24,7 @@ from torch.nn import functional as F
 LENGTH = 200
 TARGET = 11  # code of a target's stars; 0 pads, 1 to 10 are half stars
 TEMPERATURE = 0.1
-MOST_EPOCHS, VALIDATIONS, PATIENCE = 8, 2, 3
+MAX_EPOCHS, VALIDATIONS, PATIENCE = 8, 2, 3
 
 
 class JointAttention(nn.Module):
@@ -97,8 +97,8 @@ class EM3(nn.Module):
         numbers: Tensor,  # [B, K]
     ) -> tuple[Tensor, Tensor]:  # [B], []
         """Return the logits and the weighted CIC loss."""
-        distinct, places = torch.unique(items, return_inverse=True)
-        vectors = torch.cat([self.fused(distinct)[places], self.stars(stars)], dim=2)
+        distinct, indices = torch.unique(items, return_inverse=True)
+        vectors = torch.cat([self.fused(distinct)[indices], self.stars(stars)], dim=2)
         history, target, inside = vectors[:, :-1], vectors[:, -1], items[:, :-1] > 0
         weights = self._weights(history, target).masked_fill(~inside, 0)  # [B, L], as published
         interest = torch.einsum("bl,bld->bd", weights, history)
@@ -135,7 +135,7 @@ class Columns:
     def of(cls, rows: Rows) -> Columns:
         """Pad the histories; ids begin at 1."""
         items = rows.padded(rows.history + 1, LENGTH)
-        stars = rows.padded(np.rint(rows.beside["history_stars"] * 10), LENGTH)
+        stars = rows.padded(np.rint(rows.parallel["history_stars"] * 10), LENGTH)
         target = np.full((len(rows), 1), TARGET)
         return cls(
             torch.from_numpy(rows.user),
@@ -149,9 +149,9 @@ class Columns:
     def lengths(self) -> np.ndarray:  # [N]
         return (self.items[:, :-1] > 0).sum(1).numpy()
 
-    def batch(self, places: np.ndarray) -> tuple[Tensor, ...]:
+    def batch(self, row_indices: np.ndarray) -> tuple[Tensor, ...]:
         """Return users, items, stars, numbers and labels, without columns of padding alone."""
-        rows = torch.from_numpy(places)
+        rows = torch.from_numpy(row_indices)
         items = self.items[rows]
         longest = max(int((items[:, :-1] > 0).sum(1).max()), 1) + 1
         stars = self.stars[rows, -longest:]
@@ -171,20 +171,20 @@ def scores(model: EM3, columns: Columns, size: int) -> np.ndarray:  # [N]
     logits = np.zeros(len(columns.labels), np.float32)
     order = np.argsort(columns.lengths, kind="stable")
     for first in range(0, len(order), size):
-        places = order[first : first + size]
-        *inputs, _ = columns.batch(places)
-        logits[places] = model(*inputs)[0].numpy()
+        row_indices = order[first : first + size]
+        *inputs, _ = columns.batch(row_indices)
+        logits[row_indices] = model(*inputs)[0].numpy()
     return logits
 
 
-def parts(lengths: np.ndarray, size: int, seed: int) -> Iterator[list[np.ndarray]]:
-    """Yield the batches of each part of an epoch, after which the model is validated."""
+def epoch_segments(lengths: np.ndarray, size: int, seed: int) -> Iterator[list[np.ndarray]]:
+    """Yield the batches of each segment of an epoch, after which the model is validated."""
     random = np.random.default_rng(seed)
-    for _ in range(MOST_EPOCHS):
+    for _ in range(MAX_EPOCHS):
         batches = batches_by_length(lengths, size, random)
-        part_size = -(-len(batches) // VALIDATIONS)
-        for first in range(0, len(batches), part_size):
-            yield batches[first : first + part_size]
+        segment_size = -(-len(batches) // VALIDATIONS)
+        for first in range(0, len(batches), segment_size):
+            yield batches[first : first + segment_size]
 
 
 def train(model: EM3, columns: dict[str, Columns], valid: Rows, job: PeerJob) -> None:
@@ -192,10 +192,10 @@ def train(model: EM3, columns: dict[str, Columns], valid: Rows, job: PeerJob) ->
     size, waited = job.settings["batch_size"], 0
     optimizer = torch.optim.Adam(model.parameters(), lr=job.settings["learning_rate"])
     best, weights = -1.0, copy.deepcopy(model.state_dict())
-    for part in parts(columns["train"].lengths, size, job.seed):
+    for segment in epoch_segments(columns["train"].lengths, size, job.seed):
         model.train()
-        for places in part:
-            *inputs, labels = columns["train"].batch(places)
+        for row_indices in segment:
+            *inputs, labels = columns["train"].batch(row_indices)
             logits, contrast = model(*inputs)
             optimizer.zero_grad()
             (F.binary_cross_entropy_with_logits(logits, labels) + contrast).backward()

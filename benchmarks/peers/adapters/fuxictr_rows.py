@@ -26,7 +26,7 @@ from peer_rows import (
 
 LENGTH = 200
 TARGET = 11  # code of a target's stars; 0 pads, 1 to 10 are half stars
-MOST_EPOCHS, VALIDATIONS = 8, 2
+MAX_EPOCHS, VALIDATIONS = 8, 2
 Inputs = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], torch.Tensor]
 
 
@@ -44,7 +44,7 @@ class Batches:
         self.rows, self.batch_size, self.random = rows, batch_size, random
         self.content = torch.from_numpy(np.concatenate([np.zeros_like(content[:1]), content]))
         items = rows.padded(rows.history + 1, LENGTH)
-        stars = rows.padded(np.rint(rows.beside["history_stars"] * 10), LENGTH)
+        stars = rows.padded(np.rint(rows.parallel["history_stars"] * 10), LENGTH)
         self.items = np.concatenate([items, rows.item[:, None] + 1], axis=1)
         self.stars = np.concatenate([stars, np.full((len(rows), 1), TARGET)], axis=1)
         self.lengths = np.minimum(np.diff(rows.offsets), LENGTH)
@@ -70,19 +70,19 @@ class Batches:
         by_row[self.order] = scores
         return by_row
 
-    def _batch(self, places: np.ndarray) -> Inputs:
-        longest = max(int(self.lengths[places].max()), 1)
-        items = torch.from_numpy(self.items[places, -longest - 1 :]).long()
-        stars = torch.from_numpy(self.stars[places, -longest - 1 :]).long()
+    def _batch(self, row_indices: np.ndarray) -> Inputs:
+        longest = max(int(self.lengths[row_indices].max()), 1)
+        items = torch.from_numpy(self.items[row_indices, -longest - 1 :]).long()
+        stars = torch.from_numpy(self.stars[row_indices, -longest - 1 :]).long()
         rows = {
-            "user": torch.from_numpy(self.rows.user[places]),
-            "length": torch.from_numpy(np.log1p(self.lengths[places])).float(),
+            "user": torch.from_numpy(self.rows.user[row_indices]),
+            "length": torch.from_numpy(np.log1p(self.lengths[row_indices])).float(),
             **{
-                f"number_{column}": torch.from_numpy(values[places])
+                f"number_{column}": torch.from_numpy(values[row_indices])
                 for column, values in enumerate(self.numbers)
             },
-            "group": torch.from_numpy(self.rows.user[places]),
-            "label": torch.from_numpy(self.rows.label[places]),
+            "group": torch.from_numpy(self.rows.user[row_indices]),
+            "label": torch.from_numpy(self.rows.label[row_indices]),
         }
         flat = items.flatten()
         item_features = {"item": flat, "stars": stars.flatten(), "content": self.content[flat]}
@@ -144,7 +144,7 @@ def main() -> None:
         **settings,
     )
     os.makedirs(model.model_dir, exist_ok=True)
-    model.fit(batches["train"], epochs=MOST_EPOCHS, validation_data=batches["valid"])
+    model.fit(batches["train"], epochs=MAX_EPOCHS, validation_data=batches["valid"])
     scores = {
         split: batches[split].in_order_of_rows(model.predict(batches[split]))
         for split in ("valid", "test")

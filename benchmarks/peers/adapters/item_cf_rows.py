@@ -40,7 +40,7 @@ def features(
     fold = folds_of(rows, events.by_time) if is_train else np.full(len(rows), FOLDS)
     for number in np.unique(fold):
         is_of_fold = fold == number
-        training = events.read_in(number)
+        training = events.readable_by(number)
         columns[0][is_of_fold] = item_cf(rows, training, len(vectors[0]), length, sig)[is_of_fold]
     for matrix in vectors:
         similarity = (matrix @ matrix.T)[rows.item[:, None], history.items] * history.inside
@@ -82,11 +82,11 @@ def main() -> None:
         }
     else:
         inputs = {
-            split: features(part, split == "train", events, vectors, length, significance)
-            for split, part in rows.items()
+            split: features(split_rows, split == "train", events, vectors, length, significance)
+            for split, split_rows in rows.items()
         }
         mean, scale = inputs["train"].mean(0), np.maximum(inputs["train"].std(0), 1e-6)
-        inputs = {split: (part - mean) / scale for split, part in inputs.items()}
+        inputs = {split: (split_inputs - mean) / scale for split, split_inputs in inputs.items()}
         weights = logistic_regression(inputs["train"], rows["train"].label, settings["penalty"])
         scores = {split: inputs[split] @ weights[:-1] for split in ("valid", "test")}
     job.write(start, **scores)

@@ -33,7 +33,7 @@ class PaddedHistory:
     @staticmethod
     def of_rows(rows: Rows, length: int) -> PaddedHistory:
         inside = rows.padded(np.ones(len(rows.history)), length) > 0
-        columns = (rows.history, rows.beside["history_liked"], rows.beside["history_stars"])
+        columns = (rows.history, rows.parallel["history_liked"], rows.parallel["history_stars"])
         items, liked, stars = (rows.padded(column, length) for column in columns)
         return PaddedHistory(items, inside, liked, stars, bool(np.ptp(columns[2])))
 
@@ -57,11 +57,11 @@ def similarity_features(
     latest = np.where(history.inside, similarity, 0)[:, -LATEST:]
     columns += [latest.sum(1) / np.maximum(history.inside[:, -LATEST:].sum(1), 1), latest.max(1)]
     order = np.argsort(-similarity, axis=1)[:, : max(NEAREST)]
-    near = np.maximum(np.take_along_axis(similarity, order, 1), 0)
-    near_deviation = np.take_along_axis(deviation, order, 1)
+    nearest = np.maximum(np.take_along_axis(similarity, order, 1), 0)
+    nearest_deviation = np.take_along_axis(deviation, order, 1)
     for count in NEAREST:
-        total = np.maximum(near[:, :count].sum(1), 1e-6) if history.has_values else count
-        columns.append((near[:, :count] * near_deviation[:, :count]).sum(1) / total)
+        total = np.maximum(nearest[:, :count].sum(1), 1e-6) if history.has_values else count
+        columns.append((nearest[:, :count] * nearest_deviation[:, :count]).sum(1) / total)
     columns.append((np.maximum(similarity, 0) ** 4 * deviation).sum(1))
     columns.append((similarity * deviation).sum(1) / np.sqrt(history.inside.sum(1) + 1))
     return np.stack(columns, axis=1)
@@ -88,11 +88,11 @@ class Events:
         lengths = np.diff(rows.offsets)
         pairs = np.stack([np.repeat(rows.user, lengths), rows.history], axis=1)
         pairs, first = np.unique(pairs, axis=0, return_index=True)
-        stars = rows.beside["history_stars"][first].astype(np.float64)
+        stars = rows.parallel["history_stars"][first].astype(np.float64)
         fold = np.repeat(folds_of(rows, by_time), lengths)[first]
         return Events(pairs[:, 0], pairs[:, 1], stars - stars.mean(), fold, by_time)
 
-    def read_in(self, fold: int) -> Events:
+    def readable_by(self, fold: int) -> Events:
         """Return the events that training rows of a fold read; all for `FOLDS`."""
         is_read = self.fold < fold if self.by_time else self.fold != fold
         columns = (self.user, self.item, self.stars, self.fold)
@@ -101,9 +101,9 @@ class Events:
     @property
     def deviation(self) -> np.ndarray:  # [E]
         """The stars less the user's mean of these events."""
-        _, place = np.unique(self.user, return_inverse=True)
-        mean = np.bincount(place, self.stars) / (np.bincount(place) + PRIOR)
-        return self.stars - mean[place]
+        _, user_index = np.unique(self.user, return_inverse=True)
+        mean = np.bincount(user_index, self.stars) / (np.bincount(user_index) + PRIOR)
+        return self.stars - mean[user_index]
 
     def similarities(
         self, num_items: int, significance: float = SIGNIFICANCE
@@ -141,8 +141,8 @@ def item_statistics(
     for weights in (None, train.label):
         by_fold = np.bincount(fold * size + train.item, weights, FOLDS * size).reshape(FOLDS, size)
         total = by_fold.sum(0).astype(np.float64)
-        read = by_fold.cumsum(0) - by_fold if by_time else total - by_fold
-        sums.append(read[fold, train.item] if rows is train else total[rows.item])
+        readable = by_fold.cumsum(0) - by_fold if by_time else total - by_fold
+        sums.append(readable[fold, train.item] if rows is train else total[rows.item])
     row_counts, label_sums = sums
     mean = (label_sums + prior * train.label.mean()) / (row_counts + prior)
     return np.stack([np.log1p(row_counts), mean], axis=1)
@@ -154,14 +154,14 @@ def co_rating_features(
     """Return features by the users who rated both items, and the target's ratings."""
     events = Events.of_histories(train, by_time)
     fold = folds_of(rows, by_time) if rows is train else np.full(len(rows), FOLDS)
-    blocks, places = [], []
+    blocks, row_indices = [], []
     for number in np.unique(fold):
-        subset, place = events.read_in(number), np.flatnonzero(fold == number)
-        part, target = history.take(place), rows.item[place]
+        subset, row_index = events.readable_by(number), np.flatnonzero(fold == number)
+        fold_history, target = history.take(row_index), rows.item[row_index]
         similarities = [
-            similarity_features(cosines[target[:, None], part.items], part)
+            similarity_features(cosines[target[:, None], fold_history.items], fold_history)
             for cosines in subset.similarities(num_items)
         ]
         blocks.append(np.hstack([subset.target_features(target, num_items), *similarities]))
-        places.append(place)
-    return np.concatenate(blocks)[np.argsort(np.concatenate(places))]
+        row_indices.append(row_index)
+    return np.concatenate(blocks)[np.argsort(np.concatenate(row_indices))]

@@ -76,7 +76,7 @@ def batches_by_user(user: np.ndarray, size: int, random: np.random.Generator) ->
     """Yield rows of an epoch: blocks of one user's consecutive rows, in random order."""
     order = np.argsort(user, kind="stable")
     blocks = np.split(order, np.arange(ROWS_OF_USER, len(order), ROWS_OF_USER))
-    shuffled = np.concatenate([blocks[place] for place in random.permutation(len(blocks))])
+    shuffled = np.concatenate([blocks[index] for index in random.permutation(len(blocks))])
     for first in range(0, len(shuffled), size):
         yield torch.from_numpy(shuffled[first : first + size])
 
@@ -84,11 +84,11 @@ def batches_by_user(user: np.ndarray, size: int, random: np.random.Generator) ->
 def logits_of(model: Legommender, columns: Columns, rows: Tensor) -> Tensor:  # [B]
     """Encode the distinct items of a batch, and score its rows."""
     ids = torch.cat([columns.target[rows, None], columns.history[rows]], dim=1)
-    distinct, places = torch.unique(ids, return_inverse=True)
+    distinct, indices = torch.unique(ids, return_inverse=True)
     if distinct[0] > 0:  # no row pads
-        distinct, places = F.pad(distinct, (1, 0)), places + 1
+        distinct, indices = F.pad(distinct, (1, 0)), indices + 1
     vectors = F.pad(model.items(distinct[1:] - 1), (0, 0, 1, 0))
-    return model(vectors, places[:, 0], places[:, 1:], columns.numbers[rows])
+    return model(vectors, indices[:, 0], indices[:, 1:], columns.numbers[rows])
 
 
 @torch.no_grad()
@@ -97,11 +97,11 @@ def scores(model: Legommender, columns: Columns, size: int) -> np.ndarray:  # [N
     model.eval()
     vectors = F.pad(model.items.all_vectors(), (0, 0, 1, 0))
     blocks = torch.arange(len(columns.label)).split(size)
-    parts = [
+    logits = [
         model(vectors, columns.target[rows], columns.history[rows], columns.numbers[rows])
         for rows in blocks
     ]
-    return torch.cat(parts).numpy()
+    return torch.cat(logits).numpy()
 
 
 def train(
@@ -110,14 +110,14 @@ def train(
     """Train, and leave the model with the weights that were best in validation."""
     settings, random = job.settings, np.random.default_rng(job.seed)
     size, epochs = settings["batch_size"], settings["epochs"]
-    head = [part for name, part in model.named_parameters() if not name.startswith("items.")]
+    head = [weight for name, weight in model.named_parameters() if not name.startswith("items.")]
     optimizer = model.items.optimizer(head, settings["learning_rate"], settings["encoder_rate"])
     best, weights, waited = -1.0, copy.deepcopy(model.state_dict()), 0
     for _ in range(epochs):
         steps = list(batches_by_user(rows["train"].user, size, random))
-        for part in np.array_split(np.arange(len(steps)), VALIDATIONS):
+        for segment in np.array_split(np.arange(len(steps)), VALIDATIONS):
             model.train()
-            for step in part:
+            for step in segment:
                 logits = logits_of(model, columns["train"], steps[step])
                 loss = F.binary_cross_entropy_with_logits(
                     logits, columns["train"].label[steps[step]]

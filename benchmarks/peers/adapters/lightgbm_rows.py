@@ -22,7 +22,7 @@ from peer_rows import PeerJob, Rows, item_vectors
 
 LENGTH = 200
 PRIOR = 5.0  # rows that a mean of labels is shrunk by
-MOST_ROUNDS, PATIENCE = 2000, 50
+MAX_ROUNDS, PATIENCE = 2000, 50
 
 
 def features(
@@ -30,7 +30,7 @@ def features(
 ) -> np.ndarray:  # [N, K]
     """Return the features of rows."""
     history = PaddedHistory.of_rows(rows, LENGTH)
-    blocks = [_of_user(rows), item_statistics(rows, train, PRIOR, by_time)]
+    blocks = [_user_features(rows), item_statistics(rows, train, PRIOR, by_time)]
     blocks += [] if rows.numbers is None else [rows.numbers]
     for matrix in vectors:
         cosines = (matrix @ matrix.T)[rows.item[:, None], history.items]
@@ -40,11 +40,11 @@ def features(
     return np.concatenate(blocks, axis=1)
 
 
-def _of_user(rows: Rows) -> np.ndarray:
+def _user_features(rows: Rows) -> np.ndarray:
     """Return the length of the history, and means of its parallel lists: of all and the last."""
     lengths = np.diff(rows.offsets)
     columns = [np.log1p(lengths)]
-    for values in rows.beside.values():
+    for values in rows.parallel.values():
         sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
         for last in (LENGTH, 20, 5):
             count = np.minimum(lengths, last)
@@ -84,7 +84,7 @@ def main() -> None:
     data = lightgbm.Dataset(inputs["train"], rows["train"].label)
     valid = lightgbm.Dataset(inputs["valid"], rows["valid"].label, reference=data)
     stop = lightgbm.early_stopping(PATIENCE, verbose=False)
-    model = lightgbm.train(settings, data, MOST_ROUNDS, [valid], callbacks=[stop])
+    model = lightgbm.train(settings, data, MAX_ROUNDS, [valid], callbacks=[stop])
     scores = {split: model.predict(inputs[split]) for split in ("valid", "test")}
     job.write(start - earlier_seconds, **scores)
 

@@ -44,31 +44,31 @@ class TextSASRec(nn.Module):
 
 
 def sequences(rows: Rows) -> Tensor:  # [S, L + 1], ids from 1, padded behind with 0
-    """Return the items that each user took, in order of time, in pieces."""
+    """Return the items that each user took, in order of time, in chunks."""
     positive = np.flatnonzero(rows.label > 0.5)
     order = positive[np.argsort(rows.user[positive], kind="stable")]
-    by_user = np.split(rows.item[order] + 1, np.flatnonzero(np.diff(rows.user[order])) + 1)
-    pieces = [
+    user_items = np.split(rows.item[order] + 1, np.flatnonzero(np.diff(rows.user[order])) + 1)
+    chunks = [
         items[first : first + LENGTH + 1]
-        for items in by_user
+        for items in user_items
         for first in range(0, max(len(items) - 1, 1), LENGTH)
     ]
-    padded = np.zeros((len(pieces), LENGTH + 1), np.int64)
-    for row, piece in zip(padded, pieces):
-        row[: len(piece)] = piece
+    padded = np.zeros((len(chunks), LENGTH + 1), np.int64)
+    for row, chunk in zip(padded, chunks):
+        row[: len(chunk)] = chunk
     return torch.from_numpy(padded[(padded > 0).sum(1) > 1])
 
 
 def next_item_loss(model: TextSASRec, batch: Tensor, log_shares: Tensor) -> Tensor:
     """Return the cross-entropy of the next items among the distinct items of the batch."""
-    distinct, places = torch.unique(F.pad(batch, (0, 0, 1, 0)), return_inverse=True)
+    distinct, indices = torch.unique(F.pad(batch, (0, 0, 1, 0)), return_inverse=True)
     vectors = F.pad(model.items(distinct[1:] - 1), (0, 0, 1, 0))  # row 0 pads
-    places = places[1:]
-    states = model(vectors[places[:, :-1]])
-    is_next = places[:, 1:] > 0
+    indices = indices[1:]
+    states = model(vectors[indices[:, :-1]])
+    is_next = indices[:, 1:] > 0
     logits = states[is_next] @ vectors[1:].T - log_shares[distinct[1:]]
-    owned = torch.zeros(len(batch), len(distinct), dtype=torch.bool).scatter_(1, places, True)
-    targets = places[:, 1:][is_next]
+    owned = torch.zeros(len(batch), len(distinct), dtype=torch.bool).scatter_(1, indices, True)
+    targets = indices[:, 1:][is_next]
     negatives = ~owned[is_next.nonzero()[:, 0]]
     negatives[torch.arange(len(targets)), targets] = True
     return F.cross_entropy(logits.masked_fill(~negatives[:, 1:], -torch.inf), targets - 1)
@@ -84,11 +84,11 @@ def scores(model: TextSASRec, rows: Rows) -> np.ndarray:  # [N]
     behind = np.take_along_axis(padded, (np.arange(LENGTH) - lengths[:, None]) % LENGTH, axis=1)
     history, target = torch.from_numpy(behind).long(), torch.from_numpy(rows.item + 1).long()
     last = torch.from_numpy(lengths - 1)
-    parts = []
+    row_scores = []
     for block in torch.arange(len(rows)).split(1024):
         states = model(vectors[history[block]])[torch.arange(len(block)), last[block].clamp(min=0)]
-        parts.append((states * vectors[target[block]]).sum(1) * (last[block] >= 0))
-    return torch.cat(parts).numpy()
+        row_scores.append((states * vectors[target[block]]).sum(1) * (last[block] >= 0))
+    return torch.cat(row_scores).numpy()
 
 
 def train(model: TextSASRec, rows: dict[str, Rows], job: PeerJob) -> None:
@@ -96,7 +96,7 @@ def train(model: TextSASRec, rows: dict[str, Rows], job: PeerJob) -> None:
     settings, batches = job.settings, sequences(rows["train"])
     counts = torch.bincount(batches[batches > 0], minlength=len(model.items.mask) + 1)
     log_shares = (counts.clamp(min=1) / counts.sum()).log()
-    head = [part for name, part in model.named_parameters() if not name.startswith("items.")]
+    head = [weight for name, weight in model.named_parameters() if not name.startswith("items.")]
     optimizer = model.items.optimizer(head, settings["learning_rate"], settings["encoder_rate"])
     best, weights, waited = -1.0, copy.deepcopy(model.state_dict()), 0
     for _ in range(settings["epochs"]):

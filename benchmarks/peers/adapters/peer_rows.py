@@ -28,7 +28,7 @@ class Rows:
     label: np.ndarray  # float32 [N]
     offsets: np.ndarray  # int64 [N + 1], of each row's history, oldest first
     history: np.ndarray  # int64 [H]
-    beside: dict[str, np.ndarray]  # float32 [H] each: parallel lists by name
+    parallel: dict[str, np.ndarray]  # float32 [H] each: parallel lists by name
     numbers: np.ndarray | None = None  # float32 [N, K], such as counts of the item
 
     @classmethod
@@ -51,9 +51,9 @@ class Rows:
 
     def padded(self, values: np.ndarray, length: int) -> np.ndarray:  # [H] -> [N, L]
         """Return the last `length` values of each history, oldest first, zeros before them."""
-        place = self.offsets[1:, None] - np.arange(length, 0, -1)[None, :]
-        inside = place >= self.offsets[:-1, None]
-        return np.where(inside, values[np.maximum(place, 0)], 0) if len(values) else inside * 0
+        index = self.offsets[1:, None] - np.arange(length, 0, -1)[None, :]
+        inside = index >= self.offsets[:-1, None]
+        return np.where(inside, values[np.maximum(index, 0)], 0) if len(values) else inside * 0
 
 
 POOL = 16  # batches whose rows are sorted by length together
@@ -62,7 +62,7 @@ POOL = 16  # batches whose rows are sorted by length together
 def batches_by_length(
     lengths: np.ndarray, size: int, random: np.random.Generator
 ) -> list[np.ndarray]:
-    """Return the places of each batch's rows: random pools of rows, cut by their history lengths.
+    """Return the row indices of each batch: random pools of rows, cut by their history lengths.
 
     A batch of random rows is nearly always as long as the longest history, most of it padding.
     """
@@ -70,8 +70,8 @@ def batches_by_length(
     for first in range(0, len(order), POOL * size):
         pool = order[first : first + POOL * size]
         pool = pool[np.argsort(lengths[pool], kind="stable")]
-        parts = [pool[place : place + size] for place in range(0, len(pool), size)]
-        batches += [parts[place] for place in random.permutation(len(parts))]
+        batches_of_pool = [pool[index : index + size] for index in range(0, len(pool), size)]
+        batches += [batches_of_pool[index] for index in random.permutation(len(batches_of_pool))]
     return batches
 
 
@@ -79,9 +79,9 @@ def padded_behind(rows: Rows, length: int) -> dict[str, np.ndarray]:
     """Return columns of RecBole: the last `length` items [N, L], their number, and the target."""
     padded = rows.padded(rows.history + 1, length)
     lengths = np.minimum(np.diff(rows.offsets), length)
-    places = (np.arange(length)[None, :] + (length - lengths)[:, None]) % length
+    indices = (np.arange(length)[None, :] + (length - lengths)[:, None]) % length
     return {
-        "item_id_list": np.take_along_axis(padded, places, axis=1),
+        "item_id_list": np.take_along_axis(padded, indices, axis=1),
         "item_length": np.maximum(lengths, 1),
         "item_id": rows.item + 1,
     }
@@ -104,14 +104,14 @@ def principal_components(vectors: list[np.ndarray], width: int) -> np.ndarray:  
 
 def order_within_users(rows: Rows, values: np.ndarray) -> float:  # [N]
     """Return the share of a user's pairs with different labels that the values order correctly."""
-    right = pairs = 0.0
+    correct = pairs = 0.0
     for user in np.unique(rows.user):
         is_user = rows.user == user
         label = rows.label[is_user] > 0.5
-        high, low = values[is_user][label], values[is_user][~label]
-        right += float((high[:, None] > low[None, :]).sum())
-        pairs += high.size * low.size
-    return right / max(pairs, 1)
+        positives, negatives = values[is_user][label], values[is_user][~label]
+        correct += float((positives[:, None] > negatives[None, :]).sum())
+        pairs += positives.size * negatives.size
+    return correct / max(pairs, 1)
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class PeerJob:
         return {split: Rows.read(self.rows, split) for split in SPLITS}
 
     def write(self, start: float, **scores: np.ndarray) -> None:  # float [N] each
-        """Write the scores of splits by name, and the cost since `begun` (`time.perf_counter`)."""
+        """Write the scores of splits by name, and the cost since `start` (`time.perf_counter`)."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         cost = {"seconds": time.perf_counter() - start, "peak": peak}
         np.savez(self.out, **scores, **{name: np.array(value) for name, value in cost.items()})

@@ -27,11 +27,11 @@ MODULES = {"SASRec": "sasrec", "GRU4Rec": "gru4rec", "BERT4Rec": "bert4rec"}
 def batches(
     columns: dict[str, np.ndarray], order: np.ndarray, size: int
 ) -> Iterator[tuple[np.ndarray, Interaction]]:
-    """Yield the places of rows and the rows, in an order."""
+    """Yield row indices and the rows, in an order."""
     for first in range(0, len(order), size):
-        places = order[first : first + size]
-        arrays = {name: torch.from_numpy(column[places]) for name, column in columns.items()}
-        yield places, Interaction({name: column.long() for name, column in arrays.items()})
+        rows = order[first : first + size]
+        arrays = {name: torch.from_numpy(column[rows]) for name, column in columns.items()}
+        yield rows, Interaction({name: column.long() for name, column in arrays.items()})
 
 
 @torch.no_grad()
@@ -39,8 +39,8 @@ def scores(model: Any, columns: dict[str, np.ndarray], num_items: int) -> np.nda
     """Return the score of each item for each row, float32 [N, I]."""
     model.eval()
     every = np.empty((len(columns["item_id"]), num_items), np.float32)
-    for places, batch in batches(columns, np.arange(len(every)), 256):
-        every[places] = model.full_sort_predict(batch).view(len(places), -1)[:, 1 : num_items + 1]
+    for rows, batch in batches(columns, np.arange(len(every)), 256):
+        every[rows] = model.full_sort_predict(batch).view(len(rows), -1)[:, 1 : num_items + 1]
     return every
 
 
@@ -50,8 +50,8 @@ def gain(rows: Rows, values: np.ndarray, exclude_seen: bool) -> float:  # [N, I]
     target = values[row, rows.item]
     if exclude_seen:
         values[np.repeat(row, np.diff(rows.offsets)), rows.history] = -np.inf
-    place = (values > target[:, None]).sum(axis=1)
-    return float(np.where(place < DEPTH, 1 / np.log2(place + 2), 0).mean())
+    rank = (values > target[:, None]).sum(axis=1)
+    return float(np.where(rank < DEPTH, 1 / np.log2(rank + 2), 0).mean())
 
 
 def main() -> None:

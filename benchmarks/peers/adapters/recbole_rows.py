@@ -19,7 +19,7 @@ from recbole.model.sequential_recommender.sasrec import SASRec
 
 torch.autograd.set_detect_anomaly(False)  # an import of RecBole turns it on, which is slow
 LENGTH = 50
-MOST_EPOCHS, PATIENCE = 40, 3
+MAX_EPOCHS, PATIENCE = 40, 3
 
 
 class Items:
@@ -35,7 +35,7 @@ class Items:
 
 def interactions(rows: Rows) -> dict[str, np.ndarray]:
     """Return the liked history, its length and the target of each row."""
-    is_liked = rows.beside["history_liked"] > 0.5
+    is_liked = rows.parallel["history_liked"] > 0.5
     ends = np.concatenate([[0], np.cumsum(is_liked)])
     liked = Rows(rows.user, rows.item, rows.label, ends[rows.offsets], rows.history[is_liked], {})
     return padded_behind(liked, LENGTH)
@@ -44,9 +44,9 @@ def interactions(rows: Rows) -> dict[str, np.ndarray]:
 def batches(columns: dict[str, np.ndarray], order: np.ndarray, size: int) -> Any:
     """Yield interactions in an order."""
     for first in range(0, len(order), size):
-        places = order[first : first + size]
+        row_indices = order[first : first + size]
         yield Interaction(
-            {n: torch.from_numpy(column[places]).long() for n, column in columns.items()}
+            {n: torch.from_numpy(column[row_indices]).long() for n, column in columns.items()}
         )
 
 
@@ -78,7 +78,7 @@ def main() -> None:
     columns = {split: interactions(split_rows) for split, split_rows in rows.items()}
     positive = np.flatnonzero(rows["train"].label > 0.5)
     best, weights, waited = -1.0, model.state_dict(), 0
-    for _ in range(MOST_EPOCHS):
+    for _ in range(MAX_EPOCHS):
         model.train()
         for batch in batches(columns["train"], random.permutation(positive), size):
             optimizer.zero_grad()

@@ -18,7 +18,7 @@ from torch_rechub.utils.data import DataGenerator
 
 LENGTH = 200
 TARGET = 11  # code of a target's stars; 0 pads, 1 to 10 are half stars
-MOST_EPOCHS, PATIENCE = 8, 2
+MAX_EPOCHS, PATIENCE = 8, 2
 
 
 def columns(rows: Rows) -> dict[str, np.ndarray]:
@@ -29,7 +29,7 @@ def columns(rows: Rows) -> dict[str, np.ndarray]:
         "item": rows.item + 1,
         "stars": np.full(len(rows), TARGET),
         "history_item": rows.padded(rows.history + 1, LENGTH),
-        "history_stars": rows.padded(np.rint(rows.beside["history_stars"] * 10), LENGTH),
+        "history_stars": rows.padded(np.rint(rows.parallel["history_stars"] * 10), LENGTH),
     }
 
 
@@ -58,9 +58,9 @@ def main() -> None:
     start = time.perf_counter()
     torch.manual_seed(job.seed)
     np.random.seed(job.seed)
-    parts = {split: (columns(split_rows), split_rows.label) for split, split_rows in rows.items()}
-    train, valid, test = DataGenerator(*parts["train"]).generate_dataloader(
-        *parts["valid"], *parts["test"], batch_size=settings["batch_size"]
+    inputs = {split: (columns(split_rows), split_rows.label) for split, split_rows in rows.items()}
+    train, valid, test = DataGenerator(*inputs["train"]).generate_dataloader(
+        *inputs["valid"], *inputs["test"], batch_size=settings["batch_size"]
     )
     users = max(int(split_rows.user.max()) for split_rows in rows.values()) + 1
     items = 1 + max(int(split_rows.item.max(initial=0)) for split_rows in rows.values())
@@ -73,7 +73,7 @@ def main() -> None:
         trainer = CTRTrainer(
             model,
             optimizer_params=optimizer,
-            n_epoch=MOST_EPOCHS,
+            n_epoch=MAX_EPOCHS,
             earlystop_patience=PATIENCE,
             device="cpu",
             model_path=folder,

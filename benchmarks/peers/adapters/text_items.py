@@ -92,7 +92,7 @@ class TextItems(nn.Module):
         self, head: list[nn.Parameter], rate: float, encoder_rate: float
     ) -> torch.optim.Optimizer:
         """Return Adam; the adapters learn at a rate of their own."""
-        adapters = [part for part in self.top.parameters() if part.requires_grad]
+        adapters = [parameter for parameter in self.top.parameters() if parameter.requires_grad]
         groups = [{"params": [*head, *self.map.parameters()], "lr": rate}]
         if adapters:
             groups.append({"params": adapters, "lr": encoder_rate})

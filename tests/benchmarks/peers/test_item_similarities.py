@@ -27,12 +27,12 @@ def test_ratings_of_the_own_fold_change_no_feature_of_training_rows(
         padded = item_similarities.PaddedHistory.of_rows(rows, length)
         return item_similarities.co_rating_features(rows, padded, other, num_items)
 
-    own = users % item_similarities.FOLDS == 0
-    other_history = np.where(np.repeat(own, length), (history + 1) % num_items, history)
+    is_own_fold = users % item_similarities.FOLDS == 0
+    other_history = np.where(np.repeat(is_own_fold, length), (history + 1) % num_items, history)
     moved = replace(train, history=other_history)
-    before, after = features(train, train), features(moved, moved)
-    np.testing.assert_allclose(before[own, :2], after[own, :2])  # of the target alone
-    assert not np.array_equal(before[~own], after[~own])
+    old, new = features(train, train), features(moved, moved)
+    np.testing.assert_allclose(old[is_own_fold, :2], new[is_own_fold, :2])  # of the target alone
+    assert not np.array_equal(old[~is_own_fold], new[~is_own_fold])
 
 
 def test_labels_of_the_same_fold_change_no_statistic_of_an_item_in_training_rows(
@@ -78,10 +78,10 @@ def test_by_time_a_training_row_reads_statistics_of_earlier_blocks(
         mean = item_similarities.item_statistics(rows, rows, prior=1.0, by_time=True)
         return np.hstack([by_users[:, :1], mean])  # counts of ratings and rows, mean label
 
-    before, after = features(train), features(moved)
-    np.testing.assert_allclose(before[:12], after[:12])
-    assert all((before[16:] != after[16:]).any(0)[[0, 2]])
-    np.testing.assert_allclose(before[:4], [[0, 0, 0.5]] * 4)  # nothing is before the first block
+    old, new = features(train), features(moved)
+    np.testing.assert_allclose(old[:12], new[:12])
+    assert all((old[16:] != new[16:]).any(0)[[0, 2]])
+    np.testing.assert_allclose(old[:4], [[0, 0, 0.5]] * 4)  # nothing is before the first block
 
 
 def test_in_a_log_without_values_the_nearest_items_count_by_their_similarity(

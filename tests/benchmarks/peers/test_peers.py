@@ -157,7 +157,7 @@ def test_padding_changes_no_logit_and_equal_items_are_fused_alike(em3_rows: Modu
     items = torch.tensor([[2, 2, 7], [7, 3, 2]])
     numbers = torch.tensor([[0.5], [2.0]])
     logits, _ = model(users, items, stars, numbers)
-    padded_items, padded_stars = (torch.nn.functional.pad(part, (2, 0)) for part in (items, stars))
+    padded_items, padded_stars = (torch.nn.functional.pad(ids, (2, 0)) for ids in (items, stars))
     padded, _ = model(users, padded_items, padded_stars, numbers)
     alone, _ = model(users[1:], items[1:], stars[1:], numbers[1:])
     torch.testing.assert_close(padded, logits)

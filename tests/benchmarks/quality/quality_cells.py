@@ -54,8 +54,8 @@ def scores(window: int, seed: int, gain: float) -> SplitScores:
 def write_run(folder: Path, split_scores: SplitScores, validation_auc: float) -> None:
     """What a finished run leaves, as far as the study reads it."""
     folder.mkdir(parents=True)
-    part = {"auc": validation_auc, "gauc": validation_auc - 0.1, "num_samples": NUM_ROWS}
-    valid = {**part, "cold": part, "unseen": {**part, "gauc": None}}
+    subset_metrics = {"auc": validation_auc, "gauc": validation_auc - 0.1, "num_samples": NUM_ROWS}
+    valid = {**subset_metrics, "cold": subset_metrics, "unseen": {**subset_metrics, "gauc": None}}
     metrics = {"valid": valid, "test": {"auc": 0.123}, "train": {"seconds": 2.0}}
     write_scores(split_scores, scores_file(folder, "test"))
     (folder / "metrics.json").write_text(json.dumps(metrics))

@@ -17,11 +17,11 @@ def test_each_number_of_users_is_measured(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "cause"),
     [({"gauc_votes": 0.7 - 2 * GAUC_TOLERANCE}, "gauc_votes falls"), ({"step_ms": 20.0}, "costs")],
 )
-def test_a_fall_or_a_dearer_step_ends_the_benchmark(changes: dict[str, float], words: str) -> None:
+def test_a_fall_or_a_dearer_step_ends_the_benchmark(changes: dict[str, float], cause: str) -> None:
     fewer = {"gauc_regression": 0.6, "gauc_votes": 0.7, "step_ms": 10.0}
     _require_scaling([fewer, fewer])
-    with pytest.raises(SystemExit, match=words):
+    with pytest.raises(SystemExit, match=cause):
         _require_scaling([fewer, fewer | changes])

@@ -33,8 +33,8 @@ def test_a_copy_has_a_place_among_all_items_and_among_the_copies() -> None:
     rows = pa.table({"user": ["u", "v"], "history": [["a"], ["b"]], "history_age": [[0.1], [0.2]]})
     scorer = FixedScorer()
     ranking = Ranking(scorer, rows, ["a", "b"], ["c", "d"])  # type: ignore[arg-type]
-    np.testing.assert_array_equal(ranking.places("c", np.array([1])), [[2, 2]])
-    np.testing.assert_array_equal(ranking.places("d", np.array([0])), [[2, 1]])
+    np.testing.assert_array_equal(ranking.item_ranks("c", np.array([1])), [[2, 2]])
+    np.testing.assert_array_equal(ranking.item_ranks("d", np.array([0])), [[2, 1]])
     assert [history["user"] for history in scorer.histories] == ["v", "u"]
     assert scorer.histories[0]["history_age"] == [0.2]
 
@@ -46,10 +46,10 @@ def test_takers_are_positive_rows_of_unseen_items_the_most_taken_first(tmp_path:
     scores = SplitScores(ids, ids, ids, counts, labels, labels, ("played",))
     write_scores(scores, scores_file(tmp_path, "test"))
     takers = _takers(tmp_path, rows, "item")
-    assert {item: places.tolist() for item, places in takers.items()} == {"b": [1, 3], "a": [0]}
+    assert {item: indices.tolist() for item, indices in takers.items()} == {"b": [1, 3], "a": [0]}
     assert list(takers) == ["b", "a"]
 
-    known = SplitScores(ids, ids, ids, counts + 1, labels, labels, ("played",))
-    write_scores(known, scores_file(tmp_path, "test"))
+    seen_scores = SplitScores(ids, ids, ids, counts + 1, labels, labels, ("played",))
+    write_scores(seen_scores, scores_file(tmp_path, "test"))
     with pytest.raises(ValueError, match="no positive row"):
         _takers(tmp_path, rows, "item")

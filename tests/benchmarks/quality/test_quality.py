@@ -57,10 +57,10 @@ def test_a_metric_is_the_median_over_seeds_of_all_windows_together(
     for name, record in by_name.items():
         expected = []
         for seed in range(2):
-            parts = [scores(window, seed, GAIN[name]) for window in range(2)]
-            labels = np.concatenate([part.labels[:, 0] for part in parts])
-            logits = np.concatenate([part.logits[:, 0] for part in parts])
-            users = np.concatenate([part.groups + NUM_USERS * at for at, part in enumerate(parts)])
+            tables = [scores(window, seed, GAIN[name]) for window in range(2)]
+            labels = np.concatenate([rows.labels[:, 0] for rows in tables])
+            logits = np.concatenate([rows.logits[:, 0] for rows in tables])
+            users = np.concatenate([rows.groups + NUM_USERS * n for n, rows in enumerate(tables)])
             expected.append(ScoredRows(labels, logits, users).metrics()["gauc"])
         assert record["by_seed"]["GAUC"] == pytest.approx({"0": expected[0], "1": expected[1]})
         assert record["median"]["GAUC"] == pytest.approx(median(expected))

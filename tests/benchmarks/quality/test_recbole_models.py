@@ -37,8 +37,8 @@ def test_a_model_that_scores_by_popularity_has_the_figures_of_popularity(
     assert 0 < record["popularity"]["all"]["ndcg@10"] < 1
     rows = {line.split(" | ")[0].strip("| "): line for line in page.splitlines() if "|" in line}
     for name in MODELS:
-        for part in ("all", "unseen"):
-            assert record[f"RecBole {name}"][part] == pytest.approx(record["popularity"][part])
+        for subset in ("all", "unseen"):
+            assert record[f"RecBole {name}"][subset] == pytest.approx(record["popularity"][subset])
         assert f"blend with model over RecBole {name}" in page
         assert rows[f"RecBole {name}"].endswith("| 12 | 3.00 |")  # seconds and GB of its training
     assert rows["popularity"].endswith("| - | - |")

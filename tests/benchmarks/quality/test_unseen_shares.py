@@ -29,8 +29,8 @@ def test_each_window_is_a_point_with_its_share_and_gain(tmp_path: Path) -> None:
     for window, record in enumerate(records):
         rows = scores(window, 0, 0.0)
         assert record["share"] == pytest.approx(np.mean(rows.counts[rows.labels[:, 0] > 0] == 0))
-        value, low, high = record["gains"]["all"]
-        assert 0 < low < value < high
+        value, lower, upper = record["gains"]["all"]
+        assert 0 < lower < value < upper
     assert (tmp_path / "page" / "unseen_shares.png").exists()
 
 

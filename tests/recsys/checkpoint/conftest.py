@@ -9,13 +9,13 @@ from filelock import FileLock
 from tests.recsys.checkpoint.warm_start.warm_runs import WITHOUT_CONTENT, write_run
 
 
-def run_in(factory: pytest.TempPathFactory, name: str, *words: str) -> Path:
+def run_in(factory: pytest.TempPathFactory, name: str, *argv: str) -> Path:
     """A folder with `data` and a `run`, whichever worker asks first."""
     base = factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with FileLock(base / f"{name}.lock"):
         if not (base / name / "run" / "metrics.json").exists():
-            write_run(base / name, *words)
+            write_run(base / name, *argv)
     return base / name
 
 

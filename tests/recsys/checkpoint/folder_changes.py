@@ -24,7 +24,7 @@ class _Changes:
 
     def __init__(self) -> None:
         self.folder: Path | None = None
-        self.seen: list[str] = []
+        self.names: list[str] = []
         self.kill_index: int | None = None
         self.at_change: Callable[[str], None] | None = None
         sys.addaudithook(self._hook)  # for good: Python knows no way to remove one
@@ -36,9 +36,9 @@ class _Changes:
         kill_index: int | None = None,
         at_change: Callable[[str], None] | None = None,
     ) -> Iterator[list[str]]:
-        self.folder, self.seen, self.kill_index, self.at_change = folder, [], kill_index, at_change
+        self.folder, self.names, self.kill_index, self.at_change = folder, [], kill_index, at_change
         try:
-            yield self.seen
+            yield self.names
         finally:
             self.folder = None
 
@@ -52,14 +52,14 @@ class _Changes:
             return
         if ".lock" in path:  # held by the process, so gone with it
             return
-        self.seen.append(f"{event} {path.removeprefix(f'{self.folder}/')}")
+        self.names.append(f"{event} {path.removeprefix(f'{self.folder}/')}")
         if self.at_change is not None:
             folder, self.folder = self.folder, None
             try:
-                self.at_change(self.seen[-1])
+                self.at_change(self.names[-1])
             finally:
                 self.folder = folder
-        if self.kill_index is not None and len(self.seen) > self.kill_index:
+        if self.kill_index is not None and len(self.names) > self.kill_index:
             raise Killed
 
 

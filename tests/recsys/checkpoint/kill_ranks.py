@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlan
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from tests.datasets import write_dataset
-from tests.recsys.command_runs import ROOT, run_program, train_words
+from tests.recsys.command_runs import ROOT, run_program, train_argv
 
 NUM_ROWS = {"train": 403, "valid": 41, "test": 37}
 EPOCHS, STEPS_PER_EPOCH = 3, 26
@@ -38,37 +38,37 @@ def random_plan(kills: int, seed: int) -> Plan:
 
 def train(folder: Path, name: str, plan: Plan) -> Path:
     """Trains under `folder/name` by torchx, with what is planned; returns that folder."""
-    place = folder / name
-    place.mkdir()
-    (place / "plan.json").write_text(json.dumps(plan))
-    words = train_words(folder / "data", place / "run", "--epochs", str(EPOCHS))[1:]
-    words += ["--patience", "9", "--checkpoint.every_steps", "3"]
-    hook = f"TRACE={place},PYTHONPATH={Path(__file__).parent / 'fault_hook'}:{ROOT}"
+    job_folder = folder / name
+    job_folder.mkdir()
+    (job_folder / "plan.json").write_text(json.dumps(plan))
+    argv = train_argv(folder / "data", job_folder / "run", "--epochs", str(EPOCHS))[1:]
+    argv += ["--patience", "9", "--checkpoint.every_steps", "3"]
+    hook = f"TRACE={job_folder},PYTHONPATH={Path(__file__).parent / 'fault_hook'}:{ROOT}"
     job = ["-s", "local_cwd", "launch/components.py:train", "--nproc", "2", "--env", hook]
     retries = ["--max_retries", str(len(plan) + 1)]
-    process = run_program("torchx", "run", *job, *retries, "--", *words, seconds=900)
-    (place / "log.txt").write_text(process.stdout + process.stderr)
+    process = run_program("torchx", "run", *job, *retries, "--", *argv, seconds=900)
+    (job_folder / "log.txt").write_text(process.stdout + process.stderr)
     if process.returncode:
         raise SystemExit(f"the job ended with {process.returncode}:\n{process.stderr[-8000:]}")
-    return place
+    return job_folder
 
 
-def steps_made(place: Path) -> dict[int, list[list[Any]]]:
+def steps_made(job_folder: Path) -> dict[int, list[list[Any]]]:
     """By rank all steps in the order they were made, those made again too."""
     return {
-        rank: [json.loads(line) for line in (place / f"steps-{rank}.jsonl").open()]
+        rank: [json.loads(line) for line in (job_folder / f"steps-{rank}.jsonl").open()]
         for rank in range(2)
     }
 
 
-def check_impressions(place: Path) -> tuple[int, int]:
+def check_impressions(job_folder: Path) -> tuple[int, int]:
     """Each epoch's impressions are the data, once, in the steps that led to the result.
 
     Returns:
         steps in the result, and steps made in all.
     """
     counts = [Counter[int]() for _ in range(EPOCHS)]
-    steps_by_rank = steps_made(place)
+    steps_by_rank = steps_made(job_folder)
     remaining: dict[int, list[Any]] = {}
     for rank, steps in steps_by_rank.items():
         remaining = {}
@@ -91,10 +91,10 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def check_equal(place: Path, other: Path) -> int:
+def check_equal(job_folder: Path, other: Path) -> int:
     """Same bits in the last and the best checkpoint, same metrics; returns the tensors compared."""
     compared = 0
-    runs = place / "run", other / "run"
+    runs = job_folder / "run", other / "run"
     for name in (f"step-{EPOCHS * STEPS_PER_EPOCH:08d}", "best"):
         one, two = (tensors(run / "checkpoints" / name) for run in runs)
         assert one.keys() == two.keys()

@@ -17,17 +17,17 @@ from tests.recsys.checkpoint.kill_ranks import tensors
 from tests.recsys.command_runs import tiny_config
 
 # 60 rows in batches of 8: 8 steps per epoch on one rank, 4 on two.
-WORDS = ["--batch_size", "8", "--epochs", "2", "--device", "cpu", "--patience", "9"]
+ARGV = ["--batch_size", "8", "--epochs", "2", "--device", "cpu", "--patience", "9"]
 
 
-def config_of(folder: Path, *words: str) -> Config:
+def config_of(folder: Path, *argv: str) -> Config:
     every = ["--checkpoint.every_steps", "3", "--checkpoint.keep", "9"]
-    return tiny_config(folder / "cache", *WORDS, *every, *words)
+    return tiny_config(folder / "cache", *ARGV, *every, *argv)
 
 
-def run_training(folder: Path, run: Path, *words: str, **arguments: Any) -> dict[str, Any]:
+def run_training(folder: Path, run: Path, *argv: str, **arguments: Any) -> dict[str, Any]:
     with joined_ranks("cpu") as ranks:
-        return train(config_of(folder, *words), str(folder / "data"), run, ranks, **arguments)
+        return train(config_of(folder, *argv), str(folder / "data"), run, ranks, **arguments)
 
 
 class StepsSeen:
@@ -35,24 +35,24 @@ class StepsSeen:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> None:
         self.steps: list[tuple[int, list[int]]] = []
-        before = LossWatch.step
+        original = LossWatch.step
 
         def step(watch: LossWatch, number: int, loss: Any, positions: Any) -> Any:
             self.steps.append((number, positions.tolist()))
             if number == stop_after:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return before(watch, number, loss, positions)
+            return original(watch, number, loss, positions)
 
         monkeypatch.setattr(LossWatch, "step", step)
 
 
-def assert_same_end(run: Path, whole: Path) -> None:
+def assert_same_end(run: Path, full_run: Path) -> None:
     """The same bits in the last and best checkpoint, and the same metrics."""
     for name in ("step-00000016", "best"):
-        one, two = (tensors(folder / "checkpoints" / name) for folder in (run, whole))
+        one, two = (tensors(folder / "checkpoints" / name) for folder in (run, full_run))
         assert one.keys() == two.keys()
         for key, value in one.items():
             assert torch.equal(value, two[key]), key
-    one, two = (json.loads((folder / "metrics.json").read_text()) for folder in (run, whole))
+    one, two = (json.loads((folder / "metrics.json").read_text()) for folder in (run, full_run))
     assert one.pop("train")["steps"] == two.pop("train")["steps"] == 16
     assert one == two

@@ -42,12 +42,12 @@ def run(folder: Path) -> Path:
     return folder / "run"
 
 
-def tiny(folder: Path, *words: str) -> Any:
-    return tiny_config(folder / "cache", "--device", "cpu", *words)
+def tiny(folder: Path, *argv: str) -> Any:
+    return tiny_config(folder / "cache", "--device", "cpu", *argv)
 
 
-def job_of(folder: Path, ranks: Ranks, *words: str) -> Job:
-    return build_job(tiny(folder, *words), str(folder / "data"), ranks)
+def job_of(folder: Path, ranks: Ranks, *argv: str) -> Job:
+    return build_job(tiny(folder, *argv), str(folder / "data"), ranks)
 
 
 def test_what_trains_is_stored_and_the_frozen_base_of_the_encoder_is_not(run: Path) -> None:
@@ -56,8 +56,8 @@ def test_what_trains_is_stored_and_the_frozen_base_of_the_encoder_is_not(run: Pa
     encoders = [name for name in names if "content.encoders" in name]
     assert len(encoders) == 4  # A and B of query and value in one layer
     assert all("lora_" in name for name in encoders)
-    for part in ("embeddings.item", "embedding_bags.genres", "content.fusion.", "ranking.mlp."):
-        assert any(part in name for name in names), part
+    for prefix in ("embeddings.item", "embedding_bags.genres", "content.fusion.", "ranking.mlp."):
+        assert any(prefix in name for name in names), prefix
     assert "bank" in names
 
 
@@ -67,20 +67,20 @@ def test_a_missing_checkpoint_is_told_with_its_folder(folder: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "words",
+    "argv",
     [
         ["--content", "none"],
         ["--content.fusion.num_heads", "4"],  # of the same shapes
     ],
 )
 def test_the_checkpoint_of_another_model_is_refused(
-    folder: Path, run: Path, words: list[str]
+    folder: Path, run: Path, argv: list[str]
 ) -> None:
     with (
         joined_ranks("cpu") as ranks,
         pytest.raises(ValueError, match=r"best: .*config\.yaml"),
     ):
-        load_best(job_of(folder, ranks, *words), run)
+        load_best(job_of(folder, ranks, *argv), run)
 
 
 def test_modalities_in_another_order_are_another_model() -> None:
@@ -228,13 +228,13 @@ def poison(job: Job, name: str) -> None:
     """Make one value of the state not finite, on the last rank alone. A collective."""
     state = TrainingState(job).state_dict()
     value = next(value for key, value in state.items() if name in key)
-    piece = value.local_shards()[-1].tensor if isinstance(value, ShardedTensor) else value
+    tensor = value.local_shards()[-1].tensor if isinstance(value, ShardedTensor) else value
     if job.ranks.rank == job.ranks.world_size - 1:
-        piece.detach().view(-1)[-1] = float("inf")
+        tensor.detach().view(-1)[-1] = float("inf")
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "message"),
     [
         ("embeddings.item.weight", r"table 'item'.*first 29\b"),
         ("ranking.mlp", r"ranking\.mlp\S+"),
@@ -242,7 +242,7 @@ def poison(job: Job, name: str) -> None:
     ],
 )
 def test_a_state_that_is_not_finite_is_not_saved_over_a_good_one(
-    folder: Path, tmp_path: Path, name: str, words: str
+    folder: Path, tmp_path: Path, name: str, message: str
 ) -> None:
     with joined_ranks("cpu") as ranks:
         job = job_of(folder, ranks)
@@ -251,11 +251,11 @@ def test_a_state_that_is_not_finite_is_not_saved_over_a_good_one(
         checkpoints.save_best(Progress(steps=1))
         poison(job, name)
         good = r"after step 2.*checkpoints/step-00000001"
-        with pytest.raises(ValueError, match=f"{words}.*{good}"):
+        with pytest.raises(ValueError, match=f"{message}.*{good}"):
             checkpoints.save(Progress(steps=2))
         if not name.startswith("optimizer"):
             for naming in (checkpoints.save_best, checkpoints.require_finite):
-                with pytest.raises(ValueError, match=f"{words}.*{good}"):
+                with pytest.raises(ValueError, match=f"{message}.*{good}"):
                     naming(Progress(steps=2))
         checkpoints.close()
         assert load_best(job, tmp_path)["step"] == 1
@@ -265,8 +265,8 @@ def test_a_state_that_is_not_finite_is_not_saved_over_a_good_one(
 
 def save_poisoned(rank: int, world_size: int, folder: Path) -> str:
     """The last rank alone has a row that is not finite; the error that this rank sees."""
-    words = ("--content", "none", "--embedding.sharding", "row_wise")
-    job = build_job(tiny(folder, *words), str(folder / "data"), ranks_of(rank, world_size))
+    argv = ("--content", "none", "--embedding.sharding", "row_wise")
+    job = build_job(tiny(folder, *argv), str(folder / "data"), ranks_of(rank, world_size))
     checkpoints = Checkpoints(job, folder / "poisoned", "data")
     poison(job, "embeddings.item.weight")
     try:

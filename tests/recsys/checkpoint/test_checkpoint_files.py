@@ -103,7 +103,7 @@ def test_a_damaged_checkpoint_is_named_in_one_warning_and_the_one_before_it_used
     damage: Callable[[Path], None],
 ) -> None:
     warnings: list[str] = []
-    monkeypatch.setattr(logger, "warning", lambda text, *words: warnings.append(text % words))
+    monkeypatch.setattr(logger, "warning", lambda text, *values: warnings.append(text % values))
     run = shutil.copytree(saved, tmp_path / "run")
     damage(newest_of(run))
     assert restored(job, run) == PREVIOUS

@@ -18,10 +18,10 @@ from tests.recsys.checkpoint.warm_start.warm_runs import (
     WITHOUT_CONTENT,
     assert_equal,
     begin,
-    begun,
     best_of,
     changed,
     ids_of,
+    start,
     state_of,
     stored_state,
     write_ids,
@@ -32,8 +32,8 @@ from tests.recsys.em3_runs import ranks_of
 NEW, WITHOUT_ITEM = 901, 902  # raw ids that the data has and the run has not
 
 
-def rule(name: str, *words: str) -> list[str]:
-    return ["--embedding.tables", f"{{item: {{new_rows: {name}}}}}", *words]
+def rule(name: str, *argv: str) -> list[str]:
+    return ["--embedding.tables", f"{{item: {{new_rows: {name}}}}}", *argv]
 
 
 def with_new_items(folder: Path, out: Path) -> tuple[Path, list[int]]:
@@ -42,9 +42,9 @@ def with_new_items(folder: Path, out: Path) -> tuple[Path, list[int]]:
 
     def add(items: pa.Table) -> pa.Table:
         again = items.slice(0, 1)
-        place = items.column_names.index("item")
+        index = items.column_names.index("item")
         return pa.concat_tables(
-            [items, again.set_column(place, "item", pa.array([NEW], pa.int64()))]
+            [items, again.set_column(index, "item", pa.array([NEW], pa.int64()))]
         )
 
     data = changed(folder, out, lambda schema: schema["columns"]["item"].update(num_embeddings=55))
@@ -64,17 +64,17 @@ def test_new_rows_have_the_mean_of_the_trained_ones_which_stay(
     multimodal: Path, tmp_path: Path
 ) -> None:
     data, new_ids = with_new_items(multimodal, tmp_path)
-    before = stored_state(best_of(multimodal))["item"]
-    with begun(multimodal, tmp_path / "new", *rule("mean"), data=data) as new:
-        state, words = state_of(new.job), new.words
+    old_rows = stored_state(best_of(multimodal))["item"]
+    with start(multimodal, tmp_path / "new", *rule("mean"), data=data) as new:
+        state, text = state_of(new.job), new.text
     table, trained = state["item"], moments_of(state) > 0
     assert not trained[[0, 54, new_ids.index(WITHOUT_ITEM)]].any()
     mean = table[trained].double().mean(dim=0).float()
     torch.testing.assert_close(table[~trained], mean.expand(int((~trained).sum()), -1))
     old = {raw: row for row, raw in enumerate(ids_of(multimodal / "data"))}
     for row in trained.nonzero().flatten().tolist():
-        assert torch.equal(table[row], before[old[new_ids[row]]])
-    assert re.search(rf"new_rows: mean +the mean of {int(trained.sum())} trained rows", words)
+        assert torch.equal(table[row], old_rows[old[new_ids[row]]])
+    assert re.search(rf"new_rows: mean +the mean of {int(trained.sum())} trained rows", text)
     stored = json.loads((tmp_path / "new" / "warm_start.json").read_text())
     assert stored["differences"][-1]["what"] == "new_rows: mean"
 
@@ -83,15 +83,15 @@ def test_new_rows_have_the_mean_of_the_trained_ones_which_stay(
 def test_averages_of_a_new_row_begin_at_its_first_values(
     first_value: float, tmp_path: Path
 ) -> None:
-    words = [*WITHOUT_CONTENT, "--optimizer.ema_decay", "0.9", "--optimizer.ema_tables", "true"]
-    folder = write_run(tmp_path, *words)
+    argv = [*WITHOUT_CONTENT, "--optimizer.ema_decay", "0.9", "--optimizer.ema_tables", "true"]
+    folder = write_run(tmp_path, *argv)
     data, new_ids = with_new_items(folder, tmp_path / "further")
     first_rows = rule("zero")
     if first_value:
         file, vectors = tmp_path / "vectors.parquet", pa.array([[first_value] * 16])
         pq.write_table(pa.table({"id": [NEW], "vector": vectors}), file)
         first_rows = ["--embedding.tables", f"{{item: {{init_from: {{path: {file}}}}}}}"]
-    with begun(folder, tmp_path / "new", *words, *first_rows, data=data, checkpoint="last") as new:
+    with start(folder, tmp_path / "new", *argv, *first_rows, data=data, checkpoint="last") as new:
         state = state_of(new.job)
     assert state["optimizer.average.num_updates"] > 0
     (average,) = (
@@ -107,7 +107,7 @@ def test_a_run_keeps_the_counts_of_the_run_before_by_its_own_rows(
     multimodal: Path, tmp_path: Path
 ) -> None:
     (data, new_ids), run = with_new_items(multimodal, tmp_path), tmp_path / "new"
-    with begun(multimodal, run, data=data):
+    with start(multimodal, run, data=data):
         pass
     ids = ids_of(multimodal / "data")
     total = ItemCounts.load(multimodal / "run" / "item_counts.npy")
@@ -121,15 +121,15 @@ def test_a_run_keeps_the_counts_of_the_run_before_by_its_own_rows(
 
 
 def test_by_the_rule_zero_rows_without_training_are_zeros(plain: Path, tmp_path: Path) -> None:
-    words = [*WITHOUT_CONTENT, "--embedding.tables", "{item: {new_rows: zero}}"]
-    before = stored_state(best_of(plain))["item"]
-    with begun(plain, tmp_path / "new", *words) as new:
+    argv = [*WITHOUT_CONTENT, "--embedding.tables", "{item: {new_rows: zero}}"]
+    old_rows = stored_state(best_of(plain))["item"]
+    with start(plain, tmp_path / "new", *argv) as new:
         state = state_of(new.job)
-        assert re.search(r"new_rows: zero +zeros", new.words)
+        assert re.search(r"new_rows: zero +zeros", new.text)
     trained = moments_of(state) > 0
     assert not trained.all()
     assert not state["item"][~trained].any()
-    assert torch.equal(state["item"][trained], before[trained])
+    assert torch.equal(state["item"][trained], old_rows[trained])
 
 
 def test_each_table_with_the_rule_mean_has_its_own(plain: Path, tmp_path: Path) -> None:
@@ -137,10 +137,10 @@ def test_each_table_with_the_rule_mean_has_its_own(plain: Path, tmp_path: Path) 
     data = changed(
         plain, tmp_path, lambda schema: schema["columns"]["shop"].update(num_embeddings=9)
     )
-    words = [*WITHOUT_CONTENT, "--embedding.tables", tables]
-    with begun(plain, tmp_path / "new", *words, data=data) as new:
+    argv = [*WITHOUT_CONTENT, "--embedding.tables", tables]
+    with start(plain, tmp_path / "new", *argv, data=data) as new:
         state = state_of(new.job)
-        assert len(re.findall("new_rows: mean", new.words)) == 2
+        assert len(re.findall("new_rows: mean", new.text)) == 2
     trained = moments_of(state) > 0
     assert not trained.all()
     mean = state["item"][trained].double().mean(dim=0).float()
@@ -151,9 +151,9 @@ def test_each_table_with_the_rule_mean_has_its_own(plain: Path, tmp_path: Path) 
 
 
 def begin_on_rank(
-    rank: int, world_size: int, folder: Path, data: Path, out: Path, words: list[str]
+    rank: int, world_size: int, folder: Path, data: Path, out: Path, argv: list[str]
 ) -> list[tuple[list[int], Tensor]]:
-    job = begin(folder, out, ranks_of(rank, world_size), *words, data=data).job
+    job = begin(folder, out, ranks_of(rank, world_size), *argv, data=data).job
     table = job.model.state_dict()["embeddings.embeddings.item.weight"]
     return [
         (list(shard.metadata.shard_offsets), shard.tensor.detach())
@@ -173,21 +173,21 @@ def test_ranks_and_plans_get_the_same_rows(
     multimodal: Path, tmp_path: Path, world_size: int, sharding: str
 ) -> None:
     data, _ = with_new_items(multimodal, tmp_path)
-    with begun(multimodal, tmp_path / "one", *rule("mean"), data=data) as new:
+    with start(multimodal, tmp_path / "one", *rule("mean"), data=data) as new:
         expected = state_of(new.job)["item"]
-    words = rule("mean", "--embedding.sharding", sharding)
+    argv = rule("mean", "--embedding.sharding", sharding)
     if sharding == "column_wise":  # moments of whole rows become those of each range of columns
-        words += ["--embedding.dim", "16"]
-    results = run_on_ranks(begin_on_rank, world_size, multimodal, data, tmp_path / "many", words)
+        argv += ["--embedding.dim", "16"]
+    results = run_on_ranks(begin_on_rank, world_size, multimodal, data, tmp_path / "many", argv)
     result = torch.full_like(expected, torch.nan)
-    for (row, column), piece in (shard for shards in results for shard in shards):
-        result[row : row + len(piece), column : column + piece.shape[1]] = piece
+    for (row, column), tensor in (shard for shards in results for shard in shards):
+        result[row : row + len(tensor), column : column + tensor.shape[1]] = tensor
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_a_table_without_its_optimizer_state_is_refused(multimodal: Path, tmp_path: Path) -> None:
     with (
         pytest.raises(ValueError, match=r"tables\.item\.new_rows: mean .*set random"),
-        begun(multimodal, tmp_path / "new", *rule("mean"), optimizer=False),
+        start(multimodal, tmp_path / "new", *rule("mean"), optimizer=False),
     ):
         pass

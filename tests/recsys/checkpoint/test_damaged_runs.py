@@ -23,7 +23,7 @@ from recsys.training.train import train
 from tests.recsys.checkpoint.schema_runs import write_data
 from tests.recsys.checkpoint.stopped_runs import config_of
 
-WORDS = ["--content", "none", "--contrastive.weight", "0", "--embedding.skip", "[]"]
+ARGV = ["--content", "none", "--contrastive.weight", "0", "--embedding.skip", "[]"]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_data(folder / "data")
     with joined_ranks("cpu") as ranks:
         train(
-            config_of(folder, *WORDS, "--epochs", "1"), str(folder / "data"), folder / "run", ranks
+            config_of(folder, *ARGV, "--epochs", "1"), str(folder / "data"), folder / "run", ranks
         )
     return folder
 
@@ -90,7 +90,7 @@ def test_scores_and_metrics_must_be_of_the_best_model(run: Path) -> None:
         check_metrics(run)
     (run / "metrics.json").write_text(metrics)
     with joined_ranks("cpu") as ranks:
-        other = config_of(run.parent, *WORDS, "--epochs", "1", "--seed", "1")
+        other = config_of(run.parent, *ARGV, "--epochs", "1", "--seed", "1")
         train(other, (run / "data.txt").read_text().strip(), run.parent / "other", ranks)
     best = run / "checkpoints" / "best"
     shutil.rmtree(best)

@@ -46,7 +46,7 @@ def train_on(ranks: Ranks, folder: Path, run: Path, **arguments: Any) -> dict[st
 
 
 @pytest.fixture(scope="module")
-def whole(folder: Path) -> tuple[Path, list[str]]:
+def full_run(folder: Path) -> tuple[Path, list[str]]:
     """An undisturbed run, and what it changed in its folder, in order."""
     with pytest.MonkeyPatch.context() as patch, CHANGES.watched(folder / "whole") as changes:
         patch.setenv("TORCHELASTIC_RUN_ID", "shop1")
@@ -81,35 +81,35 @@ def sampled(changes: list[str], count: int) -> list[int]:
 
 
 def test_a_start_cut_off_at_any_change_of_its_folder_can_be_repeated(
-    folder: Path, whole: tuple[Path, list[str]], tmp_path: Path
+    folder: Path, full_run: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
-    _, changes = whole
+    _, changes = full_run
     assert len(changes) > 20
-    for place in sampled(changes, 5):
-        with pytest.raises(ENDED), CHANGES.watched(tmp_path / str(place), kill_index=place):
-            run_training(folder, tmp_path / str(place))
-        assert start(folder, tmp_path / str(place)), changes[place]
+    for index in sampled(changes, 5):
+        with pytest.raises(ENDED), CHANGES.watched(tmp_path / str(index), kill_index=index):
+            run_training(folder, tmp_path / str(index))
+        assert start(folder, tmp_path / str(index)), changes[index]
 
 
 def test_a_replacement_cut_off_at_any_change_leaves_a_folder_that_can_be_begun(
-    folder: Path, whole: tuple[Path, list[str]], tmp_path: Path
+    folder: Path, full_run: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
-    shutil.copytree(whole[0], tmp_path / "seen")
+    shutil.copytree(full_run[0], tmp_path / "seen")
     with CHANGES.watched(tmp_path / "seen") as changes:
         start(folder, tmp_path / "seen", overwrite=True)
     assert len(changes) > 10
-    for place in sampled(changes, 4):
-        run = tmp_path / str(place)
-        shutil.copytree(whole[0], run)
-        with pytest.raises(ENDED), CHANGES.watched(run, kill_index=place):
+    for index in sampled(changes, 4):
+        run = tmp_path / str(index)
+        shutil.copytree(full_run[0], run)
+        with pytest.raises(ENDED), CHANGES.watched(run, kill_index=index):
             start(folder, run, overwrite=True)
-        assert start(folder, run), changes[place]
+        assert start(folder, run), changes[index]
 
 
 def test_a_run_that_replaces_another_has_none_of_its_results_and_counts(
-    folder: Path, whole: tuple[Path, list[str]], tmp_path: Path
+    folder: Path, full_run: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
-    start(folder, tmp_path / "run", warm_start=WarmStart(whole[0]))
+    start(folder, tmp_path / "run", warm_start=WarmStart(full_run[0]))
     assert trained_counts(tmp_path / "run", 30).counts.sum() == 2 * 60
     results = [tmp_path / "run" / name for name in ("evaluation_test.json", "scores_test.parquet")]
     for file in results:
@@ -120,14 +120,14 @@ def test_a_run_that_replaces_another_has_none_of_its_results_and_counts(
 
 
 def test_killed_after_the_first_validation_a_run_goes_on_with_the_same_end(
-    folder: Path, whole: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, full_run: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = LossWatch.step
+    original = LossWatch.step
 
     def step(watch: LossWatch, number: int, loss: Any, positions: Any) -> Any:
         if number == 3:
             raise Killed
-        return before(watch, number, loss, positions)
+        return original(watch, number, loss, positions)
 
     with monkeypatch.context() as patch:
         patch.setattr(LossWatch, "step", step)
@@ -137,7 +137,7 @@ def test_killed_after_the_first_validation_a_run_goes_on_with_the_same_end(
         steps_seen = StepsSeen(patch)
         run_training(folder, tmp_path / "run")
     assert [number for number, _ in steps_seen.steps] == [3, 4]
-    assert result(tmp_path / "run") == result(whole[0])
+    assert result(tmp_path / "run") == result(full_run[0])
 
 
 def test_a_signal_before_the_first_step_ends_the_start_and_leaves_no_lock(
@@ -152,7 +152,7 @@ def test_a_signal_before_the_first_step_ends_the_start_and_leaves_no_lock(
 
 
 @pytest.mark.parametrize(
-    ("environment", "finished", "goes_on"),
+    ("environment", "finished", "is_resumed"),
     [
         ({}, True, False),
         ({"TORCHELASTIC_RUN_ID": "shop1"}, True, False),
@@ -166,23 +166,23 @@ def test_a_signal_before_the_first_step_ends_the_start_and_leaves_no_lock(
     ],
 )
 def test_overwrite_and_never_count_for_all_but_the_restarts_of_the_job_that_began_the_run(
-    whole: tuple[Path, list[str]],
+    full_run: tuple[Path, list[str]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     environment: dict[str, str],
     finished: bool,
-    goes_on: bool,
+    is_resumed: bool,
 ) -> None:
     """The run was begun, and ended well, by a job named shop1."""
     run = tmp_path / "run"
-    shutil.copytree(whole[0], run)
+    shutil.copytree(full_run[0], run)
     if not finished:
         (run / JOB).write_text((run / JOB).read_text().replace("true", "false"))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with joined_ranks("cpu") as ranks:
-        assert find_start(run, "auto", True, ranks) is goes_on
-        if goes_on:
+        assert find_start(run, "auto", True, ranks) is is_resumed
+        if is_resumed:
             assert find_start(run, "never", False, ranks)
         else:
             with pytest.raises(ValueError, match="--overwrite"):
@@ -231,14 +231,14 @@ def refused_at_each(action: Callable[[], object], path: Path) -> Callable[[str],
 
 
 def test_no_second_job_comes_into_a_run_wherever_the_first_is(
-    folder: Path, whole: tuple[Path, list[str]], tmp_path: Path
+    folder: Path, full_run: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    shutil.copytree(whole[0], run)
+    shutil.copytree(full_run[0], run)
     with joined_ranks("cpu") as ranks:
         again = refused_at_each(lambda: train_on(ranks, folder, run, overwrite=True), run)
         with CHANGES.watched(run, at_change=again) as changes:
             train_on(ranks, folder, run, overwrite=True)
     assert len(changes) > 20
-    assert result(run) == result(whole[0])
+    assert result(run) == result(full_run[0])
     assert not list(run.glob(".lock*"))

@@ -40,9 +40,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         items = pq.read_table(write_dataset(folder / name) / "items")
         ids = items["item"].to_pylist()
         if name == "edited":
-            words = items["text"].to_pylist()
-            words = [f"{w} new" if i in EDITED else w for i, w in zip(ids, words, strict=True)]
-            items = items.set_column(items.column_names.index("text"), "text", pa.array(words))
+            texts = items["text"].to_pylist()
+            texts = [f"{w} new" if i in EDITED else w for i, w in zip(ids, texts, strict=True)]
+            items = items.set_column(items.column_names.index("text"), "text", pa.array(texts))
         write_items(
             folder / name, items.filter(pc.field("item") != (NEW if name == "data" else REMOVED))
         )
@@ -72,13 +72,13 @@ def test_changed_items_are_encoded_into_the_bank_by_the_loaded_model_and_counted
     folder: Path, run: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with joined_ranks("cpu") as ranks:
-        before = bank_of(load_run(run, None, ranks, "cpu"))
+        old_bank = bank_of(load_run(run, None, ranks, "cpu"))
         configure_logging()
         job = load_run(run, str(folder / "edited"), ranks, "cpu")
         bank, expected = bank_of(job), encoded(job)
     torch.testing.assert_close(bank[CHANGED], expected)
-    assert ((before[CHANGED] - expected).abs().amax(dim=1) > 1e-3).all()
-    assert torch.equal(bank[UNCHANGED], before[UNCHANGED])
+    assert ((old_bank[CHANGED] - expected).abs().amax(dim=1) > 1e-3).all()
+    assert torch.equal(bank[UNCHANGED], old_bank[UNCHANGED])
     assert re.search("2 of 29 items .*1 are new .*1 are gone", capfd.readouterr().out)
 
 
@@ -95,10 +95,10 @@ def restored(folder: Path, data: str, run: Path, ranks: Ranks) -> Job:
 
 def test_training_goes_on_with_the_bank_of_the_edited_items(folder: Path, run: Path) -> None:
     with joined_ranks("cpu") as ranks:
-        before = bank_of(restored(folder, "data", run, ranks))
+        old_bank = bank_of(restored(folder, "data", run, ranks))
         job = restored(folder, "edited", run, ranks)
         torch.testing.assert_close(bank_of(job)[CHANGED], encoded(job))
-        assert torch.equal(bank_of(job)[UNCHANGED], before[UNCHANGED])
+        assert torch.equal(bank_of(job)[UNCHANGED], old_bank[UNCHANGED])
 
 
 def test_items_in_another_order_are_not_changed(

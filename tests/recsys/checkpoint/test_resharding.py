@@ -123,7 +123,7 @@ def test_any_checkpoint_loads_on_any_ranks_under_any_plan(saved: Any, world_size
     for ranks in run_on_ranks(load_all, world_size, folder):
         assert len(ranks) == len(WORLD_SIZES) * (3 * 3 + 2 * 2)
         for ((saved_on, saved_plan, optimizer), plan), (logits, losses) in ranks.items():
-            where = f"{saved_on} {saved_plan} -> {world_size} {plan}, {optimizer}"
+            case = f"{saved_on} {saved_plan} -> {world_size} {plan}, {optimizer}"
             saved_logits, next_losses = expected[saved_on, saved_plan, optimizer]
-            assert torch.equal(logits, saved_logits), where
-            assert losses == pytest.approx(next_losses, abs=1e-6), where
+            assert torch.equal(logits, saved_logits), case
+            assert losses == pytest.approx(next_losses, abs=1e-6), case

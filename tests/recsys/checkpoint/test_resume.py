@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(folder: Path) -> Path:
+def full_run(folder: Path) -> Path:
     """An undisturbed run on one rank."""
     run_training(folder, folder / "whole")
     return folder / "whole"
@@ -36,7 +36,7 @@ def whole(folder: Path) -> Path:
 
 @pytest.mark.parametrize("stop_after", [5, pytest.param(8, marks=pytest.mark.long)])
 def test_sigterm_loses_no_step_and_the_same_command_goes_on(
-    folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
+    folder: Path, full_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
 ) -> None:
     with monkeypatch.context() as patch:
         first = StepsSeen(patch, stop_after)
@@ -48,51 +48,51 @@ def test_sigterm_loses_no_step_and_the_same_command_goes_on(
     assert [number for number, _ in first.steps + second.steps] == list(range(1, 17))
     assert len(first.steps) < 16
     for steps in ((first.steps + second.steps)[:8], (first.steps + second.steps)[8:]):
-        counts = Counter(place for _, places in steps for place in places)
-        assert Counter({place: counts[place] for place in range(60)}) == Counter(range(60))
-    assert_same_end(tmp_path / "run", whole)
+        counts = Counter(row for _, rows in steps for row in rows)
+        assert Counter({row: counts[row] for row in range(60)}) == Counter(range(60))
+    assert_same_end(tmp_path / "run", full_run)
 
 
-@pytest.mark.parametrize(("before", "after"), [(4, 1), (1, 8)])
+@pytest.mark.parametrize(("first_n", "next_n"), [(4, 1), (1, 8)])
 def test_an_epoch_is_read_to_its_end_with_another_number_of_validations(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: int, after: int
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first_n: int, next_n: int
 ) -> None:
-    words = [["--validations_per_epoch", str(count), "--epochs", "1"] for count in (before, after)]
+    argv = [["--validations_per_epoch", str(count), "--epochs", "1"] for count in (first_n, next_n)]
     with monkeypatch.context() as patch:
         first = StepsSeen(patch, 5)
         with pytest.raises(TrainingStopped):
-            run_training(folder, tmp_path / "run", *words[0])
+            run_training(folder, tmp_path / "run", *argv[0])
     with monkeypatch.context() as patch:
         second, validations = StepsSeen(patch), list[int]()
         patch.setattr(
             "recsys.training.trainer.Reporter.validation",
             lambda _, progress, report: validations.append(progress.steps),
         )
-        run_training(folder, tmp_path / "run", *words[1])
-    counts = Counter(place for _, places in first.steps + second.steps for place in places)
-    assert Counter({place: counts[place] for place in range(60)}) == Counter(range(60))
+        run_training(folder, tmp_path / "run", *argv[1])
+    counts = Counter(row for _, rows in first.steps + second.steps for row in rows)
+    assert Counter({row: counts[row] for row in range(60)}) == Counter(range(60))
     assert validations == sorted(set(validations)) and validations[-1] == 8
 
 
-@pytest.mark.parametrize(("before", "after"), [(8, 16), (16, 8)])
+@pytest.mark.parametrize(("first_n", "next_n"), [(8, 16), (16, 8)])
 def test_decay_ends_with_the_last_epoch_also_where_another_batch_size_goes_on(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: int, after: int
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first_n: int, next_n: int
 ) -> None:
     schedule = ["--optimizer.schedule", "linear", "--optimizer.warmup_steps", "0"]
-    words = [["--batch_size", str(size), "--epochs", "2", *schedule] for size in (before, after)]
+    argv = [["--batch_size", str(size), "--epochs", "2", *schedule] for size in (first_n, next_n)]
     with monkeypatch.context() as patch:
         first = StepsSeen(patch, 3)
         with pytest.raises(TrainingStopped):
-            run_training(folder, tmp_path / "run", *words[0])
+            run_training(folder, tmp_path / "run", *argv[0])
     rates: list[float] = []  # after each step
     monkeypatch.setattr(
         "recsys.training.trainer.Reporter.step",
         lambda reporter, *_: rates.append(reporter.job.dense_optimizer.param_groups[0]["lr"]),
     )
-    run_training(folder, tmp_path / "run", *words[1])
-    whole_rate = config_of(folder).optimizer.encoder_learning_rate
+    run_training(folder, tmp_path / "run", *argv[1])
+    full_rate = config_of(folder).optimizer.encoder_learning_rate
     planned = len(first.steps) + len(rates)
-    expected = [whole_rate * steps / planned for steps in reversed(range(len(rates)))]
+    expected = [full_rate * steps / planned for steps in reversed(range(len(rates)))]
     assert rates == pytest.approx(expected)
 
 
@@ -124,35 +124,35 @@ def test_a_map_that_learns_ids_goes_on_with_the_rows_it_has_given(
 def test_outputs_of_encoders_go_on_as_they_were(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["--content.encoder_share", "0.3"]
-    run_training(folder, tmp_path / "whole", *words)
+    argv = ["--content.encoder_share", "0.3"]
+    run_training(folder, tmp_path / "whole", *argv)
     with monkeypatch.context() as patch:
         StepsSeen(patch, 5)
         with pytest.raises(TrainingStopped):
-            run_training(folder, tmp_path / "run", *words)
-    run_training(folder, tmp_path / "run", *words)
+            run_training(folder, tmp_path / "run", *argv)
+    run_training(folder, tmp_path / "run", *argv)
     assert_same_end(tmp_path / "run", tmp_path / "whole")
     assert "encoder_outputs" in tensors(tmp_path / "whole" / "checkpoints" / "best")
 
 
-def unfinished(run: Path, whole: Path) -> list[Path]:
+def unfinished(run: Path, full_run: Path) -> list[Path]:
     """A copy of a run without its end; its checkpoints, the newest first."""
-    shutil.copytree(whole, run)
+    shutil.copytree(full_run, run)
     (run / "metrics.json").unlink()
     return folders_by_age(run / "checkpoints")
 
 
 def test_where_every_checkpoint_is_damaged_nothing_starts_from_the_beginning(
-    folder: Path, whole: Path, tmp_path: Path
+    folder: Path, full_run: Path, tmp_path: Path
 ) -> None:
-    for checkpoint in unfinished(tmp_path / "run", whole):
+    for checkpoint in unfinished(tmp_path / "run", full_run):
         (checkpoint / "__0_0.distcp").write_bytes(b"")
     with pytest.raises(ValueError, match=r"checkpoints: .*--overwrite"):
         run_training(folder, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         (["--embedding.dim", "8"], r"embedding.dim \(checkpoint: 16, now: 8\)"),
         (["--seed", "4"], r"seed \(checkpoint: 0, now: 4\)"),
@@ -160,25 +160,25 @@ def test_where_every_checkpoint_is_damaged_nothing_starts_from_the_beginning(
     ],
 )
 def test_a_configuration_that_cannot_go_on_is_refused_with_what_differs(
-    folder: Path, whole: Path, words: list[str], message: str
+    folder: Path, full_run: Path, argv: list[str], message: str
 ) -> None:
     with pytest.raises(ValueError, match=f"{message}.*--out"):
-        run_training(folder, whole, *words)
+        run_training(folder, full_run, *argv)
 
 
-def test_other_training_data_are_refused(folder: Path, whole: Path, tmp_path: Path) -> None:
+def test_other_training_data_are_refused(folder: Path, full_run: Path, tmp_path: Path) -> None:
     write_dataset(tmp_path / "data", {"train": 61, "valid": 24, "test": 20})
     with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match="training data"):
-        train(config_of(folder), str(tmp_path / "data"), whole, ranks)
+        train(config_of(folder), str(tmp_path / "data"), full_run, ranks)
 
 
 def test_a_loss_that_is_not_finite_ends_the_job_and_is_in_no_checkpoint(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = LossWatch.step
+    original = LossWatch.step
 
-    def step(watch: LossWatch, number: int, loss: Any, positions: Any) -> Any:
-        return before(watch, number, loss * float("nan") if number == 6 else loss, positions)
+    def step(watch: LossWatch, number: int, loss: Any, rows: Any) -> Any:
+        return original(watch, number, loss * float("nan") if number == 6 else loss, rows)
 
     monkeypatch.setattr(LossWatch, "step", step)
     message = r"is nan .*step 6 .*rank 0, .* [78] .*/train/part-"
@@ -198,7 +198,7 @@ def stop_or_go_on(rank: int, world_size: int, folder: Path, stop_after: int | No
             train(config, str(folder / "data"), run, ranks_of(rank, world_size))
         except TrainingStopped:
             assert stop_after is not None
-        return [place for _, places in steps_seen.steps for place in places if place >= 0]
+        return [row for _, rows in steps_seen.steps for row in rows if row >= 0]
 
 
 def test_an_epoch_begun_on_two_ranks_ends_on_three_with_every_impression_once(
@@ -206,9 +206,9 @@ def test_an_epoch_begun_on_two_ranks_ends_on_three_with_every_impression_once(
 ) -> None:
     first = run_on_ranks(stop_or_go_on, 2, folder, 2)
     second = run_on_ranks(stop_or_go_on, 3, folder, None)
-    assert [len(places) for places in first] == [first and len(first[0])] * 2
+    assert [len(rows) for rows in first] == [first and len(first[0])] * 2
     assert 0 < sum(map(len, first)) < 60
-    counts = Counter(place for places in [*first, *second] for place in places)
+    counts = Counter(row for rows in [*first, *second] for row in rows)
     assert counts == Counter(range(60))
     manifest = json.loads(
         (folders_by_age(folder / "ranks" / "checkpoints")[0] / "checkpoint.json").read_text()

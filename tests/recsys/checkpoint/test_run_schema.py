@@ -31,7 +31,7 @@ from tests.recsys.checkpoint.schema_runs import (
 from tests.recsys.checkpoint.stopped_runs import config_of
 from tests.recsys.em3_runs import ranks_of
 
-WORDS = ["--embedding.skip", "[]", "--epochs", "1"]
+ARGV = ["--embedding.skip", "[]", "--epochs", "1"]
 # Attribute, its new value: no two make the same model, or the same inputs of one.
 CHANGES: list[tuple[str, str, Any]] = [
     ("user", "vocabulary.admit_after", 1),
@@ -59,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(folder: Path) -> Path:
     with joined_ranks("cpu") as ranks:
-        train(config_of(folder, *WORDS), str(folder / "data"), folder / "run", ranks)
+        train(config_of(folder, *ARGV), str(folder / "data"), folder / "run", ranks)
     return folder / "run"
 
 
@@ -85,8 +85,8 @@ def with_change(column: str, attribute: str, value: Any) -> dict[str, Any]:
     changed = copy.deepcopy(SCHEMA)
     owner = changed["columns"][column]
     *path, last = attribute.split(".")
-    for part in path:
-        owner = owner[part]
+    for key in path:
+        owner = owner[key]
     owner[last] = value
     if attribute == "kind" and value in ("dense", "label", "extra"):
         changed["columns"][column] = {"kind": value}
@@ -106,17 +106,17 @@ def scores_of(run: Path, data: Path, ranks: Any) -> tuple[dict[str, Any], dict[s
 def test_columns_are_read_by_name_in_any_order(folder: Path, run: Path, tmp_path: Path) -> None:
     data = copy_of(folder / "data", tmp_path / "data")
     with joined_ranks("cpu") as ranks:
-        before = scores_of(run, data, ranks)
+        old_scores = scores_of(run, data, ranks)
         write_schema(data, in_order(sorted(COLUMNS, reverse=True)))
-        assert scores_of(run, data, ranks) == before
-        assert list(before[0]["labels"]) == ["liked", "bought"]
+        assert scores_of(run, data, ranks) == old_scores
+        assert list(old_scores[0]["labels"]) == ["liked", "bought"]
 
 
 def test_training_goes_on_with_columns_in_another_order(
     folder: Path, run: Path, tmp_path: Path
 ) -> None:
     data, tests = copy_of(folder / "data", tmp_path / "data"), []
-    config = config_of(folder, *WORDS, "--epochs", "2")
+    config = config_of(folder, *ARGV, "--epochs", "2")
     with joined_ranks("cpu") as ranks:
         for schema in (SCHEMA, in_order(sorted(COLUMNS))):
             write_schema(data, schema)

@@ -21,11 +21,11 @@ from recsys.config import load_config
 from recsys.distributed.ranks import joined_ranks
 from tests.datasets import write_dataset
 from tests.embeddings.tables_model import (
+    full_table,
     initial_tables,
     local_shards,
     sharded_model,
     table_configs,
-    whole_table,
 )
 from tests.ranks import run_on_ranks
 from tests.recsys.command_runs import TINY
@@ -41,22 +41,22 @@ def folder(tmp_path: Path) -> Path:
 class Evil:
     """Unpickled without restriction, it leaves a file."""
 
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
 
     def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.mark),)
+        return os.mkdir, (str(self.marker),)
 
 
 def test_code_in_the_metadata_does_not_run(folder: Path, tmp_path: Path) -> None:
-    mark = tmp_path / "mark"
-    (folder / ".metadata").write_bytes(pickle.dumps(Evil(mark)))
+    marker = tmp_path / "mark"
+    (folder / ".metadata").write_bytes(pickle.dumps(Evil(marker)))
     with pytest.raises(ValueError, match=r"\.metadata: .*posix\.mkdir"):
         SafeFileSystemReader(folder)
-    assert not mark.exists()
+    assert not marker.exists()
     with pytest.raises(AttributeError):  # the library itself runs it before it stumbles
         dcp.FileSystemReader(folder).read_metadata()
-    assert mark.exists()
+    assert marker.exists()
 
 
 def test_entries_that_are_not_tensors_are_refused(tmp_path: Path) -> None:
@@ -74,10 +74,10 @@ def test_damaged_metadata_is_a_clear_error(folder: Path, content: bytes) -> None
 
 def test_a_tensor_file_with_other_objects_is_not_unpickled(folder: Path, tmp_path: Path) -> None:
     metadata = dcp.FileSystemReader(folder).read_metadata()
-    place = next(iter(metadata.storage_data.values()))
-    file, mark = folder / place.relative_path, tmp_path / "mark"
+    storage = next(iter(metadata.storage_data.values()))
+    file, marker = folder / storage.relative_path, tmp_path / "mark"
     with (tmp_path / "evil").open("wb") as stream:
-        torch.save(Evil(mark), stream)
+        torch.save(Evil(marker), stream)
     evil = (tmp_path / "evil").read_bytes()
     file.write_bytes(evil)
     for info in metadata.storage_data.values():
@@ -86,7 +86,7 @@ def test_a_tensor_file_with_other_objects_is_not_unpickled(folder: Path, tmp_pat
     state = {"weight": torch.zeros(2, 3)}
     with pytest.raises(CheckpointException, match="Weights only"):
         dcp.load(state, storage_reader=SafeFileSystemReader(folder), no_dist=True)
-    assert not mark.exists()
+    assert not marker.exists()
 
 
 SHARDINGS = ["row_wise", "table_wise", "column_wise"]
@@ -173,7 +173,7 @@ def test_the_tables_of_a_model_are_found_in_its_checkpoint(tmp_path: Path) -> No
     with joined_ranks("cpu") as ranks:
         job = build_job(config, str(data), ranks)
         dcp.save(model_state(job), checkpoint_id=tmp_path / "best")
-        expected = {name: whole_table(pieces) for name, pieces in local_shards(job.model).items()}
+        expected = {name: full_table(shards) for name, shards in local_shards(job.model).items()}
     export_tables(tmp_path / "best", tmp_path / "tables.parquet")
     assert set(expected) == {"item", "genres"}
     assert_equal(exported(tmp_path / "tables.parquet"), expected)
@@ -219,9 +219,9 @@ def test_weights_of_half_precision_are_written_as_float32(tmp_path: Path) -> Non
 def test_of_a_large_piece_only_the_wanted_rows_are_read(tmp_path: Path) -> None:
     table = torch.rand(2**16, 64)  # 16 MiB, as one piece
     stored = reader.stored_tables(save(tmp_path / "best", {"item": table}))["item"]
-    before = _bytes_read()
+    old_bytes = _bytes_read()
     assert torch.equal(stored.rows(50_000, 50_016), table[50_000:50_016])
-    assert _bytes_read() - before < 2**18
+    assert _bytes_read() - old_bytes < 2**18
 
 
 def _bytes_read() -> int:

@@ -32,7 +32,7 @@ class Handler(BaseHTTPRequestHandler):
     server: Hub
     protocol_version = "HTTP/1.1"
 
-    def answer(self, body: bytes, code: int = 200, **headers: str) -> None:
+    def respond(self, body: bytes, code: int = 200, **headers: str) -> None:
         self.send_response(code)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
@@ -41,11 +41,11 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def answer_json(self, content: object, code: int = 200, **headers: str) -> None:
-        self.answer(json.dumps(content).encode(), code, content_type="application/json", **headers)
+    def respond_json(self, content: object, code: int = 200, **headers: str) -> None:
+        self.respond(json.dumps(content).encode(), code, content_type="application/json", **headers)
 
     def missing(self) -> None:
-        self.answer_json({"error": "not found"}, 404, X_Error_Code="RepoNotFound")
+        self.respond_json({"error": "not found"}, 404, X_Error_Code="RepoNotFound")
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -55,14 +55,14 @@ class Handler(BaseHTTPRequestHandler):
             self.server.repositories.setdefault(name, {})
             if request.get("private") or request.get("visibility") == "private":
                 self.server.private.add(name)
-            return self.answer_json({"url": f"{self.server.url}/{name}"})
+            return self.respond_json({"url": f"{self.server.url}/{name}"})
         if self.path == "/api/validate-yaml":  # of the card
-            return self.answer_json({"errors": [], "warnings": []})
+            return self.respond_json({"errors": [], "warnings": []})
         match = re.fullmatch(r"/api/models/(.+)/(preupload|commit)/main", self.path)
         if match is None or match[1] not in self.server.repositories:
             return self.missing()
         if match[2] == "preupload":
-            return self.answer_json(
+            return self.respond_json(
                 {
                     "files": [
                         {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
@@ -78,7 +78,7 @@ class Handler(BaseHTTPRequestHandler):
             elif entry["key"] == "deletedFile":
                 del self.server.repositories[match[1]][entry["value"]["path"]]
         url = f"{self.server.url}/{match[1]}/commit/{COMMIT}"
-        self.answer_json({"success": True, "commitOid": COMMIT, "commitUrl": url})
+        self.respond_json({"success": True, "commitOid": COMMIT, "commitUrl": url})
         return None
 
     def do_GET(self) -> None:
@@ -92,15 +92,15 @@ class Handler(BaseHTTPRequestHandler):
         if file:
             content = files[file[2]]
             etag = hashlib.sha1(content).hexdigest()
-            return self.answer(content, ETag=f'"{etag}"', X_Repo_Commit=COMMIT)
+            return self.respond(content, ETag=f'"{etag}"', X_Repo_Commit=COMMIT)
         if tree:
             entries = [
                 {"type": "file", "path": name, "size": len(content), "oid": COMMIT}
                 for name, content in files.items()
             ]
-            return self.answer_json(entries)
+            return self.respond_json(entries)
         siblings = [{"rfilename": name} for name in files]
-        self.answer_json({"id": match[1], "sha": COMMIT, "siblings": siblings})
+        self.respond_json({"id": match[1], "sha": COMMIT, "siblings": siblings})
         return None
 
     do_HEAD = do_GET

@@ -14,14 +14,14 @@ from recsys.commands.options import command_parser
 from recsys.config.named_parts import find_part
 from recsys.config.ranking import RANKING_MODELS, settings_class
 from tests.datasets import write_dataset
-from tests.recsys.command_runs import ROOT, TINY, run_program, train_words
+from tests.recsys.command_runs import ROOT, TINY, run_program, train_argv
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("commands")
     write_dataset(folder / "data")
-    assert main(train_words(folder / "data", folder / "run")) == 0
+    assert main(train_argv(folder / "data", folder / "run")) == 0
     return folder
 
 
@@ -32,13 +32,13 @@ Fails = Callable[..., str]
 def fails(capsys: pytest.CaptureFixture[str]) -> Fails:
     """Runs a command that must fail with exit code 1 and returns the line that says why."""
 
-    def run(*words: str | Path) -> str:
+    def run(*argv: str | Path) -> str:
         capsys.readouterr()
-        assert main([str(word) for word in words]) == 1
+        assert main([str(argument) for argument in argv]) == 1
         # A bar that counts encoded items may stand before it; a traceback may not.
-        *before, line = capsys.readouterr().err.strip().splitlines()
+        *earlier_lines, line = capsys.readouterr().err.strip().splitlines()
         assert line.startswith("error: ")
-        assert all(text.startswith("encoding ") for text in before)
+        assert all(text.startswith("encoding ") for text in earlier_lines)
         return line
 
     return run
@@ -52,21 +52,21 @@ def test_without_arguments_the_commands_are_listed(capsys: pytest.CaptureFixture
 
 
 def test_options_may_stand_before_the_action(capsys: pytest.CaptureFixture[str]) -> None:
-    for words, error in (
+    for argv, error in (
         (["--log-level=debug", "movielens", "--split", "any"], "split is any"),
         (["--out", "movielens", "events"], "prepare events needs --config"),
     ):
         with pytest.raises(SystemExit):
-            main(["prepare", *words])
+            main(["prepare", *argv])
         assert error in capsys.readouterr().err
 
 
 def test_a_missing_dataset_is_named_beside_a_setting_of_a_modality(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    words = ["--config", "tiny", "--out", "run", "--content.modalities.text.max_length", "8"]
+    argv = ["--config", "tiny", "--out", "run", "--content.modalities.text.max_length", "8"]
     with pytest.raises(SystemExit):
-        main(["train", *words])
+        main(["train", *argv])
     assert "train needs --data" in capsys.readouterr().err
 
 
@@ -86,8 +86,8 @@ def test_train_evaluate_and_predict_work_in_one_process(
 def test_evaluate_says_where_a_blend_was_fitted_to_the_rows(
     folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    words = train_words(folder / "data", tmp_path / "run", "--content", "none", "--epochs", "1")
-    assert main([*words, "--neighbours", "{dim: 4, taste_dim: 4}"]) == 0
+    argv = train_argv(folder / "data", tmp_path / "run", "--content", "none", "--epochs", "1")
+    assert main([*argv, "--neighbours", "{dim: 4, taste_dim: 4}"]) == 0
     fitted = "fitted the blend of model and neighbours to these rows"
     for split, is_fitted in (("test", False), ("valid", True)):
         assert main(["evaluate", "--run", str(tmp_path / "run"), "--split", split]) == 0
@@ -97,40 +97,40 @@ def test_evaluate_says_where_a_blend_was_fitted_to_the_rows(
 @pytest.mark.long
 def test_torchrun_evaluates_with_dashes_before_the_module(folder: Path) -> None:
     ranks = ["--standalone", "--nproc-per-node", "2", "-m", "--", "recsys.cli"]
-    words = ["evaluate", "--run", str(folder / "run"), "--split", "valid"]
-    process = run_program("torchrun", *ranks, *words)
+    argv = ["evaluate", "--run", str(folder / "run"), "--split", "valid"]
+    process = run_program("torchrun", *ranks, *argv)
     assert process.returncode == 0, process.stderr
     assert (folder / "run" / "evaluation_valid.json").is_file()
 
 
 def test_an_earlier_run_is_not_overwritten_unless_asked(folder: Path, fails: Fails) -> None:
-    words = train_words(folder / "data", folder / "again", "--content", "none")
-    assert main(words) == 0
-    before = (folder / "again" / "metrics.json").read_bytes()
-    assert main(words) == 0  # finished: nothing is left to train
-    assert (folder / "again" / "metrics.json").read_bytes() == before
-    assert "--overwrite" in fails(*words, "--resume", "never")
-    assert (folder / "again" / "metrics.json").read_bytes() == before
-    assert main([*words, "--overwrite", "true"]) == 0
+    argv = train_argv(folder / "data", folder / "again", "--content", "none")
+    assert main(argv) == 0
+    old_metrics = (folder / "again" / "metrics.json").read_bytes()
+    assert main(argv) == 0  # finished: nothing is left to train
+    assert (folder / "again" / "metrics.json").read_bytes() == old_metrics
+    assert "--overwrite" in fails(*argv, "--resume", "never")
+    assert (folder / "again" / "metrics.json").read_bytes() == old_metrics
+    assert main([*argv, "--overwrite", "true"]) == 0
 
 
 def test_a_missing_dataset_file_or_run_is_named(folder: Path, tmp_path: Path, fails: Fails) -> None:
     missing, out, run = tmp_path / "none", tmp_path / "out.parquet", folder / "run"
-    assert f"{missing}/schema.yaml: " in fails(*train_words(missing, tmp_path / "run"))
+    assert f"{missing}/schema.yaml: " in fails(*train_argv(missing, tmp_path / "run"))
     assert f"{missing}: " in fails("evaluate", "--run", missing)
     assert f"{run}/checkpoints" not in fails("evaluate", "--run", run, "--split", "holdout")
     assert "'valid/'" in fails("evaluate", "--run", run, "--split", "valid/")
-    words = ["predict", "--run", run, "--out", out, "--input"]
-    assert f"{missing}: " in fails(*words, missing)
-    assert "nodrive://rows" in fails(*words, "nodrive://rows")
-    assert "a\\x00b" in fails(*words, "a\0b")
+    argv = ["predict", "--run", run, "--out", out, "--input"]
+    assert f"{missing}: " in fails(*argv, missing)
+    assert "nodrive://rows" in fails(*argv, "nodrive://rows")
+    assert "a\\x00b" in fails(*argv, "a\0b")
     assert not out.exists()
 
 
 def test_an_option_of_several_values_may_be_given_several_times() -> None:
-    words = ["--run", "run", "--input", "a", "--input", "b", "c", "--out", "rows"]
-    _, parser = command_parser("predict", words)
-    assert parser.parse_args(words).input == ["a", "b", "c"]
+    argv = ["--run", "run", "--input", "a", "--input", "b", "c", "--out", "rows"]
+    _, parser = command_parser("predict", argv)
+    assert parser.parse_args(argv).input == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("option", ["--run", "--out"])
@@ -138,24 +138,24 @@ def test_a_url_of_what_must_be_local_is_refused_and_no_folder_s3_is_made(
     folder: Path, tmp_path: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch, option: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words: dict[str, str | Path] = {"--run": folder / "run", "--out": "rows.parquet"}
-    words[option] = "s3://bucket/a"
-    error = fails("predict", "--input", folder / "data" / "test", *itertools.chain(*words.items()))
+    argv: dict[str, str | Path] = {"--run": folder / "run", "--out": "rows.parquet"}
+    argv[option] = "s3://bucket/a"
+    error = fails("predict", "--input", folder / "data" / "test", *itertools.chain(*argv.items()))
     assert f"{option[2:]}: s3://bucket/a: " in error
     assert not list(tmp_path.iterdir())
 
 
 def test_a_url_of_the_cache_is_refused(folder: Path, tmp_path: Path, fails: Fails) -> None:
-    words = train_words(folder / "data", tmp_path / "run", "--cache", "s3://bucket/cache")
-    assert "s3://bucket/cache: must be a local path" in fails(*words)
+    argv = train_argv(folder / "data", tmp_path / "run", "--cache", "s3://bucket/cache")
+    assert "s3://bucket/cache: must be a local path" in fails(*argv)
 
 
 def test_a_home_folder_that_no_shell_has_expanded_is_expanded(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    words = ["--run", str(folder / "run"), "--input", str(folder / "data" / "test")]
-    assert main(["predict", *words, "--out=~/rows.parquet", "--device", "cpu"]) == 0
+    argv = ["--run", str(folder / "run"), "--input", str(folder / "data" / "test")]
+    assert main(["predict", *argv, "--out=~/rows.parquet", "--device", "cpu"]) == 0
     assert (tmp_path / "rows.parquet").is_file()
 
 
@@ -223,8 +223,8 @@ def test_help_and_errors_of_arguments_and_files_import_no_slow_package(tmp_path:
         f"explain-data {none}": 1,
         f"compare --runs {none} {none}": 1,
     }
-    words = [sys.executable, "-c", PROGRAM, *codes]
-    process = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    argv = [sys.executable, "-c", PROGRAM, *codes]
+    process = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     outputs = dict(zip(codes, process.stdout.splitlines(), strict=True))
     assert outputs == {line: str(code) for line, code in codes.items()}
@@ -232,8 +232,8 @@ def test_help_and_errors_of_arguments_and_files_import_no_slow_package(tmp_path:
 
 def test_an_id_only_job_imports_no_package_of_encoders(folder: Path) -> None:
     line = f"train --config id_only --data {folder}/data --dry-run --device cpu"
-    words = [sys.executable, "-c", PROGRAM, f"{line} --embedding.tables {{}}"]
-    process = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    argv = [sys.executable, "-c", PROGRAM, f"{line} --embedding.tables {{}}"]
+    process = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     assert process.stdout.split() == ["0", "torch", "torchrec"]
 

@@ -25,15 +25,15 @@ def test_every_bundled_recipe_is_valid_and_survives_saving(recipe: Path, tmp_pat
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_content_none_gives_the_id_only_twin_of_every_recipe(recipe: Path, tmp_path: Path) -> None:
-    config, twin = load_config(recipe), load_config(recipe, ["--content", "none"])
-    assert twin.content == "none"
-    assert (twin.embedding, twin.ranking, twin.optimizer) == (
+    config, baseline = load_config(recipe), load_config(recipe, ["--content", "none"])
+    assert baseline.content == "none"
+    assert (baseline.embedding, baseline.ranking, baseline.optimizer) == (
         config.embedding,
         config.ranking,
         config.optimizer,
     )
-    save_config(twin, tmp_path / "twin.yaml")
-    assert load_config(tmp_path / "twin.yaml") == twin
+    save_config(baseline, tmp_path / "twin.yaml")
+    assert load_config(tmp_path / "twin.yaml") == baseline
 
 
 def test_the_command_line_overrides_the_recipe_and_leaves_the_rest() -> None:
@@ -55,10 +55,10 @@ def test_the_command_line_overrides_the_recipe_and_leaves_the_rest() -> None:
 
 
 def test_null_on_the_command_line_leaves_out_a_modality_of_the_recipe() -> None:
-    words = ["--content.modalities.tags.column", "genres", "--content.modalities.title.encoder"]
-    words += ["null", "--content.modalities.description"]  # an encoder is no modality
+    argv = ["--content.modalities.tags.column", "genres", "--content.modalities.title.encoder"]
+    argv += ["null", "--content.modalities.description"]  # an encoder is no modality
     for null in (["null"], ["null", "--epochs", "3"]):
-        config = load_config("implicit_content", [*words, *null])
+        config = load_config("implicit_content", [*argv, *null])
         assert {name: m.column for name, m in content_of(config).modalities.items()} == {
             "title": "title",
             "tags": "genres",
@@ -84,7 +84,7 @@ def test_installed_recipes_are_found_from_any_folder_by_the_name_on_the_pages(
 
 
 @pytest.mark.parametrize(
-    ("text", "word"),
+    ("text", "text_of_error"),
     [
         ("epoch: 3", "epoch"),
         ("content: {modalities: {}, fusion: {heads: 2}}", "heads"),
@@ -93,17 +93,17 @@ def test_installed_recipes_are_found_from_any_folder_by_the_name_on_the_pages(
     ],
 )
 def test_unknown_keys_and_wrong_types_are_named_with_the_file(
-    tmp_path: Path, text: str, word: str
+    tmp_path: Path, text: str, text_of_error: str
 ) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
-    with pytest.raises(ValueError, match=word) as raised:
+    with pytest.raises(ValueError, match=text_of_error) as raised:
         load_config(path)
     assert str(raised.value).startswith(f"config {path}: ")
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("options", "message"),
     [
         ("--seed=-1", "seed is -1"),
         (f"--seed={2**64}", f"seed is {2**64}"),
@@ -131,9 +131,9 @@ def test_unknown_keys_and_wrong_types_are_named_with_the_file(
         ),
     ],
 )
-def test_values_that_cannot_work_are_named(words: str, message: str) -> None:
+def test_values_that_cannot_work_are_named(options: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        load_config(TINY, [words])
+        load_config(TINY, [options])
 
 
 @pytest.mark.parametrize(
@@ -157,33 +157,33 @@ def test_a_modality_whose_parts_exclude_each_other_is_named(
 
 
 def test_tables_are_averaged_only_where_their_rows_are_in_one_place() -> None:
-    words = ["--optimizer.ema_decay=0.9", "--optimizer.ema_tables=true"]
-    assert load_config(TINY, words).optimizer.ema_tables
+    argv = ["--optimizer.ema_decay=0.9", "--optimizer.ema_tables=true"]
+    assert load_config(TINY, argv).optimizer.ema_tables
     with pytest.raises(ValueError, match=r"ema_tables.*item.kernel is uvm_caching"):
-        load_config(TINY, [*words, "--embedding.tables={item: {kernel: uvm_caching}}"])
+        load_config(TINY, [*argv, "--embedding.tables={item: {kernel: uvm_caching}}"])
     for half in ("precision=fp16", "tables={item: {precision: fp16}}"):
         with pytest.raises(ValueError, match=r"ema_tables.*embedding.precision to fp32"):
-            load_config(TINY, [*words, f"--embedding.{half}"])
+            load_config(TINY, [*argv, f"--embedding.{half}"])
 
 
 def test_a_metric_is_not_named_as_one_of_the_search_that_chooses_the_model() -> None:
-    words = ["--ranking={name: two_tower, depths: [10]}", "--best_model_by=ndcg"]
+    argv = ["--ranking={name: two_tower, depths: [10]}", "--best_model_by=ndcg"]
     for name in ("ndcg@10", "ndcg_at_10"):
         metrics = f"--metrics={{{name}: {{metric: precision_at_k}}}}"
         with pytest.raises(ValueError, match=rf"metrics\.{name}: .* has 'ndcg@10' already"):
-            load_config(TINY, [*words, metrics])
+            load_config(TINY, [*argv, metrics])
         assert name in load_config(TINY, [metrics]).metrics  # without a search
 
 
 def test_all_items_are_on_each_rank_already() -> None:
-    words = ["--ranking.name=two_tower", "--ranking.loss=full_softmax"]
-    assert load_config(TINY, words).ranking.loss == "full_softmax"
+    argv = ["--ranking.name=two_tower", "--ranking.loss=full_softmax"]
+    assert load_config(TINY, argv).ranking.loss == "full_softmax"
     with pytest.raises(ValueError, match=r"ranking.all_ranks: full_softmax has all items"):
-        load_config(TINY, [*words, "--ranking.all_ranks=true"])
+        load_config(TINY, [*argv, "--ranking.all_ranks=true"])
 
 
 def test_neighbours_need_the_modalities_that_similarities_keep() -> None:
-    words = ["--neighbours={dim: 4}", "--content.history.similarity_features=false"]
-    assert load_config(TINY, [*words, "--content=none"]).neighbours is not None
+    argv = ["--neighbours={dim: 4}", "--content.history.similarity_features=false"]
+    assert load_config(TINY, [*argv, "--content=none"]).neighbours is not None
     with pytest.raises(ValueError, match=r"neighbours compare .*similarity_features false"):
-        load_config(TINY, words)
+        load_config(TINY, argv)

@@ -62,13 +62,13 @@ def test_the_command_line_overrides_the_recipe_in_any_order(
     file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file.write_text("batch_size: 8\n")
-    for words in (["--batch_size", "0", "--config", str(file)], [f"--config={file}"]):
-        assert main(["train", *words, "--batch_size=0", "--data", "none", "--out", "none"]) == 1
+    for argv in (["--batch_size", "0", "--config", str(file)], [f"--config={file}"]):
+        assert main(["train", *argv, "--batch_size=0", "--data", "none", "--out", "none"]) == 1
         assert "batch_size is 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         (["--batchsize", "3"], "--batchsize; .* --batch-size"),
         (["--content.dims", "3"], "content.dims .* dim"),
@@ -90,10 +90,10 @@ def test_the_command_line_overrides_the_recipe_in_any_order(
     ],
 )
 def test_what_is_wrong_is_named_in_a_line(
-    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     try:
-        code = main(["train", "--config", str(TINY), "--data", "none", "--out", "none", *words])
+        code = main(["train", "--config", str(TINY), "--data", "none", "--out", "none", *argv])
     except SystemExit as stopped:
         code = int(str(stopped.code))
     (line,) = capsys.readouterr().err.splitlines()
@@ -121,8 +121,8 @@ def test_a_text_that_would_take_long_to_parse_is_refused() -> None:
 
 
 def test_hyphens_and_underscores_spell_the_same_option_except_in_names_that_users_choose() -> None:
-    words = ["--batch-size", "8", "--content.modalities.my-text.max-length=4", "--warm-start-only"]
-    assert with_underscores(words) == [
+    argv = ["--batch-size", "8", "--content.modalities.my-text.max-length=4", "--warm-start-only"]
+    assert with_underscores(argv) == [
         *("--batch_size", "8", "--content.modalities.my-text.max_length=4", "--warm_start_only")
     ]
     recipe = load_config("tiny", ["--batch-size", "8", "--contrastive.all-ranks", "--tf32"])
@@ -150,8 +150,8 @@ def test_the_completion_of_bash_has_commands_and_options(
 ) -> None:
     assert main(["completion", "bash"]) == 0
     script = capsys.readouterr().out
-    words = set(re.findall(r"[\w.-]+", script))
-    assert {"explain-data", "add-items", "--embedding.learning-rate", "--from"} <= words
+    tokens = set(re.findall(r"[\w.-]+", script))
+    assert {"explain-data", "add-items", "--embedding.learning-rate", "--from"} <= tokens
 
 
 def test_equal_settings_are_parsed_once_and_returned_as_copies() -> None:

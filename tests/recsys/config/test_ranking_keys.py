@@ -29,15 +29,15 @@ def recipe(path: Path, **ranking: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    "words",
+    "argv",
     [
         ["--ranking.name", "sim", "--ranking.search_top_k", "20"],
         ["--ranking.search_top_k=20", "--ranking.name=sim"],
         ["--ranking", "{name: sim, search_top_k: 20}"],
     ],
 )
-def test_the_name_decides_the_keys_wherever_it_stands(words: list[str], tmp_path: Path) -> None:
-    ranking = load_config(recipe(tmp_path / "recipe.yaml", dropout=0.1), words).ranking
+def test_the_name_decides_the_keys_wherever_it_stands(argv: list[str], tmp_path: Path) -> None:
+    ranking = load_config(recipe(tmp_path / "recipe.yaml", dropout=0.1), argv).ranking
     assert ranking == SimSettings(search_top_k=20, dropout=0.1)
 
 
@@ -71,7 +71,7 @@ def test_settings_made_in_python_are_checked(change: dict[str, Any]) -> None:
         validate(config)
 
 
-class Own(nn.Module):
+class Custom(nn.Module):
     """A ranking model of the user's, with settings of its own."""
 
     @dataclass
@@ -87,12 +87,12 @@ class WithoutSettings(nn.Module):
 
 
 def test_a_class_of_the_user_s_has_the_keys_of_its_settings() -> None:
-    words = ["--ranking.name", f"{__name__}:Own", "--ranking.units", "16"]
-    assert load_config(TINY, words).ranking == Own.Settings(words[1], mlp_units=[16], units=16)
+    argv = ["--ranking.name", f"{__name__}:Custom", "--ranking.units", "16"]
+    assert load_config(TINY, argv).ranking == Custom.Settings(argv[1], mlp_units=[16], units=16)
     with pytest.raises(ValueError, match=r"ranking.units is 0"):
-        load_config(TINY, [*words[:2], "--ranking.units=0"])
-    with pytest.raises(ValueError, match=r"search_top_k .*Own'; .*'units'"):
-        load_config(TINY, [*words, "--ranking.search_top_k=3"])
+        load_config(TINY, [*argv[:2], "--ranking.units=0"])
+    with pytest.raises(ValueError, match=r"search_top_k .*Custom'; .*'units'"):
+        load_config(TINY, [*argv, "--ranking.search_top_k=3"])
 
 
 def test_a_class_of_the_user_s_without_settings_has_options() -> None:

@@ -51,12 +51,12 @@ def write_churn(folder: Path) -> Path:
     new ones."""
     rows: dict[str, list[Any]] = {"user": [], "item": [], "history": [], "liked": []}
     for step, first in enumerate(FIRST_ITEM):
-        for place in range(GLOBAL_BATCH):
-            rows["user"].append((step + place) % 5)
-            rows["item"].append(int(raw(first + place % 3)))
-            history = [first + 3, *([first + place % 3] if place else [])]
+        for row in range(GLOBAL_BATCH):
+            rows["user"].append((step + row) % 5)
+            rows["item"].append(int(raw(first + row % 3)))
+            history = [first + 3, *([first + row % 3] if row else [])]
             rows["history"].append(raw(history).tolist())
-            rows["liked"].append(float((first + place) % 2))
+            rows["liked"].append(float((first + row) % 2))
     rows["history_liked"] = [[1.0] * len(history) for history in rows["history"]]
     folder.mkdir(parents=True)
     (folder / "schema.yaml").write_text(SCHEMA)
@@ -95,22 +95,22 @@ def batches(job: Job, num_steps: int = len(FIRST_ITEM)) -> Iterator[Batch]:
 
 @dataclass
 class Trained:
-    """Logits of the steps, and the state after them, in pieces with their offsets."""
+    """Logits of the steps, and the state after them, in shards with their offsets."""
 
     logits: list[Tensor]
     state: dict[str, list[tuple[list[int], Tensor]]]
 
-    def whole(self, name: str, *other_ranks: Trained) -> Tensor:
+    def full_tensor(self, name: str, *other_ranks: Trained) -> Tensor:
         """A tensor of all ranks."""
-        pieces = [piece for rank in (self, *other_ranks) for piece in rank.state[name]]
+        shards = [shard for rank in (self, *other_ranks) for shard in rank.state[name]]
         sizes = [
-            [at + size for at, size in zip(*piece, strict=True)]
-            for piece in ((offsets, list(tensor.shape)) for offsets, tensor in pieces)
+            [offset + size for offset, size in zip(*bounds, strict=True)]
+            for bounds in ((offsets, list(tensor.shape)) for offsets, tensor in shards)
         ]
-        result = torch.full([max(size) for size in zip(*sizes)], 77, dtype=pieces[0][1].dtype)
-        for offsets, tensor in pieces:
-            at = zip(offsets, tensor.shape, strict=True)
-            result[tuple(slice(first, first + size) for first, size in at)] = tensor
+        result = torch.full([max(size) for size in zip(*sizes)], 77, dtype=shards[0][1].dtype)
+        for offsets, tensor in shards:
+            sides = zip(offsets, tensor.shape, strict=True)
+            result[tuple(slice(first, first + size) for first, size in sides)] = tensor
         return result
 
 
@@ -123,12 +123,12 @@ def train(job: Job) -> Trained:
     state = TrainingState(job).state_dict()
     state_names = ("bank", "vocabulary.item.ids", "vocabulary.item.last_used")
     names = [name for name in state if name in state_names or ".item.weight" in name]
-    pieces = {}
+    shards = {}
     for name in names:
         value = state[name]
         assert isinstance(value, ShardedTensor)
-        pieces[name] = [
+        shards[name] = [
             (list(shard.metadata.shard_offsets), shard.tensor.detach().clone())
             for shard in value.local_shards()
         ]
-    return Trained(logits, pieces)
+    return Trained(logits, shards)

@@ -15,8 +15,8 @@ def batch_of_items(targets: list[int], histories: list[list[int]] | None = None)
     target = torch.tensor(targets)
     histories = histories or [[] for _ in targets]
     lengths = torch.tensor([len(history) for history in histories])
-    places = torch.tensor([item for history in histories for item in history], dtype=torch.long)
-    history_items, history_index = places.unique(return_inverse=True)
+    events = torch.tensor([item for history in histories for item in history], dtype=torch.long)
+    history_items, history_index = events.unique(return_inverse=True)
     content_items, target_index = target.unique(return_inverse=True)
     history_rows = torch.zeros(rows, dtype=torch.long)
     history_rows[0] = len(history_items)
@@ -33,7 +33,7 @@ def batch_of_items(targets: list[int], histories: list[list[int]] | None = None)
         target=TargetItems(target),
         history=History(
             lengths,
-            torch.arange(len(places)).float().unsqueeze(1),
+            torch.arange(len(events)).float().unsqueeze(1),
             int(lengths.max()),
             history_index,
             history_items,

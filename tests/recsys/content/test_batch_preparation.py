@@ -32,8 +32,8 @@ def kept_by_loop(top_k: int) -> list[list[int]]:
             float(torch.cosine_similarity(vectors[target], vectors[item], dim=0))
             for item in history
         ]
-        best = sorted(range(len(history)), key=lambda place: (cosine[place], place))[-top_k:]
-        rows.append([first + place for place in sorted(best)])
+        best = sorted(range(len(history)), key=lambda index: (cosine[index], index))[-top_k:]
+        rows.append([first + index for index in sorted(best)])
         first += len(history)
     return rows
 
@@ -43,13 +43,13 @@ def test_each_history_keeps_its_items_most_like_the_target_in_their_order(top_k:
     batch = batch_of_items(SEARCH_TARGETS, SEARCHED_HISTORIES)
     short = shorten_histories(batch, bank(), top_k)()
     rows = kept_by_loop(top_k)
-    places = [place for row in rows for place in row]
+    indices = [index for row in rows for index in row]
     everything = [item for history in SEARCHED_HISTORIES for item in history]
-    assert short.history.values[:, 0].tolist() == places
+    assert short.history.values[:, 0].tolist() == indices
     assert short.history.lengths.tolist() == [len(row) for row in rows]
     assert short.history.longest == max(len(row) for row in rows)
     items = short.history.items[short.history.index].tolist()
-    assert items == [everything[place] for place in places]
+    assert items == [everything[index] for index in indices]
     assert short.history.items.tolist() == sorted(set(items))
     target, history = (short.sequence_features[name] for name in ("item", "history"))
     assert target.values().tolist() == SEARCH_TARGETS

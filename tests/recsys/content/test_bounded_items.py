@@ -82,8 +82,8 @@ def test_a_batch_has_rows_for_tables_and_raw_ids_for_content(data: Path, tmp_pat
         # Item 3 is in histories alone: it is encoded in the step that gives it a row, and no more.
         assert prepared[0].content.items.tolist() == [*first, int(raw(3))]
         assert prepared[0].content.with_gradient == 3
-        written = prepared[0].content.bank_write_rows.tolist()
-        assert written == [rows[int(raw(item))] for item in range(4)]
+        write_rows = prepared[0].content.bank_write_rows.tolist()
+        assert write_rows == [rows[int(raw(item))] for item in range(4)]
         assert prepared[1].content.items.tolist() == [*second, int(raw(5))]
         events = prepared[0].history.items[prepared[0].history.index].tolist()
         expected = [3, 3, 1, 3, 2, 3, 0]
@@ -131,7 +131,7 @@ def test_evicted_and_readmitted_items_have_fresh_rows_and_their_own_content(
         assert not bank._rows[free_rows].any()
         moments = next(name for name in trained.state if name.startswith("optimizer.tables"))
         # An item that came back was updated in the steps since alone, so its row has moved little.
-        assert (trained.whole(moments)[free_rows] == 0).all()
+        assert (trained.full_tensor(moments)[free_rows] == 0).all()
 
 
 def test_the_average_of_a_row_begins_anew_with_another_item(
@@ -174,10 +174,10 @@ def test_two_ranks_train_as_one(data: Path, tmp_path: Path) -> None:
         expected = train(build(data, ranks, tmp_path, sharding="row_wise"))
     for first, second in zip(*run_on_ranks(train_on_rank, 2, data, tmp_path), strict=True):
         for name in ("vocabulary.item.ids", "vocabulary.item.last_used"):
-            assert torch.equal(first.whole(name, second), expected.whole(name))
+            assert torch.equal(first.full_tensor(name, second), expected.full_tensor(name))
         for name in ("bank", WEIGHT):
-            actual = first.whole(name, second)
-            torch.testing.assert_close(actual, expected.whole(name), rtol=1e-4, atol=1e-5)
+            actual = first.full_tensor(name, second)
+            torch.testing.assert_close(actual, expected.full_tensor(name), rtol=1e-4, atol=1e-5)
         logits = [
             torch.cat(step_logits) for step_logits in zip(first.logits, second.logits, strict=True)
         ]

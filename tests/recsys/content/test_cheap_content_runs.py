@@ -31,9 +31,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("cheap") / "data", NUM_ROWS)
 
 
-def config_of(data: Path, recipe: str, *more: str) -> Any:
-    words = ["--batch_size=8", "--epochs=1", "--device=cpu", f"--cache={data.parent / 'cache'}"]
-    return load_config(TINY, [*words, *RECIPES[recipe], *more])
+def config_of(data: Path, recipe: str, *options: str) -> Any:
+    argv = ["--batch_size=8", "--epochs=1", "--device=cpu", f"--cache={data.parent / 'cache'}"]
+    return load_config(TINY, [*argv, *RECIPES[recipe], *options])
 
 
 def trained(rank: int, world_size: int, data: Path) -> dict[str, Any]:

@@ -30,18 +30,18 @@ from tests.recsys.content.tiny_branch import (
 )
 
 
-def parts_of(rows: Tensor) -> tuple[Tensor, Tensor]:
+def split_row(rows: Tensor) -> tuple[Tensor, Tensor]:
     """[n, D + M * D] -> content vectors [n, D] and mean tokens [n, M, D]."""
     return rows[:, :DIM], rows[:, DIM:].unflatten(1, (NUM_MODALITIES, DIM))
 
 
 def tensors(vectors: ContentVectors) -> list[Tensor]:
-    parts = [getattr(vectors, part.name) for part in fields(vectors)]
-    return [*(part for part in parts if part is not None), *vectors.read_history()]
+    values = [getattr(vectors, item.name) for item in fields(vectors)]
+    return [*(tensor for tensor in values if tensor is not None), *vectors.read_history()]
 
 
-def at_each_place(vectors: ContentVectors, batch: Batch) -> ContentVectors:
-    """The history's vectors spread from its unique items over its places."""
+def for_each_event(vectors: ContentVectors, batch: Batch) -> ContentVectors:
+    """The history's vectors spread from its unique items over its events."""
     history, modalities = vectors.read_history()
     return ContentVectors(
         vectors.target,
@@ -62,8 +62,8 @@ def naive_vectors(branch: ContentBranch, mode: Mode) -> ContentVectors:
         for item, vector in zip(TARGETS.tolist(), targets.detach(), strict=True):
             rows[item] = vector
         history = torch.stack([rows[item] for item in HISTORY.tolist()])
-    target, target_modalities = parts_of(targets)
-    vectors, history_modalities = parts_of(history)
+    target, target_modalities = split_row(targets)
+    vectors, history_modalities = split_row(history)
     mapped = torch.cat([branch.history_map(vector[None]) for vector in vectors])
     return ContentVectors(target, mapped, target_modalities, history_modalities)
 
@@ -77,15 +77,15 @@ def test_drawn_negatives_are_encoded_as_targets_are_whatever_the_bank_has(mode: 
     content = with_negatives(batch.content, NEGATIVES)
     content = replace(content, inputs=content_of(content.items))
     vectors = branch(replace(batch, content=content))
-    target, modalities = parts_of(branch.encode(content_of(NEGATIVES)))
+    target, modalities = split_row(branch.encode(content_of(NEGATIVES)))
     assert vectors.negatives is not None and vectors.negative_modalities is not None
     torch.testing.assert_close(vectors.negatives, target)
     torch.testing.assert_close(vectors.negative_modalities, modalities)
     assert torch.equal(vectors.negatives[0], vectors.target[TARGETS.tolist().index(5)])
     assert vectors.negatives.requires_grad
     plain = branch_of(mode)(batch)
-    for part, other in zip(tensors(plain)[:2], (vectors.target, vectors.target_modalities)):
-        torch.testing.assert_close(part, other)
+    for tensor, other in zip(tensors(plain)[:2], (vectors.target, vectors.target_modalities)):
+        torch.testing.assert_close(tensor, other)
     if branch.bank is not None:  # it has them for the histories of this step
         read = branch.bank.lookup(NEGATIVES)[0]
         torch.testing.assert_close(read[:, :DIM], vectors.negatives)
@@ -95,18 +95,18 @@ def test_drawn_negatives_are_encoded_as_targets_are_whatever_the_bank_has(mode: 
 def test_encoding_each_item_once_equals_encoding_every_occurrence(mode: Mode) -> None:
     branch, naive = branch_of(mode), branch_of(mode)
     expected = naive_vectors(naive, mode)
-    vectors = at_each_place(branch(batch_of(mode)), batch_of(mode))
-    for part, by_hand in zip(tensors(vectors), tensors(expected), strict=True):
-        torch.testing.assert_close(part, by_hand, atol=1e-5, rtol=1e-5)
+    vectors = for_each_event(branch(batch_of(mode)), batch_of(mode))
+    for tensor, by_hand in zip(tensors(vectors), tensors(expected), strict=True):
+        torch.testing.assert_close(tensor, by_hand, atol=1e-5, rtol=1e-5)
 
     for result in (vectors, expected):
         generator = torch.Generator().manual_seed(7)
         loss = torch.zeros(())
-        for part in tensors(result):
-            loss = loss + (torch.randn(part.shape, generator=generator) * part.square()).sum()
+        for tensor in tensors(result):
+            loss = loss + (torch.randn(tensor.shape, generator=generator) * tensor.square()).sum()
         loss.backward()
     parameters = dict(naive.named_parameters())
-    assert sum(part.requires_grad for part in parameters.values()) > 10
+    assert sum(tensor.requires_grad for tensor in parameters.values()) > 10
     for name, parameter in branch.named_parameters():
         reference = parameters[name].grad
         assert (parameter.grad is None) == (reference is None), name
@@ -140,7 +140,7 @@ def test_each_encoder_runs_once_per_step_on_exactly_the_unique_items(
 def test_modalities_are_the_mean_projected_token_of_each_and_zero_where_there_is_none() -> None:
     branch = branch_of("full")
     content = content_of(torch.arange(NUM_ITEMS))
-    vectors, modalities = parts_of(branch.encode(content))
+    vectors, modalities = split_row(branch.encode(content))
     for index, name in enumerate(["text", "clip"]):
         encoder: Any = branch.encoders[name]
         encoded = encoder.encode(content[name])
@@ -155,11 +155,11 @@ def test_modalities_are_the_mean_projected_token_of_each_and_zero_where_there_is
 def test_eval_mode_writes_nothing_and_reads_the_bank() -> None:
     branch = branch_of("bank_frozen").eval()
     assert branch.bank is not None
-    before, _ = branch.bank.lookup(torch.arange(NUM_ITEMS))
+    old_vectors, _ = branch.bank.lookup(torch.arange(NUM_ITEMS))
     vectors = branch(batch_of("bank_frozen"))
-    after, _ = branch.bank.lookup(torch.arange(NUM_ITEMS))
-    assert torch.equal(before, after)
-    assert torch.equal(vectors.read_history()[0], before[HISTORY.unique(), :DIM])
+    new_vectors, _ = branch.bank.lookup(torch.arange(NUM_ITEMS))
+    assert torch.equal(old_vectors, new_vectors)
+    assert torch.equal(vectors.read_history()[0], old_vectors[HISTORY.unique(), :DIM])
     assert branch.step == 0
 
 

@@ -41,7 +41,7 @@ def branch_with(share: float) -> ContentBranch:
 def gradients(branch: ContentBranch, vectors: Tensor) -> dict[str, Tensor | None]:
     factor = torch.randn(vectors.shape, generator=torch.Generator().manual_seed(1))
     (factor * vectors.square()).sum().backward()
-    return {name: part.grad for name, part in branch.named_parameters()}
+    return {name: weight.grad for name, weight in branch.named_parameters()}
 
 
 def assert_equal_runs(
@@ -68,15 +68,15 @@ def test_chosen_items_are_encoded_and_the_others_have_their_stored_outputs() -> 
     assert branch.outputs is not None and plain.outputs is not None
     stored, _ = plain.outputs.bank.lookup(torch.arange(NUM_ITEMS))
     unique = TARGETS.unique()
-    (place,) = sample_indices(unique, 1, 8).tolist()
-    sampled_item = int(unique[place])
+    (index,) = sample_indices(unique, 1, 8).tolist()
+    sampled_item = int(unique[index])
 
     vectors = branch(batch_of("bank_lora")).target
     rows = []
     for item in TARGETS.tolist():
         content = content_of(torch.tensor([item]))
-        before = ContentInput(stored[item].view(1, 1, -1), content["text"].mask[:, :1])
-        tokens = plain.outputs.encode(content) if item == sampled_item else {"text": before}
+        stored_content = ContentInput(stored[item].view(1, 1, -1), content["text"].mask[:, :1])
+        tokens = plain.outputs.encode(content) if item == sampled_item else {"text": stored_content}
         rows.append(plain.encode(content, tokens)[0, :DIM])
     assert_equal_runs(branch, vectors, plain, torch.stack(rows))
 
@@ -94,9 +94,9 @@ def test_places_chosen_ahead_of_the_step_are_those_that_the_step_would_choose() 
     assert ahead.outputs is not None
     encoded = ahead.outputs.choose(batch.content.items, 8)()
     assert torch.equal(encoded.positions, sample_indices(batch.content.items, 1, 8))
-    with_places = replace(batch, content=replace(batch.content, encoded=encoded))
+    with_indices = replace(batch, content=replace(batch.content, encoded=encoded))
     with patch.object(encoder_outputs, "sample_indices", side_effect=AssertionError):
-        vectors = ahead(with_places).target
+        vectors = ahead(with_indices).target
     assert_equal_runs(ahead, vectors, plain, plain(batch).target)
 
 

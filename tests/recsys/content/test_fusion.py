@@ -53,11 +53,11 @@ def published_layer(weights: dict[str, Tensor], rows: list[Tensor]) -> list[Tens
     for i, row in enumerate(rows):
         heads = []
         for head in range(NUM_HEADS):
-            part = slice(head * size, (head + 1) * size)
-            scores = torch.stack([query[i][part] @ k[part] for k in key])
+            head_slice = slice(head * size, (head + 1) * size)
+            scores = torch.stack([query[i][head_slice] @ k[head_slice] for k in key])
             attention = torch.exp(scores / math.sqrt(size + 1e-5))
             attention = attention / attention.sum()
-            heads.append(sum(a * v[part] for a, v in zip(attention, value)))
+            heads.append(sum(a * v[head_slice] for a, v in zip(attention, value)))
         x = row + affine(weights, "attention.output", torch.cat(heads))  # type: ignore[arg-type]
         centred = x - x.mean()
         normed = centred / torch.sqrt((centred**2).mean() + 1e-5)
@@ -177,9 +177,9 @@ def test_few_tokens_are_attended_to_as_many_are(
         factor = torch.randn(output.shape, generator=torch.Generator().manual_seed(3))
         inputs = [tokens, *fusion.parameters()]
         results.append((output, torch.autograd.grad((factor * output).sum(), inputs)))
-    (few, few_gradients), (many, many_gradients) = results
-    torch.testing.assert_close(few, many, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(few_gradients, many_gradients, atol=1e-6, rtol=1e-4)
+    (short, short_gradients), (padded, padded_gradients) = results
+    torch.testing.assert_close(short, padded, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(short_gradients, padded_gradients, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("preset", ["published", "modern"])

@@ -16,7 +16,7 @@ from recsys.data.batch import BatchContent
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
 from tests.recsys.content.item_batches import batch_of_items
-from tests.recsys.em3_runs import STEPS, TABLES, Run, em3_config, train_configs, whole_table
+from tests.recsys.em3_runs import STEPS, TABLES, Run, em3_config, full_table, train_configs
 
 MODES = ("bank_lora", "full")
 TOLERANCE = 1e-6
@@ -71,8 +71,7 @@ def test_tables_move_as_when_each_rank_encodes_its_own(
 ) -> None:
     for name in TABLES:
         shared, separate = (
-            whole_table([run[mode, dedup] for run in runs], 1, name)
-            for dedup in ("global", "local")
+            full_table([run[mode, dedup] for run in runs], 1, name) for dedup in ("global", "local")
         )
         torch.testing.assert_close(shared, separate, rtol=0, atol=TOLERANCE)
 

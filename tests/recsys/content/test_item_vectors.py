@@ -21,13 +21,13 @@ class Store:
 
     def __init__(self) -> None:
         self.items = SimpleNamespace(num_rows=NUM_ITEMS)
-        self.asked: list[int] = []
+        self.gathered: list[int] = []
 
     def rows_of(self, ids: np.ndarray) -> np.ndarray:
         return np.where(ids < RAW, -1, NUM_ITEMS - 1 - (ids - RAW))
 
     def gather(self, ids: np.ndarray) -> dict[str, ContentInput]:
-        self.asked += ids.tolist()
+        self.gathered += ids.tolist()
         return content_of(torch.from_numpy(np.where(ids < RAW, 0, ids - RAW)))
 
 
@@ -52,7 +52,7 @@ def test_each_item_is_encoded_once_as_far_as_vectors_fit(
         vectors = cache.vectors(torch.tensor(ids, dtype=torch.int64))
         torch.testing.assert_close(vectors, expected(ids))
     assert cache.vectors(torch.zeros(0, dtype=torch.int64)).shape == (0, BANK_DIM)
-    assert store.asked == requested
+    assert store.gathered == requested
 
 
 def test_the_branch_takes_the_vectors_that_a_batch_has() -> None:

@@ -9,7 +9,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from recsys.cli import main
 from tests.datasets import write_dataset
-from tests.recsys.command_runs import TINY, train_words
+from tests.recsys.command_runs import TINY, train_argv
 
 FUSION = '''
 import torch
@@ -53,7 +53,7 @@ class LetterCounts(ModalityKind):
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a dataset and both files, from which Python imports."""
     write_dataset(tmp_path / "data")
     (tmp_path / "my_fusion.py").write_text(FUSION)
@@ -80,17 +80,17 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_a_part_in_a_file_of_one_s_own_trains_by_one_line_of_yaml(
-    place: Path, setting: str, value: dict[str, object], trained: str
+    workdir: Path, setting: str, value: dict[str, object], trained: str
 ) -> None:
     recipe = yaml.safe_load(TINY.read_text())
     recipe["content"][setting] = value
-    (place / "own.yaml").write_text(yaml.safe_dump(recipe))
-    words = train_words(place / "data", place / "run", "--config", str(place / "own.yaml"))
-    assert main(words) == 0
-    assert json.loads((place / "run" / "metrics.json").read_text())["test"]["auc"] > 0
-    (metadata, *_) = (place / "run" / "checkpoints").rglob(".metadata")
+    (workdir / "own.yaml").write_text(yaml.safe_dump(recipe))
+    argv = train_argv(workdir / "data", workdir / "run", "--config", str(workdir / "own.yaml"))
+    assert main(argv) == 0
+    assert json.loads((workdir / "run" / "metrics.json").read_text())["test"]["auc"] > 0
+    (metadata, *_) = (workdir / "run" / "checkpoints").rglob(".metadata")
     names = FileSystemReader(metadata.parent).read_metadata().state_dict_metadata
     assert any(name.endswith(f"content.{trained}") for name in names)
-    words = ["--config", str(place / "own.yaml"), "--data", str(place / "data")]
-    assert main(["describe", *words, "--device", "h100"]) == 0
-    assert main(["evaluate", "--run", str(place / "run"), "--data", str(place / "data")]) == 0
+    argv = ["--config", str(workdir / "own.yaml"), "--data", str(workdir / "data")]
+    assert main(["describe", *argv, "--device", "h100"]) == 0
+    assert main(["evaluate", "--run", str(workdir / "run"), "--data", str(workdir / "data")]) == 0

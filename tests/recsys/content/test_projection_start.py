@@ -100,8 +100,8 @@ def test_content_that_is_equal_for_most_items_is_warned_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = write_dataset(tmp_path / "data")
-    place, clip = 3, pa.array([[1.0] * WIDTH] * 30, pa.list_(pa.float32()))
-    rewrite(data, lambda table: table.set_column(place, "clip", clip))
+    index, clip = 3, pa.array([[1.0] * WIDTH] * 30, pa.list_(pa.float32()))
+    rewrite(data, lambda table: table.set_column(index, "clip", clip))
 
     with joined_ranks("cpu"):
         started_branch(0, 1, data)

@@ -46,9 +46,9 @@ def attended(layer: Any, x: Tensor, num_queries: int) -> Tensor:  # [Q + T, D] -
     """Return the queries' part of a pre-norm layer, head by head."""
     attention, normed = layer.attention, layer.attention_norm(x)
     heads = []
-    for part in torch.arange(DIM).chunk(NUM_HEADS):
+    for columns in torch.arange(DIM).chunk(NUM_HEADS):
         query, key, value = (
-            F.linear(normed, layer.weight[part], layer.bias[part])
+            F.linear(normed, layer.weight[columns], layer.bias[columns])
             for layer in (attention.query, attention.key, attention.value)
         )
         scores = query[:num_queries] @ key.T / (DIM / NUM_HEADS + 1e-5) ** 0.5
@@ -61,9 +61,9 @@ def by_hand(branch: ContentBranch, item: int) -> Tensor:  # [D]
     """Fuse one item from its own tokens alone, without padding or mask."""
     content, fusion, tokens = content_of(torch.tensor([item])), branch.fusion, []
     assert isinstance(fusion, FusionQFormer) and fusion.linear is not None
-    for name, part in content.items():
-        values, encoder = part.values[part.mask].unsqueeze(0), branch.encoders[name]
-        if name == "text" and part.mask.any():
+    for name, data in content.items():
+        values, encoder = data.values[data.mask].unsqueeze(0), branch.encoders[name]
+        if name == "text" and data.mask.any():
             assert isinstance(encoder, nn.Module)
             values = encoder.model(input_ids=values).last_hidden_state
             values = values.half() if encoder.training_mode == "frozen" else values
@@ -97,7 +97,7 @@ def test_items_equal_those_fused_alone_in_plain_pytorch_outputs_and_gradients(
     factor = torch.randn(NUM_ITEMS, DIM, generator=torch.Generator().manual_seed(1))
     for result in (vectors, expected):
         (factor * result).sum().backward()
-    gradients = {name: part.grad for name, part in plain.named_parameters()}
+    gradients = {name: weight.grad for name, weight in plain.named_parameters()}
     for name, parameter in branch.named_parameters():
         if name.startswith(("fusion.", "projections.text")) or "encoder.layer" in name:
             gradient = gradients[name]

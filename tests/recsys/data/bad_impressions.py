@@ -26,10 +26,10 @@ Spoil = Callable[[Path], object]
 
 @dataclass(frozen=True)
 class BadInput:
-    """How a good dataset is spoilt, the settings to train with, and words of the error."""
+    """How a good dataset is spoilt, the settings to train with, and messages of the error."""
 
     spoil: Spoil  # changes a dataset in place
-    words: list[str]
+    messages: list[str]
     settings: tuple[str, ...] = ("--content", "none")
 
 

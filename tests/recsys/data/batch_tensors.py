@@ -16,11 +16,11 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         yield value.values()
         yield value.lengths()
     elif isinstance(value, dict):
-        for part in value.values():
-            yield from tensors_in(part)
+        for member in value.values():
+            yield from tensors_in(member)
     elif isinstance(value, list):
-        for part in value:
-            yield from tensors_in(part)
+        for member in value:
+            yield from tensors_in(member)
     elif is_dataclass(value):
         for item in fields(value):
             yield from tensors_in(getattr(value, item.name))

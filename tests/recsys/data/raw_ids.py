@@ -74,12 +74,12 @@ def write_rows_dataset(folder: Path) -> Path:
         "history": ITEM_ROWS,
         "words": WORD_ROWS,
     }
-    for part, columns in (("train", TRAIN), ("test", TEST), ("items", ITEMS)):
+    for split, columns in (("train", TRAIN), ("test", TEST), ("items", ITEMS)):
         row_columns = {
             name: [_row_in(rows[name], value) if name in rows else value for value in values]
             for name, values in columns.items()
         }
-        write_parquet(folder / part / "part-0.parquet", pa.table(row_columns))
+        write_parquet(folder / split / "part-0.parquet", pa.table(row_columns))
     return folder
 
 

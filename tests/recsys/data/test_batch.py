@@ -39,14 +39,14 @@ def keyed(key: str) -> KeyedJaggedTensor:
     )
 
 
-def part(kind: type, **given: Any) -> Any:
+def filled(kind: type, **values: Any) -> Any:
     """A part of a batch, with a tensor in each field that is not given."""
-    tensors = {item.name: torch.arange(2.0) for item in fields(kind) if item.name not in given}
-    return kind(**tensors, **given)
+    tensors = {item.name: torch.arange(2.0) for item in fields(kind) if item.name not in values}
+    return kind(**tensors, **values)
 
 
 def a_batch() -> Batch:
-    content = part(
+    content = filled(
         BatchContent,
         inputs={
             "text": ContentInput(torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)),
@@ -58,21 +58,21 @@ def a_batch() -> Batch:
         encoded=EncodedItems(torch.tensor([0]), None, None),
         exchange=ItemExchange(torch.tensor([1, 0]), send_counts=[2], receive_counts=[2]),
     )
-    return part(
+    return filled(
         Batch,
         sparse_features=keyed("user"),
         sequence_features=keyed("item"),
-        rows=part(Rows),
-        target=part(TargetItems),
-        history=part(
+        rows=filled(Rows),
+        target=filled(TargetItems),
+        history=filled(
             History,
             longest=2,
             host_lengths=np.ones(2),
-            extras=[part(ExtraHistory, longest=1)],
-            full=part(FullHistories, longest=2, host_lengths=np.ones(2)),
+            extras=[filled(ExtraHistory, longest=1)],
+            full=filled(FullHistories, longest=2, host_lengths=np.ones(2)),
         ),
         content=content,
-        negatives=part(Negatives),
+        negatives=filled(Negatives),
     )
 
 
@@ -124,7 +124,7 @@ TABLE = pa.table(
 
 def lists(columns: RowColumns, name: str) -> list[list[float]]:
     ends = np.cumsum(columns.lengths(name))
-    return [part.tolist() for part in np.split(columns.values(name), ends)[:-1]]
+    return [array.tolist() for array in np.split(columns.values(name), ends)[:-1]]
 
 
 def assert_like(columns: RowColumns, table: pa.Table) -> None:
@@ -151,10 +151,10 @@ def test_slices_and_chunks_of_a_table_are_read_alike() -> None:
 def test_parts_are_laid_end_to_end_whatever_lists_are_equally_long_in_each() -> None:
     other = TABLE.slice(3, 1)  # where all lists are empty
     assert len(RowColumns.of(other).lists) == 1
-    parts = [RowColumns.of(TABLE), RowColumns.of(other)]
-    assert_like(RowColumns.concat(parts), pa.concat_tables([TABLE, other]))
-    assert_like(RowColumns.concat(parts[::-1]), pa.concat_tables([other, TABLE]))
-    assert RowColumns.concat(parts[:1]) is parts[0]
+    blocks = [RowColumns.of(TABLE), RowColumns.of(other)]
+    assert_like(RowColumns.concat(blocks), pa.concat_tables([TABLE, other]))
+    assert_like(RowColumns.concat(blocks[::-1]), pa.concat_tables([other, TABLE]))
+    assert RowColumns.concat(blocks[:1]) is blocks[0]
 
 
 def test_a_keyed_jagged_tensor_is_the_one_that_torchrec_makes() -> None:

@@ -142,7 +142,7 @@ class CountedRows(ParquetRows):
         return pa.table({ROW_POSITION: np.full(num_rows, -1)})
 
 
-def places_only(rows: RowColumns) -> Any:
+def positions_only(rows: RowColumns) -> Any:
     """Stands for a batch where only the places of its rows matter."""
     positions = torch.from_numpy(rows.numbers[ROW_POSITION])
     return SimpleNamespace(rows=SimpleNamespace(positions=positions))
@@ -153,11 +153,11 @@ def test_all_ranks_have_as_many_batches_of_the_same_sizes_for_any_numbers() -> N
         rows, case = CountedRows(num_rows), (num_rows, world_size, batch_size)
         sizes, counted = [], []
         for rank in range(world_size):
-            interactions = Interactions(rows, places_only, batch_size, rank, world_size)  # type: ignore[arg-type]
+            interactions = Interactions(rows, positions_only, batch_size, rank, world_size)  # type: ignore[arg-type]
             batches = [batch.rows.positions.tolist() for batch in interactions]
             assert len(batches) == len(interactions), case
             sizes.append([len(batch) for batch in batches])
-            counted += [place for batch in batches for place in batch if place >= 0]
+            counted += [position for batch in batches for position in batch if position >= 0]
         assert all(rank_sizes == sizes[0] for rank_sizes in sizes), case
         assert min(sizes[0]) >= 1 and max(sizes[0]) <= batch_size, case
         assert max(sizes[0]) - min(sizes[0]) <= 1, case

@@ -38,5 +38,5 @@ def test_rows_of_unknown_items_are_reported_as_unseen() -> None:
         "logits": torch.tensor([[0.3], [-1.0], [0.1], [0.5]]),
     }
     report = scores_report(split_scores(schema_of("exact"), scored, TRAINED), {})
-    rows = {part: report[part]["num_samples"] for part in ("warm", "cold", "unseen")}
+    rows = {subset: report[subset]["num_samples"] for subset in ("warm", "cold", "unseen")}
     assert rows == {"warm": 2, "cold": 2, "unseen": 2}

@@ -22,13 +22,13 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def sums_by_row(values: Tensor) -> Tensor:
-    return torch.stack([part.sum(dim=0) for part in values.split(LENGTHS.tolist())])
+    return torch.stack([rows.sum(dim=0) for rows in values.split(LENGTHS.tolist())])
 
 
 def maxima_by_row(values: Tensor) -> Tensor:
     nothing = torch.full((1, values.shape[1]), -9.0)
-    parts = values.split(LENGTHS.tolist())
-    return torch.stack([torch.cat([nothing, part]).amax(dim=0) for part in parts])
+    rows = values.split(LENGTHS.tolist())
+    return torch.stack([torch.cat([nothing, row]).amax(dim=0) for row in rows])
 
 
 def maximum(values: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def maximum(values: Tensor) -> Tensor:
 
 
 def softmax_by_row(scores: Tensor) -> Tensor:
-    return torch.cat([part.softmax(dim=0) for part in scores.split(LENGTHS.tolist())])
+    return torch.cat([row.softmax(dim=0) for row in scores.split(LENGTHS.tolist())])
 
 
 Operation = Callable[..., Tensor]
@@ -75,7 +75,7 @@ def test_values_and_gradients_equal_plain_indexing(name: str) -> None:
 def test_a_batch_without_history_has_empty_results_and_zero_gradients(name: str) -> None:
     nothing = JaggedHistory.of(INDEX[:0], torch.zeros(4, dtype=torch.long), num_items=5)
     operation, _, inputs = CASES[name]
-    empty = [part[:0] if len(part) == len(INDEX) else part for part in inputs]
+    empty = [tensor[:0] if len(tensor) == len(INDEX) else tensor for tensor in inputs]
     output = getattr(nothing, operation.__name__)(*empty)
     assert output.numel() == 0 or not output.any()
     for gradient in torch.autograd.grad(output.sum(), empty, allow_unused=True):
@@ -99,10 +99,10 @@ def test_padded_puts_each_row_s_numbers_first() -> None:
 
 def test_an_unindexed_history_takes_each_place_as_an_item_of_its_own() -> None:
     items = random(5, DIM).detach()
-    places = HISTORY.unindexed()
-    assert places.num_items == len(INDEX)
+    unindexed = HISTORY.unindexed()
+    assert unindexed.num_items == len(INDEX)
     queries = random(4, DIM, seed=1).detach()
-    assert torch.equal(places.dot(queries, items[INDEX]), HISTORY.dot(queries, items))
+    assert torch.equal(unindexed.dot(queries, items[INDEX]), HISTORY.dot(queries, items))
 
 
 def test_one_compiled_graph_serves_histories_of_any_length() -> None:

@@ -37,9 +37,9 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def no_threads_left() -> Iterator[None]:
-    before = set(threading.enumerate())
+    old_threads = set(threading.enumerate())
     yield
-    assert set(threading.enumerate()) <= before
+    assert set(threading.enumerate()) <= old_threads
 
 
 pytestmark = pytest.mark.usefixtures("small_windows", "no_threads_left")
@@ -63,16 +63,16 @@ def content_of(root: Path, cache: Path) -> ContentStore:
     return store
 
 
-def parts_of(value: Any) -> Any:
+def comparable(value: Any) -> Any:
     """What a batch, or a part of it, holds, comparable."""
     if isinstance(value, Tensor | np.ndarray):
         return value.dtype, value.tolist()
     if isinstance(value, KeyedJaggedTensor):
-        return value.keys(), parts_of(value.values()), parts_of(value.lengths())
+        return value.keys(), comparable(value.values()), comparable(value.lengths())
     if is_dataclass(value):
-        return {item.name: parts_of(getattr(value, item.name)) for item in fields(value)}
+        return {item.name: comparable(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, dict):
-        return {name: parts_of(part) for name, part in value.items()}
+        return {name: comparable(item_value) for name, item_value in value.items()}
     return value
 
 
@@ -81,9 +81,9 @@ def test_batches_are_the_same_for_any_number_of_threads(tmp_path: Path, num_work
     root = write_dataset(tmp_path / "data")
     interactions = interactions_of(root, content_of(root, tmp_path / "cache"))
     interactions.begin(2)
-    expected = list(map(parts_of, interactions))
+    expected = list(map(comparable, interactions))
     assert len(expected) == ROWS // BATCH
-    assert list(map(parts_of, loader(interactions, num_workers, False))) == expected
+    assert list(map(comparable, loader(interactions, num_workers, False))) == expected
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2, 3])
@@ -140,9 +140,9 @@ def test_no_thread_is_left_however_a_pass_ends(
     tmp_path: Path, num_workers: int, leave: Callable[[Any], None]
 ) -> None:
     interactions = interactions_of(write_dataset(tmp_path))
-    before = threading.active_count()
+    old_threads = threading.active_count()
     leave(loader(interactions, num_workers, False))
-    assert threading.active_count() == before
+    assert threading.active_count() == old_threads
 
 
 def test_threads_pin_memory_for_the_gpu_of_their_rank(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,10 +157,10 @@ def test_threads_pin_memory_for_the_gpu_of_their_rank(monkeypatch: pytest.Monkey
 def test_a_batch_owns_its_memory(tmp_path: Path) -> None:
     """Ids are mapped in place, which must not reach the rows of the window."""
     interactions = interactions_of(write_dataset(tmp_path))
-    expected = list(map(parts_of, interactions))
+    expected = list(map(comparable, interactions))
     actual = []
     for batch in interactions:
-        actual.append(parts_of(batch))
+        actual.append(comparable(batch))
         for tensor in tensors_in(batch):
             tensor.fill_(0)
     assert actual == expected

@@ -50,17 +50,17 @@ def test_without_the_correction_log_q_is_zero(loss: str) -> None:
 
 
 def test_items_are_drawn_as_often_as_q_says() -> None:
-    many = sampler(loss="sampled_softmax", num_negatives=20_000)
-    batch = many(batch_of_items(TARGETS, HISTORIES), (0, 0, 0), training=True)
+    negatives = sampler(loss="sampled_softmax", num_negatives=20_000)
+    batch = negatives(batch_of_items(TARGETS, HISTORIES), (0, 0, 0), training=True)
     assert batch.negatives is not None
-    q = many.log_q(torch.from_numpy(COUNTS.items)).exp()
+    q = negatives.log_q(torch.from_numpy(COUNTS.items)).exp()
     assert float(q.sum()) == pytest.approx(1)
     share = batch.negatives.items.bincount(minlength=NUM_ITEMS) / 20_000
     assert share[2] == 0  # an item without training rows was not known
     assert share[COUNTS.items].tolist() == pytest.approx(q.tolist(), abs=0.02)
-    assert torch.equal(batch.negatives.log_q, many.log_q(batch.negatives.items))
+    assert torch.equal(batch.negatives.log_q, negatives.log_q(batch.negatives.items))
     assert batch.target.log_q is not None
-    assert torch.equal(batch.target.log_q, many.log_q(torch.tensor(TARGETS)))
+    assert torch.equal(batch.target.log_q, negatives.log_q(torch.tensor(TARGETS)))
     assert q.tolist() == pytest.approx([0.25] * 4)
 
 
@@ -76,14 +76,14 @@ def test_full_softmax_has_every_item_with_training_rows_once() -> None:
 
 def test_negatives_are_a_feature_of_the_item_table_behind_target_and_history() -> None:
     negative_sampler = sampler(loss="sampled_softmax", num_negatives=6)
-    before = batch_of_items(TARGETS, HISTORIES)
-    batch = negative_sampler(before, (0, 0, 0), training=True)
+    old_batch = batch_of_items(TARGETS, HISTORIES)
+    batch = negative_sampler(old_batch, (0, 0, 0), training=True)
     features = batch.sequence_features
     assert features.keys() == ["item", "history", "negatives of item"]
     assert batch.negatives is not None
     assert features["negatives of item"].values().tolist() == batch.negatives.items.tolist()
     for name in ("item", "history"):
-        old, new = before.sequence_features[name], features[name]
+        old, new = old_batch.sequence_features[name], features[name]
         assert torch.equal(new.values(), old.values())
         assert torch.equal(new.lengths(), old.lengths())
 
@@ -91,13 +91,13 @@ def test_negatives_are_a_feature_of_the_item_table_behind_target_and_history() -
 def test_a_draw_depends_on_seed_step_and_rank_alone() -> None:
     negative_sampler = sampler(loss="sampled_softmax", num_negatives=50)
 
-    def draw(*words: int) -> list[int]:
-        batch = negative_sampler(batch_of_items(TARGETS), words, training=True)  # type: ignore[arg-type]
+    def draw(*case: int) -> list[int]:
+        batch = negative_sampler(batch_of_items(TARGETS), case, training=True)  # type: ignore[arg-type]
         assert batch.negatives is not None
         return batch.negatives.items.tolist()
 
     assert draw(0, 3, 1) == draw(0, 3, 1)
-    assert len({tuple(draw(*words)) for words in [(0, 3, 1), (1, 3, 1), (0, 4, 1), (0, 3, 0)]}) == 4
+    assert len({tuple(draw(*case)) for case in [(0, 3, 1), (1, 3, 1), (0, 4, 1), (0, 3, 0)]}) == 4
 
 
 def test_outside_training_nothing_is_drawn() -> None:
@@ -135,9 +135,9 @@ def counted(root: Path, rank: int, world_size: int) -> ItemCounts:
     """Items of a rank's share, of a schema that has an id for many more."""
     schema = load_schema(Location.of(root))
     columns = {**schema.columns, "item": replace(schema.columns["item"], num_embeddings=MANY)}
-    many = replace(schema, columns=columns)
-    assert many.num_items == MANY
-    return count_items(ParquetRows.of_split(Location.of(root), "train", many), rank, world_size)
+    wide = replace(schema, columns=columns)
+    assert wide.num_items == MANY
+    return count_items(ParquetRows.of_split(Location.of(root), "train", wide), rank, world_size)
 
 
 def add_up(rank: int, world_size: int, root: Path) -> tuple[list[int], list[int]]:
@@ -152,13 +152,13 @@ def test_items_are_counted_over_all_ranks_without_memory_for_all_ids(
     world_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = write_dataset(tmp_path, {"train": 61})
-    whole = counted(root, 0, 1)
-    assert whole.counts.sum() == 61 and (np.diff(whole.items) > 0).all()
+    full = counted(root, 0, 1)
+    assert full.counts.sum() == 61 and (np.diff(full.items) > 0).all()
     first, *other_ranks = run_on_ranks(add_up, world_size, root)
-    assert first == (whole.items.tolist(), whole.counts.tolist())
+    assert first == (full.items.tolist(), full.counts.tolist())
     assert all(result == ([], []) for result in other_ranks)
     monkeypatch.setattr(recsys.data.item_frequency, "MIN_MERGED", 1)  # after each chunk
-    assert counted(root, 0, 1).counts.tolist() == whole.counts.tolist()
+    assert counted(root, 0, 1).counts.tolist() == full.counts.tolist()
 
 
 def test_counts_are_stored_and_looked_up(tmp_path: Path) -> None:

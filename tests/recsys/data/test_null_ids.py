@@ -108,7 +108,7 @@ def test_a_row_without_a_user_is_a_group_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("column", "values", "words"),
+    ("column", "values", "texts"),
     [
         ("item", [-7, None, 2**62], ["'item', row 1: null", "ranks an item"]),
         ("item", [None, None, None], ["'item'", "null"]),
@@ -116,13 +116,13 @@ def test_a_row_without_a_user_is_a_group_of_its_own(tmp_path: Path) -> None:
     ],
 )
 def test_null_is_refused_where_it_is_no_id(
-    tmp_path: Path, column: str, values: list[Any], words: list[str]
+    tmp_path: Path, column: str, values: list[Any], texts: list[str]
 ) -> None:
     data = write(tmp_path, dict.fromkeys(("user", "item", "words"), "{kind: hash}"))
     write_parquet(data / "train" / "part-0.parquet", pa.table({**NULLS, column: values}))
     with pytest.raises(ValueError, match=r"train/part-0\.parquet") as caught:
         read(data)
-    assert all(word in str(caught.value) for word in words)
+    assert all(text in str(caught.value) for text in texts)
 
 
 def test_nulls_and_empty_lists_need_no_type(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from recsys.data.row_source import Chunk, RowSource, Window, open_rows
 from recsys.data.schema import Schema, load_schema
 from recsys.storage.location import Location
 from tests.datasets import write_dataset
-from tests.recsys.command_runs import TINY, page_code, run_recsys, train_words
+from tests.recsys.command_runs import TINY, page_code, run_recsys, train_argv
 
 
 class Counted(RowSource):
@@ -124,9 +124,9 @@ def test_a_source_of_one_s_own_trains_and_evaluates_as_the_same_rows_in_parquet(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     reports = []
     for folder, config in ((data, TINY), (lines, recipe)):
-        words = train_words(folder, folder.parent / f"{folder.name}-run", "--content", "none")
-        words[words.index(str(TINY))] = str(config)
-        process = run_recsys(*words)
+        argv = train_argv(folder, folder.parent / f"{folder.name}-run", "--content", "none")
+        argv[argv.index(str(TINY))] = str(config)
+        process = run_recsys(*argv)
         assert process.returncode == 0, process.stdout + process.stderr
         reports.append(json.loads((tmp_path / f"{folder.name}-run" / "metrics.json").read_text()))
     assert reports[0]["test"]["num_samples"] == reports[1]["test"]["num_samples"] == 20

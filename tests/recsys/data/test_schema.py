@@ -171,8 +171,8 @@ def test_a_prepared_schema_has_the_fills_of_the_settings(tmp_path: Path) -> None
             "brand": {"kind": "id", "fill": 7},
             "cost": {"kind": "dense", "fill": 2.5},
         }
-        past = {"column": "cost", "scale": 4, "fill": -1}
-        content["histories"]["past"]["parallel"] = {"past_cost": past, "past_age": "age"}
+        transform = {"column": "cost", "scale": 4, "fill": -1}
+        content["histories"]["past"]["parallel"] = {"past_cost": transform, "past_age": "age"}
         content["counts"] = {"views": {"of": "item"}}
         content["transforms"] = {"cost": {"kind": "dense", "transform": ["log1p"]}}
 

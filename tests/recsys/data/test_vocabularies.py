@@ -51,7 +51,7 @@ def batch_of(data: Path, split: str = "train") -> Batch:
 def lists_of(features: KeyedJaggedTensor | None, name: str) -> list[list[int]]:
     assert features is not None
     lengths = features[name].lengths().tolist()
-    return [part.tolist() for part in features[name].values().split(lengths)]
+    return [ids_of_row.tolist() for ids_of_row in features[name].values().split(lengths)]
 
 
 def prepared(data: Path) -> Path:
@@ -82,8 +82,8 @@ def test_unknown_ids_have_the_last_row_and_stay_apart_as_groups(tmp_path: Path) 
 def test_a_hashed_id_has_as_many_rows_as_hashes_in_every_column_of_its_table(
     tmp_path: Path,
 ) -> None:
-    several = "{kind: hash, num_hashes: 2, seed: 3}"
-    data = write_raw_dataset(tmp_path, user=several, item="{kind: hash}", words="{kind: hash}")
+    two_hashes = "{kind: hash, num_hashes: 2, seed: 3}"
+    data = write_raw_dataset(tmp_path, user=two_hashes, item="{kind: hash}", words="{kind: hash}")
     batch = batch_of(data)
 
     def hashed(ids: list[Any], *sizes: int) -> list[int]:
@@ -243,7 +243,7 @@ def test_items_without_a_row_of_their_own_are_refused(tmp_path: Path) -> None:
         items_of(hashed)
 
 
-def written(folder: Path) -> tuple[Path, Schema]:
+def written_dataset(folder: Path) -> tuple[Path, Schema]:
     """A dataset without exact maps, and its schema once the training files were opened."""
     data = write_raw_dataset(folder, "{kind: bounded}", "{kind: hash}", "{kind: hash}")
     schema = load_schema(Location.of(data))
@@ -253,7 +253,7 @@ def written(folder: Path) -> tuple[Path, Schema]:
 
 @pytest.mark.parametrize("column", ["user", "friends", "words"])
 def test_a_split_with_ids_of_another_type_is_refused(tmp_path: Path, column: str) -> None:
-    data, schema = written(tmp_path / "data")
+    data, schema = written_dataset(tmp_path / "data")
     values = [1] if column == "user" else [[1]]
     write_parquet(data / "test" / "part-0.parquet", pa.table({**TEST, column: values}))
     with pytest.raises(ValueError, match=rf"test/part-0.parquet: column '{column}' .*integer"):
@@ -261,7 +261,7 @@ def test_a_split_with_ids_of_another_type_is_refused(tmp_path: Path, column: str
 
 
 def test_items_with_ids_of_another_type_than_the_impressions_are_refused(tmp_path: Path) -> None:
-    data, schema = written(tmp_path / "data")
+    data, schema = written_dataset(tmp_path / "data")
     names = {**ITEMS, "item": [str(item) for item in ITEMS["item"]]}
     write_parquet(data / "items" / "part-0.parquet", pa.table(names))
     with pytest.raises(ValueError, match=r"items/part-0.parquet: column 'item' .*string"):

@@ -39,10 +39,10 @@ CLUSTER = ["--nodes", "8", "--gpus-per-node", "8", "--device", "h100"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("describe")
+    root = tmp_path_factory.mktemp("describe")
     rows = {"train": 320, "valid": 24, "test": 20}
-    write_dataset(place / "data", rows, num_users=50, num_items=300)
-    return place
+    write_dataset(root / "data", rows, num_users=50, num_items=300)
+    return root
 
 
 def config_of(folder: Path, sharding: Any) -> Config:
@@ -61,9 +61,9 @@ def described(folder: Path, config: Config, ranks: int = 1, **rows: int) -> Desc
     return describe(config, str(folder / "data"), Cluster(1, ranks, CPU), rows)
 
 
-def command(folder: Path, *words: str) -> int:
+def command(folder: Path, *argv: str) -> int:
     data = str(folder / "data")
-    return main(["describe", "--config", str(TINY), "--data", data, *words])
+    return main(["describe", "--config", str(TINY), "--data", data, *argv])
 
 
 def measured(rank: int, world_size: int, folder: Path) -> dict[str, dict[str, Any]]:
@@ -92,18 +92,18 @@ def _measured(rank: int, world_size: int, folder: Path, sharding: str) -> dict[s
             if name != "step"
         )
         + sum(average.nbytes for average in dense_averages),
-        "tables": _bytes_of_pieces(job.model.state_dict()) + _bytes_of_pieces(averages),
-        "table_states": _bytes_of_pieces(job.model.fused_optimizer.state_dict()["state"]),
+        "tables": _shard_bytes(job.model.state_dict()) + _shard_bytes(averages),
+        "table_states": _shard_bytes(job.model.fused_optimizer.state_dict()["state"]),
         "bank": _bank_bytes(job),
     }
 
 
-def _bytes_of_pieces(state: Any) -> int:
-    """Of all sharded tensors in a state, the pieces on this rank."""
+def _shard_bytes(state: Any) -> int:
+    """Of all sharded tensors in a state, the shards on this rank."""
     if isinstance(state, ShardedTensor):
         return sum(p.tensor.numel() * p.tensor.element_size() for p in state.local_shards())
     if isinstance(state, dict):
-        return sum(map(_bytes_of_pieces, state.values()))
+        return sum(map(_shard_bytes, state.values()))
     return 0
 
 
@@ -235,7 +235,7 @@ def test_what_does_not_fit_is_said_by_table_with_what_would(
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         (["--device", "h1000"], "device 'h1000' is unknown"),
         (["--device", "cuda"], "device is cuda"),
@@ -245,11 +245,11 @@ def test_what_does_not_fit_is_said_by_table_with_what_would(
     ],
 )
 def test_mistakes_are_named(
-    folder: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    folder: Path, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if "cuda" in words and torch.cuda.is_available():
+    if "cuda" in argv and torch.cuda.is_available():
         pytest.skip("a GPU is usable")
-    assert command(folder, *words) == 1
+    assert command(folder, *argv) == 1
     assert message in capsys.readouterr().err
 
 
@@ -259,10 +259,10 @@ def test_layers_of_an_encoder_that_are_cached_leave_the_run(folder: Path) -> Non
     assert content is not None
     modality = replace(content.modalities["text"], cache_frozen_layers=False)
     modalities = {**content.modalities, "text": modality}
-    whole = described(folder, replace(config, content=replace(content, modalities=modalities)))
+    full = described(folder, replace(config, content=replace(content, modalities=modalities)))
     cached = described(folder, config)
 
-    parameters = [sum(part.parameters for part in one.parts) for one in (whole, cached)]
+    parameters = [sum(part.parameters for part in one.parts) for one in (full, cached)]
     assert parameters[0] == parameters[1] + cached.frozen_layers["text"]
 
 

@@ -97,9 +97,9 @@ def test_rank_0_prints_the_parts_and_writes_its_trace(
 
 
 def test_modules_are_hooked_only_while_steps_are_recorded(ranks: list[dict[str, Run]]) -> None:
-    before, recording, after = ranks[0]["whole"].hooks
-    assert before == after < recording
-    assert ranks[0]["failed"].hooks[-1] == before
+    old_hooks, active_hooks, new_hooks = ranks[0]["whole"].hooks
+    assert old_hooks == new_hooks < active_hooks
+    assert ranks[0]["failed"].hooks[-1] == old_hooks
     assert len(set(ranks[1]["whole"].hooks)) == 1
 
 

@@ -32,7 +32,7 @@ from tests.recsys.em3_runs import (
     dense_weights,
     em3_config,
     ranks_of,
-    table_pieces,
+    table_shards,
 )
 
 SIZE, GROUP = 2, 2  # impressions per rank and batch, batches in a group
@@ -52,7 +52,7 @@ def batches_of(job: Job, sizes: list[int]) -> list[Batch]:
     rows = ParquetRows.of_split(job.root, "train", job.schema)
     table = next(rows.read(0, rows.num_rows))
     starts = [job.ranks.rank * sum(sizes) + sum(sizes[:index]) for index in range(len(sizes))]
-    return [job.batch_builder()(table.slice(*part)) for part in zip(starts, sizes)]
+    return [job.batch_builder()(table.slice(*bounds)) for bounds in zip(starts, sizes)]
 
 
 def train_in_groups(job: Job) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def train_in_groups(job: Job) -> dict[str, Any]:
         actual["reductions"].append(names.count("c10d::allreduce_"))
         actual["gradients"].append(dense_gradients(job.em3))
         actual["stepped"].append(job.pipeline.has_stepped)
-    return actual | {"weights": dense_weights(job.em3), "tables": table_pieces(job)}
+    return actual | {"weights": dense_weights(job.em3), "tables": table_shards(job)}
 
 
 def train_on_joint_batches(job: Job) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def train_on_joint_batches(job: Job) -> dict[str, Any]:
         loss.backward()
         job.pipeline.update.optimizer.step()
         actual["gradients"].append(dense_gradients(job.em3))
-    return actual | {"weights": dense_weights(job.em3), "tables": table_pieces(job)}
+    return actual | {"weights": dense_weights(job.em3), "tables": table_shards(job)}
 
 
 def frozen_tables(folder: Path, accumulate_steps: int) -> Config:
@@ -109,20 +109,20 @@ def tables_under_sgd(folder: Path, accumulate_steps: int) -> Config:
     )
 
 
-def write_rows_apart(folder: Path, world_size: int) -> Path:
+def write_disjoint_batches(folder: Path, world_size: int) -> Path:
     """Impressions of which no two batches of a group share a row of any table, on any rank."""
     write_dataset(folder, num_users=40, num_items=80)
     count = world_size * sum(BATCHES)
     batch_index = [row // SIZE for row in range(count)]
-    # The place of each impression's batch within its group, the same on all ranks.
-    place = [batch % len(BATCHES) % GROUP for batch in batch_index]
+    # The index of each impression's batch within its group, the same on all ranks.
+    slots = [batch % len(BATCHES) % GROUP for batch in batch_index]
     table = pa.table(
         {
-            "user": pa.array([20 * p + row % 20 for row, p in enumerate(place)], pa.int64()),
-            "item": pa.array([40 * p + row % 20 for row, p in enumerate(place)], pa.int64()),
-            "history": pa.array([[40 * p + 20, 40 * p + 21 + row] for row, p in enumerate(place)]),
+            "user": pa.array([20 * p + row % 20 for row, p in enumerate(slots)], pa.int64()),
+            "item": pa.array([40 * p + row % 20 for row, p in enumerate(slots)], pa.int64()),
+            "history": pa.array([[40 * p + 20, 40 * p + 21 + row] for row, p in enumerate(slots)]),
             "history_liked": pa.array([[1.0, 0.0]] * count, pa.list_(pa.float32())),
-            "genres": pa.array([[2 * p, 2 * p + 1] for p in place], pa.list_(pa.int64())),
+            "genres": pa.array([[2 * p, 2 * p + 1] for p in slots], pa.list_(pa.int64())),
             "price": pa.array([row / count for row in range(count)], pa.float32()),
             "liked": pa.array([float(row % 3 == 0) for row in range(count)], pa.float32()),
         }
@@ -135,10 +135,10 @@ def write_rows_apart(folder: Path, world_size: int) -> Path:
 
 def train_both_ways(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     ranks, actual = ranks_of(rank, world_size), {}
-    apart = folder / f"apart_{world_size}"
+    disjoint = folder / f"apart_{world_size}"
     for name, make_config, data in (
         ("frozen", frozen_tables, folder / "data"),
-        ("sgd", tables_under_sgd, apart),
+        ("sgd", tables_under_sgd, disjoint),
     ):
         grouped = build_job(make_config(folder, GROUP), str(data), ranks)
         actual[name] = {
@@ -153,7 +153,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, A
     folder = tmp_path_factory.mktemp("accumulation")
     write_dataset(folder / "data")
     for world_size in (1, 2):
-        write_rows_apart(folder / f"apart_{world_size}", world_size)
+        write_disjoint_batches(folder / f"apart_{world_size}", world_size)
     return {count: run_on_ranks(train_both_ways, count, folder) for count in (1, 2)}
 
 
@@ -188,11 +188,11 @@ def test_tables_under_sgd_end_as_with_joint_batches(runs: Any, world_size: int) 
     for run in runs[world_size]:
         grouped, joint = (run["sgd"][way]["tables"] for way in ("grouped", "joint"))
         for name in TABLES:
-            for (offsets, piece), (expected_offsets, expected) in zip(
+            for (offsets, shard), (expected_offsets, expected) in zip(
                 grouped[name], joint[name], strict=True
             ):
                 assert offsets == expected_offsets
-                assert_close(piece, expected, name)
+                assert_close(shard, expected, name)
 
 
 @pytest.mark.parametrize("tables", ["frozen", "sgd"])

@@ -15,12 +15,12 @@ DIM = 2
 
 def gathered_on_rank(rank: int, world_size: int, on_gpu: bool) -> dict[str, Any]:
     """Gather `rank + 1` rows, and return them all and the gradient of a loss of this rank."""
-    own = (torch.arange((rank + 1) * DIM).float().view(-1, DIM) + 10 * rank).requires_grad_()
+    local = (torch.arange((rank + 1) * DIM).float().view(-1, DIM) + 10 * rank).requires_grad_()
     way = gather._gather_and_scatter if on_gpu else gather.all_gather
     with patch.object(gather, "all_gather", way):
-        rows, first = gather_rows_with_gradient(own)
+        rows, first = gather_rows_with_gradient(local)
     (rows * (rank + 1) * torch.arange(1, len(rows) + 1).unsqueeze(1)).sum().backward()
-    return {"rows": rows.detach(), "first": first, "gradient": own.grad}
+    return {"rows": rows.detach(), "first": first, "gradient": local.grad}
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])

@@ -23,9 +23,9 @@ PRIVATE_PARTS: dict[Any, str] = {
 
 def test_the_installed_torchrec_has_the_private_parts_that_training_uses() -> None:
     missing = [
-        f"{part.__name__}.{name}"
-        for part, names in PRIVATE_PARTS.items()
+        f"{cls.__name__}.{name}"
+        for cls, names in PRIVATE_PARTS.items()
         for name in names.split()
-        if name not in inspect.getsource(part)
+        if name not in inspect.getsource(cls)
     ]
     assert not missing, f"written for TorchRec {TORCHREC_VERSION}, not {version('torchrec')}"

@@ -202,11 +202,11 @@ def test_a_stopped_rank_is_named_on_every_other_rank(
 ) -> None:
     job, outcome = JOBS[name], outcomes[name]
     other_ranks = [rank for rank in range(job.world_size) if rank != job.faulty]
-    rank_words = f"rank {job.faulty}"
+    rank_text = f"rank {job.faulty}"
     if not job.launcher_holds_the_store:
-        rank_words += ", which holds the job's store,"
+        rank_text += ", which holds the job's store,"
     for rank in other_ranks:
-        assert re.search(rf"rank {rank}: {rank_words} has stopped", outcome.output[rank])
+        assert re.search(rf"rank {rank}: {rank_text} has stopped", outcome.output[rank])
         assert outcome.exit_codes[rank] == 1
         assert outcome.seconds[rank] > 0
 

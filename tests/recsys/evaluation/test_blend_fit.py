@@ -45,19 +45,19 @@ def test_rows_without_weight_or_label_count_nothing() -> None:
     labels = rows["labels"].clone()
     labels[300:] = torch.nan
     fitted = fitted_blend({**rows, "labels": labels, "weights": weights}, ("bce",))
-    kept = {name: column[:200] for name, column in rows.items()}
-    expected = fitted_blend(kept, ("bce",))
+    first_rows = {name: column[:200] for name, column in rows.items()}
+    expected = fitted_blend(first_rows, ("bce",))
     torch.testing.assert_close(fitted.weight, expected.weight, rtol=0, atol=1e-5)
 
 
 def test_a_user_is_scored_by_a_blend_fitted_without_him() -> None:
     rows = scored_rows(400)
     changed = {**rows, "labels": rows["labels"].clone()}
-    own = rows["groups"] == rows["groups"][0]
-    changed["labels"][own] = 1 - changed["labels"][own]
-    first, second = (cross_fitted_logits(part, ("bce",)) for part in (rows, changed))
-    assert torch.equal(first[own], second[own])
-    assert not torch.equal(first[~own], second[~own])
+    is_own = rows["groups"] == rows["groups"][0]
+    changed["labels"][is_own] = 1 - changed["labels"][is_own]
+    first, second = (cross_fitted_logits(columns, ("bce",)) for columns in (rows, changed))
+    assert torch.equal(first[is_own], second[is_own])
+    assert not torch.equal(first[~is_own], second[~is_own])
 
 
 def test_a_number_is_blended_by_least_squares() -> None:

@@ -48,7 +48,7 @@ def rescored(scores: SplitScores, seed: int, signal: float = 1.0) -> SplitScores
 
 
 def metric_of_duplicated_rows(
-    windows: Sequence[SplitScores], drawn: dict[int, int], metric: str, part: str, label: int
+    windows: Sequence[SplitScores], drawn: dict[int, int], metric: str, subset: str, label: int
 ) -> float:
     """The metric where each user's rows are there as often as he was drawn, as users of new names.
 
@@ -59,23 +59,23 @@ def metric_of_duplicated_rows(
         masks = frequency_masks(scores.counts)
         labels, logits, names = [], [], []
         for user, times in drawn.items():
-            rows = masks[part] & (scores.groups == user)
+            rows = masks[subset] & (scores.groups == user)
             for copy in range(times):
                 labels.append(scores.labels[rows, label])
                 logits.append(scores.logits[rows, label])
                 names.append(np.full(rows.sum(), user * 100_000 + copy * 100 + number))
-        tables.append([np.concatenate(parts) for parts in (labels, logits, names)])
+        tables.append([np.concatenate(arrays) for arrays in (labels, logits, names)])
     if metric == "gauc":
-        together = [np.concatenate(parts) for parts in zip(*tables, strict=True)]
+        together = [np.concatenate(arrays) for arrays in zip(*tables, strict=True)]
         return ScoredRows(*together).metrics()["gauc"]
     actual = [ScoredRows(*table).metrics()["auc"] for table in tables]
     return np.average(actual, weights=[len(table[0]) for table in tables])
 
 
-@pytest.mark.parametrize("part", SUBSETS)
+@pytest.mark.parametrize("subset", SUBSETS)
 @pytest.mark.parametrize("metric", METRICS)
 def test_value_and_resamples_are_those_of_really_duplicated_rows(
-    metric: str, part: str, monkeypatch: pytest.MonkeyPatch
+    metric: str, subset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two windows that share users, two seeds against three, the second label."""
     windows = [random_scores(0, 160, 8), random_scores(1, 120, 8, first_user=4)]
@@ -86,7 +86,7 @@ def test_value_and_resamples_are_those_of_really_duplicated_rows(
     def difference(counts: np.ndarray) -> float:
         drawn = dict(zip(users.tolist(), counts.astype(int).tolist(), strict=True))
         lower, higher = (
-            np.mean([metric_of_duplicated_rows(run, drawn, metric, part, 1) for run in side])
+            np.mean([metric_of_duplicated_rows(run, drawn, metric, subset, 1) for run in side])
             for side in (first, second)
         )
         return float(higher - lower)
@@ -98,7 +98,7 @@ def test_value_and_resamples_are_those_of_really_duplicated_rows(
         return -users, 0.125
 
     monkeypatch.setattr(recsys.evaluation.bootstrap, "interval_ends", ends)
-    actual = paired_difference(first, second, metric, part, samples=40, seed=7, label=1)
+    actual = paired_difference(first, second, metric, subset, samples=40, seed=7, label=1)
     (drawn,) = resamples(len(users), 40, 40, np.random.default_rng(7))
     differences = np.array([difference(counts) for counts in drawn.T])
     value = difference(np.ones(len(users)))
@@ -118,11 +118,11 @@ def test_every_user_is_drawn_with_replacement_and_as_many_as_there_are() -> None
 def test_memory_is_bounded_by_blocks_that_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = random_scores(0, 100, 9)
     pairs = [[scores]], [[rescored(scores, 1)]]
-    whole = [paired_difference(*pairs, metric, "all", samples=50) for metric in METRICS]
+    expected = [paired_difference(*pairs, metric, "all", samples=50) for metric in METRICS]
     monkeypatch.setattr(
         recsys.evaluation.bootstrap, "CELLS", 700
     )  # seven resamples of a hundred rows
-    assert [paired_difference(*pairs, metric, "all", samples=50) for metric in METRICS] == whole
+    assert [paired_difference(*pairs, metric, "all", samples=50) for metric in METRICS] == expected
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -153,7 +153,7 @@ def test_what_fewer_than_five_users_define_has_no_interval(metric: str) -> None:
     assert paired_difference(*pair, metric, "all") == Interval(0, 0, 0)
     assert paired_difference(*pair, metric, "cold") is not None
     assert paired_difference(*pair, metric, "warm") is None
-    assert [metric_users([scores], metric, part) for part in SUBSETS] == [9, 4, 5, 0]
+    assert [metric_users([scores], metric, subset) for subset in SUBSETS] == [9, 4, 5, 0]
     assert pooled_metric([scores], metric, "warm") == 0.5
     assert paired_difference(*pair, metric, "unseen") is None
     assert pooled_metric([scores], metric, "unseen") is None
@@ -176,8 +176,8 @@ def test_users_of_unlike_weight_count_as_fewer() -> None:
 
 def test_without_skewness_the_interval_is_that_of_student_and_percentiles() -> None:
     deviations = stats.norm.ppf((np.arange(2000) + 0.5) / 2000)
-    low, high = interval_ends(deviations, 10)
-    assert high == pytest.approx(-low) == pytest.approx(2.262 * np.sqrt(10 / 9), rel=0.01)
+    lower, upper = interval_ends(deviations, 10)
+    assert upper == pytest.approx(-lower) == pytest.approx(2.262 * np.sqrt(10 / 9), rel=0.01)
     assert interval_ends(np.zeros(50), 10) == (0, 0)
     bounded = np.repeat([-1.0, 1.0], 1000)  # percentiles are within, Student's is beyond
     assert interval_ends(bounded, 1000)[1] == pytest.approx(1.963, abs=1e-2)
@@ -192,18 +192,18 @@ def test_a_skewed_mean_has_the_longer_side_of_hall_s_transformation() -> None:
     def transformed(t: float) -> float:
         return t + skewness * t**2 / 3 + skewness**2 * t**3 / 27 + skewness / 6
 
-    low, high = interval_ends(deviations, 20)
+    lower, upper = interval_ends(deviations, 20)
     error = deviations.std() * np.sqrt(20 / 19)
-    assert transformed(-high / error) == pytest.approx(-quantile)
-    assert low == pytest.approx(-quantile * error)
-    assert interval_ends(-deviations, 20) == pytest.approx((-high, -low))
+    assert transformed(-upper / error) == pytest.approx(-quantile)
+    assert lower == pytest.approx(-quantile * error)
+    assert interval_ends(-deviations, 20) == pytest.approx((-upper, -lower))
     # Where the transformation is flat its end is no farther than that of the percentiles.
     deviations = stats.expon.ppf((np.arange(4000) + 0.5) / 4000) - 1
     percentile = np.percentile(deviations, 97.5)
     assert interval_ends(deviations, 20)[1] == pytest.approx(percentile * interval_stretch(20))
 
 
-def share_apart(name: str, num_users: int) -> float:
+def share_excluding_zero(name: str, num_users: int) -> float:
     """The share of sets of users whose interval excludes 0."""
     random = np.random.default_rng(num_users)
     differences = DISTRIBUTIONS[name](random, (num_users, SETS))
@@ -220,4 +220,4 @@ def test_users_without_a_difference_show_one_in_about_one_of_twenty_sets(
     name: str, num_users: int
 ) -> None:
     """Without correction of skewness one shows in 8.2 % of the skewed sets of 10 users."""
-    assert 0.02 < share_apart(name, num_users) < 0.068  # 0.005 is a standard deviation
+    assert 0.02 < share_excluding_zero(name, num_users) < 0.068  # 0.005 is a standard deviation

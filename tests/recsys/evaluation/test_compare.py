@@ -18,7 +18,7 @@ from recsys.evaluation.compare import compare_runs, format_comparison
 from recsys.evaluation.metrics import evaluation_report
 from recsys.evaluation.scores import SplitScores, read_scores, write_scores
 from tests.datasets import write_dataset
-from tests.recsys.command_runs import NUM_ROWS, train_words
+from tests.recsys.command_runs import NUM_ROWS, train_argv
 
 ROWS = 300
 
@@ -52,11 +52,11 @@ def test_a_comparison_holds_the_metrics_of_each_run_and_the_paired_differences(
     assert report["rows"]["all"] == ROWS and report["rows"]["unseen"] == 0
     for run, scores in zip(report["runs"], (weak, strong), strict=True):
         expected = evaluation_report(scores)
-        for part in SUBSETS:
-            part_metrics = expected if part == "all" else expected[part]
-            assert report["rows"][part] == part_metrics["num_samples"]
+        for subset in SUBSETS:
+            subset_metrics = expected if subset == "all" else expected[subset]
+            assert report["rows"][subset] == subset_metrics["num_samples"]
             for metric in METRICS:
-                assert run[part][metric] == pytest.approx(part_metrics[metric])
+                assert run[subset][metric] == pytest.approx(subset_metrics[metric])
     interval = paired_difference([[weak]], [[strong]], "gauc", "cold")
     actual = report["runs"][1]["cold"]["difference"]["gauc"]
     assert interval is not None and interval.low > 0
@@ -101,14 +101,14 @@ def test_the_command_prints_a_line_per_part_and_run_and_writes_the_numbers(
 ) -> None:
     weak, strong = runs
     out = tmp_path / "new" / "comparison.json"
-    words = ["compare", "--runs", str(weak), str(strong), str(weak), "--out", str(out)]
-    assert main(words) == 0
+    argv = ["compare", "--runs", str(weak), str(strong), str(weak), "--out", str(out)]
+    assert main(argv) == 0
     lines = capsys.readouterr().out.splitlines()
     report = compare_runs([weak, strong, weak], "test")
     assert json.loads(out.read_text()) == report
     assert [path.name for path in out.parent.iterdir()] == ["comparison.json"]
     table = [line for line in lines if line.endswith(("/weak", "/strong"))]
-    assert [line.split()[0] for line in table] == [part for part in SUBSETS for _ in range(3)]
+    assert [line.split()[0] for line in table] == [subset for subset in SUBSETS for _ in range(3)]
     strong_metrics = report["runs"][1]["all"]
     assert table[1].split()[1:3] == [
         f"{strong_metrics['auc']:.4f}",
@@ -119,10 +119,10 @@ def test_the_command_prints_a_line_per_part_and_run_and_writes_the_numbers(
     assert re.match(r"unseen +- +- +- +- +- +- +0 ", table[-2])
 
 
-def fails(capsys: pytest.CaptureFixture[str], *words: Any) -> str:
+def fails(capsys: pytest.CaptureFixture[str], *argv: Any) -> str:
     """The line that a command which must fail says."""
     capsys.readouterr()
-    assert main([str(word) for word in words]) == 1
+    assert main([str(argument) for argument in argv]) == 1
     return capsys.readouterr().err.strip()
 
 
@@ -139,43 +139,43 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_twin_is_trained_after_the_run_goes_on_with_it_and_begins_anew_with_it(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, twin = tmp_path / "run", tmp_path / "run" / "id_only"
-    words = train_words(data, run, "--batch_size", "31")
-    assert main(words) == 0
+    run, baseline = tmp_path / "run", tmp_path / "run" / "id_only"
+    argv = train_argv(data, run, "--batch_size", "31")
+    assert main(argv) == 0
     time_ns = (run / "checkpoints" / "step-00000002" / "checkpoint.json").stat().st_mtime_ns
 
-    assert main([*words, "--compare", "id_only"]) == 0  # the run is finished; its twin is not
+    assert main([*argv, "--compare", "id_only"]) == 0  # the run is finished; its twin is not
     assert (run / "checkpoints" / "step-00000002" / "checkpoint.json").stat().st_mtime_ns == time_ns
-    config = load_config(twin / "config.yaml")
+    config = load_config(baseline / "config.yaml")
     assert config == replace(
         load_config(run / "config.yaml"),
         content="none",
         contrastive=replace(config.contrastive, weight=0.0),
     )
-    report = compare_runs([twin, run], "test")
+    report = compare_runs([baseline, run], "test")
     assert json.loads((run / "comparison.json").read_text()) == report
     assert format_comparison(report) in capsys.readouterr().out
 
-    assert main([*words, "--compare", "id_only", "--epochs", "2"]) == 0
-    for folder in (run, twin):
+    assert main([*argv, "--compare", "id_only", "--epochs", "2"]) == 0
+    for folder in (run, baseline):
         assert steps_of(folder) == ["step-00000002", "step-00000004"]
 
-    for step in steps_of(twin):  # without a checkpoint it begins anew
-        shutil.rmtree(twin / "checkpoints" / step)
-    assert main([*words, "--compare", "id_only", "--epochs", "2"]) == 0
-    assert steps_of(twin) == ["step-00000002", "step-00000004"]
+    for step in steps_of(baseline):  # without a checkpoint it begins anew
+        shutil.rmtree(baseline / "checkpoints" / step)
+    assert main([*argv, "--compare", "id_only", "--epochs", "2"]) == 0
+    assert steps_of(baseline) == ["step-00000002", "step-00000004"]
 
-    assert main([*words, "--overwrite", "true"]) == 0
+    assert main([*argv, "--overwrite", "true"]) == 0
     assert steps_of(run) == ["step-00000002"]
-    assert not twin.exists() and not (run / "comparison.json").exists()
+    assert not baseline.exists() and not (run / "comparison.json").exists()
 
 
 def test_a_twin_that_cannot_be_is_refused_before_anything_is_written(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [*train_words(data, tmp_path / "run"), "--compare", "id_only"]
-    assert "--compare id_only" in fails(capsys, *words, "--content", "none")
+    argv = [*train_argv(data, tmp_path / "run"), "--compare", "id_only"]
+    assert "--compare id_only" in fails(capsys, *argv, "--content", "none")
     assert not (tmp_path / "run").exists()
     (tmp_path / "run" / "id_only").mkdir(parents=True)  # say, a run beside others
-    assert f"{tmp_path}/run/id_only: " in fails(capsys, *words)
+    assert f"{tmp_path}/run/id_only: " in fails(capsys, *argv)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["id_only"]

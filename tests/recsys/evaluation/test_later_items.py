@@ -21,11 +21,11 @@ from recsys.evaluation.predict import evaluate, load_run, predict
 from recsys.training.train import train
 from tests.datasets import FEATURE_WIDTH, write_dataset
 from tests.recsys.checkpoint.schema_runs import rewrite, write_data
-from tests.recsys.checkpoint.warm_start.warm_runs import config_of, ids_of, whole
+from tests.recsys.checkpoint.warm_start.warm_runs import config_of, full_tensor, ids_of
 from tests.recsys.command_runs import TINY
 from tests.recsys.weighted_data import table_of
 
-WORDS = ["--embedding.tables", "{item: {new_rows: mean}}"]
+ARGV = ["--embedding.tables", "{item: {new_rows: mean}}"]
 NEVER_RANKED, LATER = 28, 901  # raw ids
 
 
@@ -41,13 +41,13 @@ def without(item: int, table: pa.Table) -> pa.Table:
 
 def with_later_item(items: pa.Table) -> pa.Table:
     """The items and one more, with the content of another."""
-    place = items.column_names.index("item")
-    extra = items.slice(3, 1).set_column(place, "item", pa.array([LATER], pa.int64()))
+    index = items.column_names.index("item")
+    extra = items.slice(3, 1).set_column(index, "item", pa.array([LATER], pa.int64()))
     return pa.concat_tables([items, extra])
 
 
 def item_table(job: Job) -> Tensor:
-    return whole(job.model.state_dict()["embeddings.embeddings.item.weight"])
+    return full_tensor(job.model.state_dict()["embeddings.embeddings.item.weight"])
 
 
 @pytest.mark.long
@@ -55,7 +55,7 @@ def test_items_without_training_have_the_mean_of_the_trained_rows(tmp_path: Path
     data, run = write_data(tmp_path / "data"), tmp_path / "run"
     rewrite(data / "train", lambda table: without(NEVER_RANKED, table))
     with joined_ranks("cpu") as ranks:
-        config = config_of(tmp_path, *WORDS, "--epochs", "1")
+        config = config_of(tmp_path, *ARGV, "--epochs", "1")
         train(config, str(data), run, ranks)
         counts = trained_counts(run, 40).of(np.arange(40))
         never = ids_of(data).index(NEVER_RANKED)
@@ -81,10 +81,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """A run whose items have stored features alone."""
     folder = tmp_path_factory.mktemp("refused")
     data = write_dataset(folder / "data")
-    words = ["--content.modalities", "{clip: {kind: feature, column: clip}}", "--batch_size", "16"]
-    words += ["--best_model_by", "auc", "--cache", str(folder / "cache")]
+    argv = ["--content.modalities", "{clip: {kind: feature, column: clip}}", "--batch_size", "16"]
+    argv += ["--best_model_by", "auc", "--cache", str(folder / "cache")]
     with joined_ranks("cpu") as ranks:
-        train(load_config(TINY, words), str(data), folder / "run", ranks)
+        train(load_config(TINY, argv), str(data), folder / "run", ranks)
     return Trained(data, folder / "run")
 
 
@@ -103,8 +103,8 @@ def widen(data: Path) -> None:
     file = data / "items" / "part-0.parquet"
     items = pq.read_table(file)
     wide = [None if clip is None else [*clip, 0.5] for clip in items["clip"].to_pylist()]
-    place = items.column_names.index("clip")
-    pq.write_table(items.set_column(place, "clip", pa.array(wide, items["clip"].type)), file)
+    index = items.column_names.index("clip")
+    pq.write_table(items.set_column(index, "clip", pa.array(wide, items["clip"].type)), file)
 
 
 def test_features_of_another_width_are_refused_by_file_column_and_both_widths(

@@ -22,7 +22,7 @@ from recsys.evaluation.model_selection import selection_score, selection_text
 from recsys.evaluation.scores import SplitScores
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
-from tests.recsys.command_runs import page_code, train_words
+from tests.recsys.command_runs import page_code, train_argv
 
 
 def random_rows(
@@ -111,8 +111,8 @@ def test_a_report_holds_the_metrics_of_warm_cold_and_unseen_items() -> None:
     labels, logits, groups = random_rows(2000, 30, 50)
     counts = np.random.default_rng(1).integers(0, 12, 2000)
     report = evaluation_report(scores_of(labels, logits, groups, counts))
-    parts = {"warm": counts >= 5, "cold": counts < 5, "unseen": counts == 0}
-    for name, rows in parts.items():
+    subsets = {"warm": counts >= 5, "cold": counts < 5, "unseen": counts == 0}
+    for name, rows in subsets.items():
         assert report.pop(name) == ScoredRows(labels[rows], logits[rows], groups[rows]).metrics()
     assert report == ScoredRows(labels, logits, groups).metrics()
 
@@ -152,9 +152,9 @@ def test_metrics_of_rows_split_unevenly_over_two_ranks_equal_those_of_all_rows(c
     (_, first), (_, second) = gathered_rows = run_on_ranks(gather_share, 2, rows, cut)
     assert [len(tensor) for tensor in second] == [0] * 5
     for gathered in (first, *(to_all for to_all, _ in gathered_rows)):
-        for whole, tensor in zip(rows, gathered, strict=True):
-            assert whole.dtype == tensor.dtype
-            assert torch.equal(whole, tensor)
+        for full, tensor in zip(rows, gathered, strict=True):
+            assert full.dtype == tensor.dtype
+            assert torch.equal(full, tensor)
 
 
 def gather_unlike_rows(rank: int, world_size: int) -> Any:
@@ -182,7 +182,7 @@ REPORT = {"auc": 0.75, "gauc": 0.5, "retrieval": {"recall@10": 0.25, "ndcg@10": 
 
 
 @pytest.mark.parametrize(
-    ("metric", "score", "words"),
+    ("metric", "score", "message"),
     [
         ("auc", 0.75, "AUC"),
         ("gauc", 0.5, "GAUC"),
@@ -192,10 +192,10 @@ REPORT = {"auc": 0.75, "gauc": 0.5, "retrieval": {"recall@10": 0.25, "ndcg@10": 
     ],
 )
 def test_a_model_is_chosen_by_the_mean_of_the_metrics_named(
-    metric: BestModelBy, score: float, words: str
+    metric: BestModelBy, score: float, message: str
 ) -> None:
     assert selection_score(REPORT, metric) == score
-    assert selection_text(metric) == words
+    assert selection_text(metric) == message
 
 
 def test_auc_alone_stands_for_the_mean_where_gauc_is_not_defined() -> None:
@@ -262,13 +262,13 @@ def test_a_metric_of_ones_own_is_one_file_and_one_line_of_yaml(
     (tmp_path / "my_metrics.py").write_text(page_code("recsys/evaluation/README.md", "ShareAbove"))
     monkeypatch.syspath_prepend(tmp_path)
     data = write_dataset(tmp_path / "data", {"train": 33, "valid": 20, "test": 20})
-    words = train_words(data, tmp_path / "run", "--content", "none", "--epochs", "1")
-    recipe = Path(words[words.index("--config") + 1]).read_text()
+    argv = train_argv(data, tmp_path / "run", "--content", "none", "--epochs", "1")
+    recipe = Path(argv[argv.index("--config") + 1]).read_text()
     line = "metrics: {mine: {metric: 'my_metrics:ShareAbove', options: {bound: 0.0}}}\n"
     (tmp_path / "recipe.yaml").write_text(recipe + line)
-    words[words.index("--config") + 1] = str(tmp_path / "recipe.yaml")
+    argv[argv.index("--config") + 1] = str(tmp_path / "recipe.yaml")
 
-    assert main(words) == 0
+    assert main(argv) == 0
 
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     for report in (metrics["valid"], metrics["test"], metrics["test"]["cold"]):

@@ -71,10 +71,10 @@ def test_both_evaluators_agree_on_a_sasrec_of_recbole(
     for name in CONFIG["metrics"]:
         theirs |= getattr(metrics, name)(CONFIG).calculate_metric(collected)
 
-    seen = SeenItems(histories[histories > 0], lengths) if excludes_seen else None
+    skip = SeenItems(histories[histories > 0], lengths) if excludes_seen else None
     items = torch.arange(1, NUM_ITEMS + 1)
     above, tied = count_above(
-        queries, vectors[targets - 1], targets, items, vectors, excluded=[seen] if seen else []
+        queries, vectors[targets - 1], targets, items, vectors, excluded=[skip] if skip else []
     )
     ours = retrieval_metrics(above, tied, depths=DEPTHS)
 

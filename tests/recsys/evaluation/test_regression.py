@@ -39,21 +39,21 @@ def report_of(scores: SplitScores, **options: Any) -> dict[str, Any]:
 def test_errors_equal_those_of_scikit_learn_in_each_part(loss: str) -> None:
     scores = scores_of(loss)
     report = report_of(scores)
-    for part, rows in {"warm": scores.counts >= 5, "unseen": scores.counts == 0}.items():
+    for subset, rows in {"warm": scores.counts >= 5, "unseen": scores.counts == 0}.items():
         label, logit = scores.labels[rows, 0], scores.logits[rows, 0].astype(np.float64)
         predicted = np.exp(logit) if loss == "poisson" else logit
         assert scores.weights is not None
         weights = {"sample_weight": scores.weights[rows]}
         rmse = mean_squared_error(label, predicted, **weights) ** 0.5
-        assert report[part]["rmse"] == pytest.approx(rmse)
+        assert report[subset]["rmse"] == pytest.approx(rmse)
         error = mean_absolute_error(label, predicted, **weights)
-        assert report[part]["mae"] == pytest.approx(error)
+        assert report[subset]["mae"] == pytest.approx(error)
         mean = np.full(rows.sum(), np.average(label, weights=scores.weights[rows]))
         baseline_error = mean_squared_error(label, mean, **weights) ** 0.5
-        assert report[part]["nrmse"] == pytest.approx(rmse / baseline_error)
+        assert report[subset]["nrmse"] == pytest.approx(rmse / baseline_error)
         if loss == "poisson":
             deviance = mean_poisson_deviance(label, predicted, **weights)
-            assert report[part]["deviance"] == pytest.approx(deviance)
+            assert report[subset]["deviance"] == pytest.approx(deviance)
     assert not report.keys() & {"auc", "gauc", "logloss"}
 
 

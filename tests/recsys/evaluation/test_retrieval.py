@@ -32,18 +32,18 @@ from tests.recsys.ranking.backbone_runs import backbone_config
 
 NUM_ITEMS = 150  # more than the deepest list
 NUM_ROWS = {"train": 61, "valid": 24, "test": 33}
-SEEN, LATER = " without seen items", " without later items"
+SEEN_ITEMS, LATER = " without seen items", " without later items"
 CASES = [
     ("two_tower sampled", "qformer"),
     ("two_tower in_batch", "full"),
-    ("two_tower", SEEN),
+    ("two_tower", SEEN_ITEMS),
     ("two_tower", LATER),
 ]
 
 
-def metrics_of(places: Tensor) -> dict[str, Any]:
+def metrics_of(above: Tensor) -> dict[str, Any]:
     """Metrics of items that tie with none."""
-    return retrieval_metrics(places, torch.zeros_like(places))
+    return retrieval_metrics(above, torch.zeros_like(above))
 
 
 def test_recall_and_ndcg_of_places_written_out() -> None:
@@ -59,8 +59,8 @@ def test_recall_and_ndcg_of_places_written_out() -> None:
 
 def test_no_list_has_an_item_that_the_catalogue_lacks_though_it_is_longer() -> None:
     items, targets, vectors = torch.tensor([2, 5]), torch.tensor([5, 7]), torch.eye(2)
-    places = count_above(vectors.flip(0), vectors.flip(0), targets, items, vectors)
-    metrics = retrieval_metrics(*places, depths=[3])
+    above = count_above(vectors.flip(0), vectors.flip(0), targets, items, vectors)
+    metrics = retrieval_metrics(*above, depths=[3])
     assert [metrics[f"{name}@3"] for name in ("recall", "ndcg", "mrr")] == [0.5] * 3
 
 
@@ -72,11 +72,11 @@ def train_and_evaluate(rank: int, world_size: int, folder: Path) -> dict[Any, di
         config = backbone_config(
             folder,
             backbone,
-            "qformer" if content in ("full", SEEN, LATER) else content,
+            "qformer" if content in ("full", SEEN_ITEMS, LATER) else content,
             batch_size=7,
             epochs=1,
         )
-        if content == SEEN:
+        if content == SEEN_ITEMS:
             assert isinstance(config.ranking, RetrievalSettings)
             config = replace(config, ranking=replace(config.ranking, exclude_seen=True))
         if content == LATER:
@@ -127,18 +127,18 @@ def reports(folder: Path) -> list[dict[Any, dict[str, Any]]]:
     return run_on_ranks(train_and_evaluate, 2, folder)
 
 
-def places_by_brute_force(folder: Path, run: Path) -> tuple[Tensor, np.ndarray]:
+def above_by_brute_force(folder: Path, run: Path) -> tuple[Tensor, np.ndarray]:
     """Logits of every liked test row with every item in the place of its own."""
     catalogue = pq.read_table(folder / "data" / "items")["item"].to_numpy()
     with joined_ranks("cpu") as ranks:
         job = load_run(run, None, ranks, "cpu")
         job.model.eval()
-        excludes_seen = run.name.endswith(f"{SEEN}')")
+        excludes_seen = run.name.endswith(f"{SEEN_ITEMS}')")
         excludes_later = run.name.endswith(f"{LATER}')")
         moments = pq.read_table(folder / "data" / "test")["moment"]
         moments = moments.cast(pa.timestamp("s")).cast(pa.int64()).to_numpy()
         table = next(ParquetRows.of_split(job.root, "test", job.schema).read(0, NUM_ROWS["test"]))
-        places, targets = [], []
+        above, targets = [], []
         for row in np.flatnonzero(table["liked"].to_numpy() > 0):
             target = table["item"][row].as_py()
             out = table["history"][row].as_py() if excludes_seen else []
@@ -155,28 +155,28 @@ def places_by_brute_force(folder: Path, run: Path) -> tuple[Tensor, np.ndarray]:
                 logits = job.model(batch)[1][1][:, 0].double()
             target_score = logits[int(np.flatnonzero(items == target)[0])]
             is_missing = target not in catalogue  # so that no search finds it
-            place = len(catalogue) if is_missing else int((logits > target_score).sum())
-            places.append(place)
+            num_above = len(catalogue) if is_missing else int((logits > target_score).sum())
+            above.append(num_above)
             targets.append(target)
-    assert len(catalogue) in places
-    return torch.tensor(places), np.array(targets)
+    assert len(catalogue) in above
+    return torch.tensor(above), np.array(targets)
 
 
 @pytest.mark.parametrize("case", CASES, ids=["-".join(case) for case in CASES])
 def test_two_ranks_find_what_brute_force_finds(folder: Path, reports: Any, case: Any) -> None:
-    places, targets = places_by_brute_force(folder, folder / f"run {case}")
+    above, targets = above_by_brute_force(folder, folder / f"run {case}")
     counts = np.bincount(pq.read_table(folder / "data" / "train")["item"], minlength=NUM_ITEMS)
     for report in (ran[case]["retrieval"] for ran in reports):
         assert report["catalogue"] == NUM_ITEMS - 2
-        parts = {
+        subsets = {
             "warm": counts[targets] >= 5,
             "cold": counts[targets] < 5,
             "unseen": counts[targets] == 0,
         }
-        for name, rows in parts.items():
-            assert_same_metrics(report[name], metrics_of(places[torch.from_numpy(rows)]))
-        whole = {name: report[name] for name in metrics_of(places)}
-        assert_same_metrics(whole, metrics_of(places))
+        for name, rows in subsets.items():
+            assert_same_metrics(report[name], metrics_of(above[torch.from_numpy(rows)]))
+        all_rows = {name: report[name] for name in metrics_of(above)}
+        assert_same_metrics(all_rows, metrics_of(above))
         assert 0 < report["recall@50"] < 1
 
 

@@ -57,7 +57,7 @@ def strict_precision(labels: np.ndarray, scores: np.ndarray, users: np.ndarray) 
 
 
 # Of a further metric: its options, and the metric of scores without ties.
-FURTHER: dict[str, tuple[dict[str, Any], Callable[..., float | None]]] = {
+METRICS: dict[str, tuple[dict[str, Any], Callable[..., float | None]]] = {
     "precision_at_k": ({"k": 2}, strict_precision)
 }
 
@@ -75,9 +75,9 @@ def over_orders(metric: Callable[[np.ndarray], float | None], scores: np.ndarray
 @pytest.mark.parametrize("seed", range(8))
 def test_auc_gauc_and_further_metrics_are_their_means_over_random_tie_breaks(seed: int) -> None:
     labels, scores, users = random_rows(seed)
-    assert set(FURTHER) == set(further_metrics.METRICS)
+    assert set(METRICS) == set(further_metrics.METRICS)
     extra = {
-        name: further_metrics.PrecisionAtK(**options) for name, (options, _) in FURTHER.items()
+        name: further_metrics.PrecisionAtK(**options) for name, (options, _) in METRICS.items()
     }
     counts = np.full(ROWS, 9)
     rows = np.arange(ROWS)
@@ -89,7 +89,7 @@ def test_auc_gauc_and_further_metrics_are_their_means_over_random_tie_breaks(see
         "gauc": over_orders(lambda strict: strict_gauc(labels, strict, users), scores),
         **{
             name: over_orders(partial(metric, labels, users=users), scores)
-            for name, (_, metric) in FURTHER.items()
+            for name, (_, metric) in METRICS.items()
         },
     }
     assert {name: report[name] for name in expected} == pytest.approx(expected)
@@ -101,9 +101,9 @@ def random_search(seed: int) -> tuple[torch.Tensor, ...]:
     """Queries, targets, items and vectors of small integers; target 99 is not in the catalogue."""
     rng = np.random.default_rng(seed)
     vectors = torch.from_numpy(rng.integers(-1, 2, (ROWS, 2))).float()
-    places = torch.from_numpy(rng.integers(0, ROWS, 9))
+    above = torch.from_numpy(rng.integers(0, ROWS, 9))
     items, queries = torch.arange(ROWS) * 3, torch.from_numpy(rng.integers(-1, 2, (9, 2))).float()
-    return queries, vectors[places], items[places], items, vectors
+    return queries, vectors[above], items[above], items, vectors
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -111,16 +111,16 @@ def test_recall_and_ndcg_are_their_means_over_random_tie_breaks(
     seed: int,
 ) -> None:
     queries, targets, target_items, items, vectors = random_search(seed)
-    places_of_items = count_above(queries, targets, target_items, items, vectors)
-    actual = retrieval_metrics(*places_of_items, depths=DEPTHS)
+    item_above = count_above(queries, targets, target_items, items, vectors)
+    actual = retrieval_metrics(*item_above, depths=DEPTHS)
     scores = (queries @ vectors.T).numpy()[:, None] + ORDERS / 10  # [9, 720, 6]
     by_user = np.take_along_axis(scores, (target_items // 3).numpy()[:, None, None], axis=2)
-    places = (scores > by_user).sum(axis=2)
+    above = (scores > by_user).sum(axis=2)
     for depth in DEPTHS:
-        gains = np.where(places < depth, 1 / np.log2(2 + places), 0)
-        assert actual[f"recall@{depth}"] == pytest.approx((places < depth).mean())
+        gains = np.where(above < depth, 1 / np.log2(2 + above), 0)
+        assert actual[f"recall@{depth}"] == pytest.approx((above < depth).mean())
         assert actual[f"ndcg@{depth}"] == pytest.approx(gains.mean())
-        reciprocal = np.where(places < depth, 1 / (1 + places), 0)
+        reciprocal = np.where(above < depth, 1 / (1 + above), 0)
         assert actual[f"mrr@{depth}"] == pytest.approx(reciprocal.mean())
 
 

@@ -68,13 +68,13 @@ def report_of(scores: SplitScores) -> dict[str, Any]:
 
 def assert_same_metrics(report: dict[str, Any], expected: dict[str, Any]) -> None:
     """All but the numbers of rows are equal to rounding, in each part of the items."""
-    for part in SUBSETS:
+    for subset in SUBSETS:
         rows, reference = (
-            (scores if part == "all" else scores[part]) for scores in (report, expected)
+            (scores if subset == "all" else scores[subset]) for scores in (report, expected)
         )
         assert rows["sum_of_weights"] == reference["num_samples"]
         for name in reference.keys() - {*SUBSETS, *COUNTS, "ids"}:
-            assert rows[name] == pytest.approx(reference[name], abs=1e-6), (part, name)
+            assert rows[name] == pytest.approx(reference[name], abs=1e-6), (subset, name)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -82,8 +82,8 @@ def test_integer_weights_are_repeated_rows_in_every_metric(seed: int) -> None:
     scores = random_scores(seed)
     assert_same_metrics(report_of(scores), report_of(repeated(scores)))
     for metric in METRICS:
-        for part in SUBSETS:
-            pair = [pooled_metric([scores], metric, part) for scores in (scores, repeated(scores))]
+        for kind in SUBSETS:
+            pair = [pooled_metric([scores], metric, kind) for scores in (scores, repeated(scores))]
             assert pair[0] == pytest.approx(pair[1], abs=1e-12)
 
 

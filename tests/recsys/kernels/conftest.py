@@ -13,6 +13,6 @@ def native_kernels() -> Iterator[None]:
     """Skip where no C++ compiler is; afterwards the number of threads is as before."""
     if not has_native(torch.zeros(1)):
         pytest.skip("no C++ compiler")
-    before = torch.get_num_threads()
+    old_threads = torch.get_num_threads()
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(old_threads)

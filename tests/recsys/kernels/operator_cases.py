@@ -122,17 +122,17 @@ def plain_interest(inputs: Inputs) -> Result:
         return queries.new_zeros(0, width) + queries.sum() + matrix.sum() + list_factors.sum()
     jagged = JaggedHistory.of(index, offsets.long().diff(), len(items))
     vectors = items[:, : max(spaces, 1) * dim].unflatten(1, (-1, dim))  # [U, S, D]
-    at_place, row_queries = vectors[index], queries[jagged.rows]
-    scores = (row_queries[:, 0] * at_place[:, 0]).sum(1) + (
+    event_vectors, row_queries = vectors[index], queries[jagged.rows]
+    scores = (row_queries[:, 0] * event_vectors[:, 0]).sum(1) + (
         list_factors[jagged.rows] * parallel
     ).sum(1)
     weights = jagged.softmax(scores).unsqueeze(1)
-    sums = [jagged.sum(weights * at_place[:, 0]), jagged.sum(weights * parallel)]
+    sums = [jagged.sum(weights * event_vectors[:, 0]), jagged.sum(weights * parallel)]
     if not spaces:
         return torch.cat(sums, dim=1)
     mapped = [vectors[:, 0] @ matrix.T, *vectors[:, 1:].unbind(1)]
     lengths = torch.stack(mapped, dim=1).norm(dim=2).clamp(min=1e-12)[index]
-    cosines = (row_queries[:, 1:] * at_place).sum(2) / lengths
+    cosines = (row_queries[:, 1:] * event_vectors).sum(2) / lengths
     return torch.cat([*sums, similarity_features(cosines, jagged, parallel)], dim=1)
 
 
@@ -163,8 +163,8 @@ def plain_fused(inputs: Inputs) -> Result:
     queries, modalities = len(weights[0]), len(weights[1])
     module = FusionQFormer(tokens.shape[2], modalities, queries, layers, 2, dropout=0.0)
     module = module.to(tokens.dtype)
-    places = {id(weight): place for place, weight in enumerate(module.weights())}
-    by_name = {name: weights[places[id(part)]] for name, part in module.named_parameters()}
+    indices = {id(weight): index for index, weight in enumerate(module.weights())}
+    by_name = {name: weights[indices[id(tensor)]] for name, tensor in module.named_parameters()}
     return functional_call(module, by_name, (tokens, mask, modality.long()))
 
 
@@ -176,8 +176,8 @@ def dots(rows: int, dim: int, fields: list[int]) -> Inputs:
 
 def plain_dots(inputs: Inputs) -> Result:
     dense = inputs["dense"]
-    parts = [part if part.dim() == 3 else part.unsqueeze(1) for part in inputs["sparse"]]
-    sparse = torch.cat([dense.new_empty(len(dense), 0, dense.shape[1]), *parts], dim=1)
+    blocks = [block if block.dim() == 3 else block.unsqueeze(1) for block in inputs["sparse"]]
+    sparse = torch.cat([dense.new_empty(len(dense), 0, dense.shape[1]), *blocks], dim=1)
     return dot_interaction(dense, sparse, pair_indices(sparse.shape[1] + 1))
 
 
@@ -243,7 +243,7 @@ def tensors(inputs: Inputs) -> dict[str, Tensor]:
     by_name: dict[str, Tensor] = {}
     for name, value in inputs.items():
         if isinstance(value, list):
-            by_name |= {f"{name}[{place}]": part for place, part in enumerate(value)}
+            by_name |= {f"{name}[{index}]": tensor for index, tensor in enumerate(value)}
         elif isinstance(value, Tensor):
             by_name[name] = value
     return by_name
@@ -254,7 +254,7 @@ def mapped(inputs: Inputs, change: Callable[[str, Tensor], Any]) -> Inputs:
     new = dict(inputs)
     for name, value in inputs.items():
         if isinstance(value, list):
-            new[name] = [change(f"{name}[{place}]", part) for place, part in enumerate(value)]
+            new[name] = [change(f"{name}[{index}]", tensor) for index, tensor in enumerate(value)]
         elif isinstance(value, Tensor):
             new[name] = change(name, value)
     return new
@@ -262,4 +262,4 @@ def mapped(inputs: Inputs, change: Callable[[str, Tensor], Any]) -> Inputs:
 
 def changed(inputs: Inputs, name: str, tensor: Tensor) -> Inputs:
     """Return the inputs with another tensor of a name."""
-    return mapped(inputs, lambda other, part: tensor if other == name else part)
+    return mapped(inputs, lambda other, value: tensor if other == name else value)

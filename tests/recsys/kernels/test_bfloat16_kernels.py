@@ -65,17 +65,17 @@ class RoundedAttention(nn.Module):
 
     def forward(self, target: Tensor, items: Tensor, history: JaggedHistory, _: Tensor) -> Tensor:
         first, second, last = self.score[::2]
-        item_part, target_part, difference_part, product_part = first.weight.T.chunk(4)
-        item_part, target_part = item_part + difference_part, target_part - difference_part
+        item_map, target_map, difference_map, product_map = first.weight.T.chunk(4)
+        item_map, target_map = item_map + difference_map, target_map - difference_map
         rows = []
         for row, index in enumerate(history.index.split(history.lengths.tolist())):
             one, vectors = target[row : row + 1], items[index]
-            constant = RoundedProduct.apply(one, target_part) + first.bias
+            constant = RoundedProduct.apply(one, target_map) + first.bias
             if len(index) < 4:  # rows without a matrix of their own
                 pairs = torch.cat([vectors, vectors * one], dim=1)
-                hidden = RoundedProduct.apply(pairs, torch.cat([item_part, product_part]))
+                hidden = RoundedProduct.apply(pairs, torch.cat([item_map, product_map]))
             else:
-                hidden = RoundedProduct.apply(vectors, item_part + one.T * product_part)
+                hidden = RoundedProduct.apply(vectors, item_map + one.T * product_map)
             units = rounded_linear((hidden + constant).relu(), second.weight, second.bias).relu()
             scores = (units * last.weight).sum(dim=1) + last.bias
             rows.append(scores.softmax(dim=0) @ vectors)

@@ -137,8 +137,8 @@ def test_the_prices_that_are_named_are_those_of_the_page() -> None:
         measured.setdefault(record["kernel"], []).append(median(record["x"]))
     assert measured.keys() == COSTS.keys()
     for kernel, ratios in measured.items():
-        low, high = re.match(r"([\d.]+) to ([\d.]+) times", COSTS[kernel]).groups()  # type: ignore[union-attr]
-        assert float(low) <= round(min(ratios), 1) and round(max(ratios), 1) <= float(high)
+        lowest, highest = re.match(r"([\d.]+) to ([\d.]+) times", COSTS[kernel]).groups()  # type: ignore[union-attr]
+        assert float(lowest) <= round(min(ratios), 1) and round(max(ratios), 1) <= float(highest)
 
 
 def test_who_waits_for_a_compiling_process_says_so(
@@ -146,17 +146,17 @@ def test_who_waits_for_a_compiling_process_says_so(
 ) -> None:
     caplog.set_level(logging.INFO, logger="recsys")
     lock = tmp_path / "lock"
-    held, entered = threading.Event(), threading.Event()
+    lock_held, entered = threading.Event(), threading.Event()
 
     def compile_slowly() -> None:
         with _locked(lock):
-            held.set()
+            lock_held.set()
             while not caplog.records:  # until the other one has said that it waits
                 entered.wait(0.01)
 
     process = threading.Thread(target=compile_slowly)
     process.start()
-    held.wait(10)
+    lock_held.wait(10)
     with _locked(lock):
         assert [record.getMessage() for record in caplog.records] == [
             f"waiting for the process that compiles the kernels and holds {lock}"

@@ -53,7 +53,7 @@ def with_gradients(case: Case, inputs: Inputs, compute: Any) -> dict[str, Tensor
     """Return the result and the gradients of a weighted sum of it."""
     leaves = with_leaves(case, inputs)
     result = compute(leaves)
-    variables = {name: part for name, part in tensors(leaves).items() if part.requires_grad}
+    variables = {name: tensor for name, tensor in tensors(leaves).items() if tensor.requires_grad}
     factor = torch.randn(result.shape, generator=torch.Generator().manual_seed(1))
     gradients = torch.autograd.grad(
         (result * factor.to(result.dtype)).sum(), list(variables.values()), materialize_grads=True
@@ -97,7 +97,7 @@ def test_inputs_of_float64_and_whole_numbers_are_refused_by_name(operator: str) 
 def test_a_second_derivative_is_refused_by_name(operator: str) -> None:
     case = CASES[operator]
     inputs = with_leaves(case, inputs_of(operator, "usual"))
-    variables = [part for part in tensors(inputs).values() if part.requires_grad]
+    variables = [tensor for tensor in tensors(inputs).values() if tensor.requires_grad]
     result = case.native(inputs)
     gradients = torch.autograd.grad(result.square().sum(), variables, create_graph=True)
     penalty = sum(gradient.square().sum() for gradient in gradients)
@@ -130,7 +130,7 @@ def test_a_result_that_nothing_reads_gives_no_gradient(operator: str) -> None:
 
     case = CASES[operator]
     inputs = with_leaves(case, inputs_of(operator, "usual"))
-    variables = [part for part in tensors(inputs).values() if part.requires_grad]
+    variables = [tensor for tensor in tensors(inputs).values() if tensor.requires_grad]
     stopped = Stop.apply(case.native(inputs)).sum()
     gradients = torch.autograd.grad(stopped, variables, materialize_grads=True)
     assert not any(gradient.any() for gradient in gradients)

@@ -27,7 +27,7 @@ Module = tuple[nn.Module, list[Tensor], Callable[..., Tensor]]  # its vectors, a
 def attention(module: HistoryAttention, lists: int) -> Module:
     vectors = [torch.randn(3, 4), torch.randn(3, 4)]
     parallel = torch.rand(6, lists)
-    return module, vectors, lambda *parts: module(*parts, HISTORY, parallel)
+    return module, vectors, lambda *vectors_: module(*vectors_, HISTORY, parallel)
 
 
 def content_interest(num_bins: int) -> Module:
@@ -75,10 +75,10 @@ def results(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
     torch.manual_seed(0)
     module, vectors, compute = MODULES[name]()
     module.bfloat16().to(dtype)
-    leaves = [part.bfloat16().to(dtype).requires_grad_() for part in vectors]
+    leaves = [tensor.bfloat16().to(dtype).requires_grad_() for tensor in vectors]
     result = compute(*leaves)
     factor = torch.randn(result.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    variables = {f"vectors {place}": part for place, part in enumerate(leaves)}
+    variables = {f"vectors {index}": tensor for index, tensor in enumerate(leaves)}
     variables |= dict(module.named_parameters())
     gradients = torch.autograd.grad(
         (result * factor).sum(), list(variables.values()), materialize_grads=True
@@ -95,11 +95,11 @@ def test_a_module_of_any_type_equals_that_of_float64_and_gives_its_type(
     monkeypatch.setattr(_KernelChoice, "kernels", kernels)
     expected, actual = results(name, torch.float64), results(name, dtype)
     precision = 1e-5 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
-    for part, value in expected.items():
-        assert (value.dtype, actual[part].dtype) == (torch.float64, dtype)
+    for key, value in expected.items():
+        assert (value.dtype, actual[key].dtype) == (torch.float64, dtype)
         scale = max(1.0, float(value.abs().max()))
         torch.testing.assert_close(
-            actual[part].double(), value, rtol=0, atol=precision * scale, msg=part
+            actual[key].double(), value, rtol=0, atol=precision * scale, msg=key
         )
 
 
@@ -108,7 +108,7 @@ def test_in_float64_first_and_second_derivatives_are_right(name: str) -> None:
     torch.manual_seed(0)
     module, vectors, compute = MODULES[name]()
     module.double()
-    leaves = tuple(part.double().requires_grad_() for part in vectors)
+    leaves = tuple(tensor.double().requires_grad_() for tensor in vectors)
     assert torch.autograd.gradcheck(compute, leaves)
     assert torch.autograd.gradgradcheck(compute, leaves, fast_mode=True)
 
@@ -118,10 +118,10 @@ def test_forward_mode_derivatives_are_those_of_plain_operations(name: str) -> No
     torch.manual_seed(0)
     module, vectors, compute = MODULES[name]()
     module.double()
-    doubles = tuple(part.double() for part in vectors)
-    directions = tuple(torch.randn_like(part) for part in doubles)
+    doubles = tuple(tensor.double() for tensor in vectors)
+    directions = tuple(torch.randn_like(tensor) for tensor in doubles)
     expected = torch.func.jvp(compute, doubles, directions)[1]
     module.float()
-    floats = tuple(part.float() for part in directions)
+    floats = tuple(tensor.float() for tensor in directions)
     actual = torch.func.jvp(compute, tuple(vectors), floats)[1]
     torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)

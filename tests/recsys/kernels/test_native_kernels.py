@@ -35,17 +35,17 @@ def attention_case(
     num_items: int,
 ) -> tuple[TargetAttention, Inputs]:
     torch.manual_seed(0)
-    places = sum(lengths)
+    num_positions = sum(lengths)
     history = JaggedHistory.of(
-        torch.randint(num_items, (places,)), torch.tensor(lengths), num_items
+        torch.randint(num_items, (num_positions,)), torch.tensor(lengths), num_items
     )
     target, items = torch.randn(len(lengths), dim), torch.randn(num_items, dim)
-    parallel = torch.rand(places, num_parallel)
+    parallel = torch.rand(num_positions, num_parallel)
     return TargetAttention(dim, num_parallel, units), (target, items, history, parallel)
 
 
 def output_and_gradients(attention: TargetAttention, inputs: Inputs) -> dict[str, Tensor]:
-    target, items = (part.detach().clone().requires_grad_() for part in inputs[:2])
+    target, items = (tensor.detach().clone().requires_grad_() for tensor in inputs[:2])
     output = attention(target, items, *inputs[2:])
     factor = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
     variables = {"target": target, "items": items, **dict(attention.named_parameters())}
@@ -88,8 +88,8 @@ def test_what_is_not_a_number_stays_one_as_in_the_reference(
     native = output_and_gradients(attention, inputs)
     reference = by_reference(monkeypatch, lambda: output_and_gradients(attention, inputs))
     assert reference["output"].isnan().any()
-    for part in ("output", "target", "items", "score.0.weight"):
-        assert torch.equal(native[part].isnan(), reference[part].isnan()), part
+    for key in ("output", "target", "items", "score.0.weight"):
+        assert torch.equal(native[key].isnan(), reference[key].isnan()), key
 
 
 def test_a_row_s_interest_does_not_depend_on_the_rows_beside_it() -> None:
@@ -103,15 +103,15 @@ def test_a_row_s_interest_does_not_depend_on_the_rows_beside_it() -> None:
 def test_under_autocast_and_of_bfloat16_the_results_have_the_types_of_the_reference(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    attention, (target, items, *rest) = attention_case([5, 2], 8, [16, 4], 1, 6)
+    attention, (target, items, *events) = attention_case([5, 2], 8, [16, 4], 1, 6)
     dots, sparse = DotInteraction(2), torch.randn(2, 2, 8)
 
     def compute() -> dict[str, Tensor]:
         with torch.autocast("cpu", torch.bfloat16):
-            parts = {"float": attention(target, items, *rest), "dots": dots(target, sparse)}
+            cases = {"float": attention(target, items, *events), "dots": dots(target, sparse)}
             half = target.bfloat16()
-            parts["bfloat"] = attention(half, items.bfloat16(), *rest)
-            return parts | {"dots of bfloat": dots(half, sparse)}
+            cases["bfloat"] = attention(half, items.bfloat16(), *events)
+            return cases | {"dots of bfloat": dots(half, sparse)}
 
     native, reference = compute(), by_reference(monkeypatch, compute)
     for name, value in reference.items():

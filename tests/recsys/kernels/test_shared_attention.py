@@ -30,14 +30,14 @@ def test_interest_is_that_of_rows_with_equal_histories(
     module = TargetAttention(8, num_lists, units)
     target, items = torch.randn(rows, 8), torch.randn(length, 8)
     lists = torch.rand(length, num_lists + 1).repeat(rows, 1)  # the last is not of this module
-    own = lists[:, :num_lists]
+    own_lists = lists[:, :num_lists]
     index, lengths = torch.arange(length).repeat(rows), torch.full((rows,), length)
-    expected = module(target, items, JaggedHistory.of(index, lengths, length), own)
+    expected = module(target, items, JaggedHistory.of(index, lengths, length), own_lists)
     monkeypatch.setattr(_KernelChoice, "kernels", kernels)
     shared = SharedHistory(rows, length, target.device)
     with torch.no_grad():
         torch.testing.assert_close(module(target, items, shared, lists), expected)
-    with_gradient = module(target, items, shared, own)
+    with_gradient = module(target, items, shared, own_lists)
     torch.testing.assert_close(with_gradient, expected)
     assert with_gradient.requires_grad
 

@@ -25,11 +25,11 @@ from tests.recsys.em3_runs import (
     Run,
     dense_gradients,
     em3_config,
+    full_table,
     ranks_of,
     round_tables,
-    table_pieces,
+    table_shards,
     table_weights,
-    whole_table,
 )
 
 NUM_USERS, NUM_ITEMS, LONGEST = 6, 12, 4
@@ -53,9 +53,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     splits: dict[str, list[dict[str, Any]]] = {"train": [], "valid": [], "test": []}
     for user in range(NUM_USERS):
         items = rng.integers(NUM_ITEMS, size=4 + 2 * user).tolist()
-        for place, item in enumerate(items):
-            history = items[max(place - LONGEST, 0) : place]
-            split = {len(items) - 1: "test", len(items) - 2: "valid"}.get(place, "train")
+        for index, item in enumerate(items):
+            history = items[max(index - LONGEST, 0) : index]
+            split = {len(items) - 1: "test", len(items) - 2: "valid"}.get(index, "train")
             ages = [0.5] * len(history)
             row = {"user": user, "item": item, "history": history, "age": ages, "played": 1.0}
             splits[split].append(row)
@@ -92,8 +92,8 @@ def config_of(folder: Path, loss: Any, **settings: Any) -> Config:
         depths=[2, 10],
     )
     no_contrastive = ContrastiveSettings(weight=0.0)
-    parts: dict[str, Any] = {"ranking": ranking, "contrastive": no_contrastive, "content": "none"}
-    return em3_config(folder, **parts, **settings)
+    fixed: dict[str, Any] = {"ranking": ranking, "contrastive": no_contrastive, "content": "none"}
+    return em3_config(folder, **fixed, **settings)
 
 
 def step(rank: int, world_size: int, folder: Path) -> dict[str, tuple[Run, int]]:
@@ -114,7 +114,7 @@ def step(rank: int, world_size: int, folder: Path) -> dict[str, tuple[Run, int]]
         (batch,) = job.preparation(batches, UnknownIds(job.schema), 0, training=True)
         loss, _ = job.model(batch)
         loss.backward()
-        run = Run(gradients=[dense_gradients(job.em3)], tables=[table_pieces(job)])
+        run = Run(gradients=[dense_gradients(job.em3)], tables=[table_shards(job)])
         run.losses = [loss.detach()]
         results[loss_name] = run, int((batch.rows.positions >= 0).sum())
     return results
@@ -134,7 +134,7 @@ def test_two_ranks_with_unlike_numbers_of_targets_step_as_one_does(folder: Path)
                 actual = run.gradients[0][parameter]
                 torch.testing.assert_close(actual, gradient, atol=1e-6, rtol=1e-4)
         for table in ("user", "item"):
-            pair = [whole_table(side, 0, table) for side in ([*runs], [expected])]
+            pair = [full_table(side, 0, table) for side in ([*runs], [expected])]
             torch.testing.assert_close(*pair, atol=1e-6, rtol=1e-5)
 
 

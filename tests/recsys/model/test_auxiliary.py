@@ -22,7 +22,7 @@ from recsys.distributed.ranks import Ranks, joined_ranks
 from recsys.model.auxiliary import AuxiliaryInputs, Distillation, build_auxiliary
 from recsys.storage.location import Location
 from tests.datasets import write_dataset
-from tests.recsys.command_runs import TINY, page_code, run_recsys, train_words
+from tests.recsys.command_runs import TINY, page_code, run_recsys, train_argv
 
 LOGITS = torch.tensor([[0.5], [-1.0], [2.0], [0.0]])
 TEACHER = torch.tensor([1.0, -2.0, math.nan, 9.0])
@@ -107,15 +107,15 @@ def test_the_loss_of_a_step_is_ranking_plus_the_weighted_auxiliary_loss(
     assert batch.rows.extra is not None and batch.rows.extra.shape == (20, 1)
     assert batch.rows.extra.isnan()[:, 0].tolist() == [n % 2 == 0 for n in range(20)]
     torch.manual_seed(3)
-    loss, (parts, logits, _) = job.model(batch)
-    assert list(parts) == ["loss", "ranking", "teaching"]
+    loss, (loss_terms, logits, _) = job.model(batch)
+    assert list(loss_terms) == ["loss", "ranking", "teaching"]
     target = batch.rows.extra[:, 0].sigmoid()
     every = F.binary_cross_entropy_with_logits(logits[:, 0], target, reduction="none")
-    torch.testing.assert_close(parts["teaching"], every.nan_to_num(0.0).mean().detach())
-    expected = parts["ranking"] + 0.25 * parts["teaching"]
+    torch.testing.assert_close(loss_terms["teaching"], every.nan_to_num(0.0).mean().detach())
+    expected = loss_terms["ranking"] + 0.25 * loss_terms["teaching"]
     torch.testing.assert_close(loss.detach(), expected)
     torch.manual_seed(3)
-    torch.testing.assert_close(plain.model(batch)[0].detach(), parts["ranking"])
+    torch.testing.assert_close(plain.model(batch)[0].detach(), loss_terms["ranking"])
 
 
 @pytest.mark.parametrize(
@@ -151,9 +151,9 @@ def test_a_loss_of_one_s_own_is_a_file_and_a_line(
     lines = "auxiliary: {calm: {loss: my_losses:ColumnError, options: {column: teacher}}}\n"
     recipe.write_text(TINY.read_text() + lines)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    words = train_words(with_teacher(tmp_path), tmp_path / "run", "--log_every_steps", "1")
-    words[words.index(str(TINY))] = str(recipe)
-    process = run_recsys(*words)
+    argv = train_argv(with_teacher(tmp_path), tmp_path / "run", "--log_every_steps", "1")
+    argv[argv.index(str(TINY))] = str(recipe)
+    process = run_recsys(*argv)
     assert process.returncode == 0, process.stdout + process.stderr
     assert process.stdout.count(" calm ") == 8
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]["auc"] is not None

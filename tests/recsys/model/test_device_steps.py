@@ -66,7 +66,7 @@ def trained(
     """Logits of each step on the host, and the tables before the first."""
     for weight, initial in zip(table_weights(job), tables or []):
         weight.copy_(initial)
-    before = [weight.detach().cpu().clone() for weight in table_weights(job)]
+    old_weights = [weight.detach().cpu().clone() for weight in table_weights(job)]
     fill_bank(job)
     batches = batches_of(job, steps, rows)
     if job.ranks.device.type == "cuda":
@@ -80,15 +80,15 @@ def trained(
         logits.append(job.pipeline.progress(prepared)[1].detach())
     if job.ranks.device.type == "cuda":
         torch.cuda.set_sync_debug_mode("default")
-    return [values.float().cpu() for values in logits], before
+    return [values.float().cpu() for values in logits], old_weights
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_steps_on_a_device_give_the_logits_of_a_cpu(folder: Path, device: str, name: str) -> None:
     config, tables, logits = config_of(folder, name), None, []
     data = folder / ("bounded" if name == "bounded" else "data")
-    for place in ("cpu", device):
-        with joined_ranks(place) as ranks:  # type: ignore[arg-type]
+    for target in ("cpu", device):
+        with joined_ranks(target) as ranks:  # type: ignore[arg-type]
             job = build_job(config, str(data), ranks)
             # A row whose user was seen lately is kept: others need many steps of few users.
             sizes = (20, 1) if name == "bounded" else (STEPS, 10)

@@ -18,9 +18,9 @@ from tests.recsys.em3_runs import (
     TABLE_RATES,
     TABLES,
     Run,
+    full_table,
     train_sharded,
     train_unsharded,
-    whole_table,
 )
 
 CASES = [
@@ -107,9 +107,9 @@ def test_updated_weights_equal_those_without_sharding(
     expected = plain_run(plain, case, world_size)
     for name in TABLES:
         for step in range(STEPS + 1):
-            table = whole_table([expected], step, name)
-            assert_close(runs, whole_table(ranks, step, name), table, f"{name}, step {step}")
-        assert not torch.allclose(table, whole_table([expected], 0, name), atol=1e-3)
+            table = full_table([expected], step, name)
+            assert_close(runs, full_table(ranks, step, name), table, f"{name}, step {step}")
+        assert not torch.allclose(table, full_table([expected], 0, name), atol=1e-3)
     for run in ranks:
         assert run.dense.keys() == expected.dense.keys()
         for name, weight in run.dense.items():
@@ -131,8 +131,7 @@ def test_gradients_of_tables_equal_those_without_sharding(
     for name in TABLES:
         for step in range(STEPS):
             moved, expected = (
-                (whole_table(run, step, name) - whole_table(run, step + 1, name))
-                / TABLE_RATES["sgd"]
+                (full_table(run, step, name) - full_table(run, step + 1, name)) / TABLE_RATES["sgd"]
                 for run in (ranks, [plain_run(plain, case, world_size)])
             )
             assert expected.abs().max() > 1e-3

@@ -10,7 +10,7 @@ from recsys.build import build_job
 from recsys.config import ContrastiveSettings, ranking_settings
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
-from tests.recsys.em3_runs import batches_of, em3_config, ranks_of, table_pieces
+from tests.recsys.em3_runs import batches_of, em3_config, ranks_of, table_shards
 
 SMALL = {"attention_units": [8], "cross_layers": 1, "cross_rank": 4, "mlp_units": [8]}
 ONLY: dict[str, dict[str, Any]] = {
@@ -38,16 +38,16 @@ def _gradients(
     config = em3_config(folder, **ONLY[loss_name])
     config.content.fusion.preset = preset  # type: ignore[union-attr, assignment]
     job = build_job(config, str(folder / "data"), ranks_of(rank, world_size))
-    before = table_pieces(job)["item"]
+    first = table_shards(job)["item"]
     loss, _ = job.model(batches_of(job, 1, 8)[0])
     loss.backward()
-    after = table_pieces(job)["item"]
+    last = table_shards(job)["item"]
     gradients_by_name = {
         name: float(parameter.grad.abs().max())
         for name, parameter in job.em3.named_parameters()
         if parameter.grad is not None
     }
-    moved = [(new - old).abs().max() for (_, old), (_, new) in zip(before, after, strict=True)]
+    moved = [(new - old).abs().max() for (_, old), (_, new) in zip(first, last, strict=True)]
     return gradients_by_name | {"item table": float(torch.stack(moved).max())}
 
 

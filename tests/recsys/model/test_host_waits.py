@@ -75,15 +75,15 @@ def test_no_backbone_waits_and_its_branches_for_gpus_compute_the_same(
     config.ranking.dropout = 0.0  # drawn otherwise on a GPU
     with gpu_branches():
         waits = audit(config, folder / "data", ranks)
-    assert not waits.places
+    assert not waits.sites
     on_cpu = audit(config, folder / "data", ranks)
     torch.testing.assert_close(waits.logits, on_cpu.logits, rtol=1e-5, atol=1e-5)
 
 
 def of_recipe(name: str, folder: Path) -> Config:
     """A recipe on the small dataset, with encoders drawn at random."""
-    words = ["--device", "cpu", "--kernels", "torch", "--cache", str(folder / "cache")]
-    config = load_config(str(RECIPES / f"{name}.yaml"), words)
+    argv = ["--device", "cpu", "--kernels", "torch", "--cache", str(folder / "cache")]
+    config = load_config(str(RECIPES / f"{name}.yaml"), argv)
     if config.neighbours is not None:
         config.neighbours.values = "history_liked"
     config.embedding.skip = []
@@ -91,10 +91,10 @@ def of_recipe(name: str, folder: Path) -> Config:
     if content is None:
         return config
     modalities = {}
-    for part, modality in content.modalities.items():
+    for key, modality in content.modalities.items():
         if modality.kind == "text":
             text = replace(modality, column="text", encoder="random:bert", max_length=16)
-            modalities[part] = replace(text, lora=replace(modality.lora, top_layers=1, rank=2))
+            modalities[key] = replace(text, lora=replace(modality.lora, top_layers=1, rank=2))
     if name == "movielens_multimodal":
         modalities["poster"] = ModalitySettings("feature", "clip")
     return replace(config, content=replace(content, modalities=modalities))
@@ -102,7 +102,7 @@ def of_recipe(name: str, folder: Path) -> Config:
 
 # Launches of a step of each recipe, whatever the number of rows, with compiled graphs as one; a GPU
 # needs about 5 us for each. Uncompiled, movielens_sample has 1,083.
-MOST_LAUNCHES = {
+MAX_LAUNCHES = {
     "tiny": 200,
     "id_only": 200,
     "movielens_sample": 400,
@@ -112,10 +112,10 @@ MOST_LAUNCHES = {
 }
 
 
-@pytest.mark.parametrize("name", MOST_LAUNCHES)
+@pytest.mark.parametrize("name", MAX_LAUNCHES)
 def test_no_recipe_waits(folder: Path, ranks: Ranks, name: str) -> None:
     with gpu_branches():
-        assert not audit(of_recipe(name, folder), folder / "data", ranks).places
+        assert not audit(of_recipe(name, folder), folder / "data", ranks).sites
 
 
 def one_and_long(names: Iterable[str], one: str) -> list[Any]:
@@ -123,24 +123,24 @@ def one_and_long(names: Iterable[str], one: str) -> list[Any]:
     return [pytest.param(name, marks=[] if name == one else pytest.mark.long) for name in names]
 
 
-COMPILED_RECIPES = [name for name in MOST_LAUNCHES if name != "tiny"]  # a small movielens_sample
+COMPILED_RECIPES = [name for name in MAX_LAUNCHES if name != "tiny"]  # a small movielens_sample
 
 
 @pytest.mark.parametrize("name", one_and_long(COMPILED_RECIPES, "id_only"))
 def test_a_compiled_recipe_has_few_launches(folder: Path, ranks: Ranks, name: str) -> None:
     with gpu_branches():
         waits = audit(of_recipe(name, folder), folder / "data", ranks, is_compiled=True)
-    assert not waits.places
+    assert not waits.sites
     launches = waits.launches / (STEPS - WARM_UP)
-    assert launches <= MOST_LAUNCHES[name], launches
+    assert launches <= MAX_LAUNCHES[name], launches
 
 
 @pytest.mark.parametrize(
-    ("backbone", "most_launches"),
+    ("backbone", "max_launches"),
     [("hstu", 300), pytest.param("transformer", 310, marks=pytest.mark.long)],
 )
 def test_layers_are_compiled_where_lengths_are_read_and_compute_the_same(
-    folder: Path, ranks: Ranks, backbone: str, most_launches: int
+    folder: Path, ranks: Ranks, backbone: str, max_launches: int
 ) -> None:
     """Logits of later steps are those of weights that the gradients of earlier ones changed."""
     config = backbone_config(folder, backbone, "none", sharding="auto", kernels="torch")
@@ -150,20 +150,20 @@ def test_layers_are_compiled_where_lengths_are_read_and_compute_the_same(
             audit(config, folder / "data", ranks, is_compiled=is_compiled)
             for is_compiled in (False, True)
         )
-    assert not compiled.places
+    assert not compiled.sites
     launches = [waits.launches / (STEPS - WARM_UP) for waits in (plain, compiled)]
-    assert launches[1] <= most_launches < 0.8 * launches[0], launches
+    assert launches[1] <= max_launches < 0.8 * launches[0], launches
     torch.testing.assert_close(compiled.logits, plain.logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["A", "B"])
 def test_no_setting_of_the_benchmarks_waits(tmp_path: Path, ranks: Ranks, name: str) -> None:
-    data, words = (sized := setting(name, quick=True)).prepared(tmp_path)
-    config = load_config(str(sized.recipe), [*words, "--kernels", "torch"])
+    data, argv = (sized := setting(name, quick=True)).prepared(tmp_path)
+    config = load_config(str(sized.recipe), [*argv, "--kernels", "torch"])
     with gpu_branches():
         waits = audit(config, Path(data), ranks, is_compiled=True)
-    assert not waits.places
+    assert not waits.sites
     launches = waits.launches / (STEPS - WARM_UP)
     assert launches <= 200, launches
 
@@ -177,14 +177,14 @@ def changed(config: Config, **fields: Any) -> Config:
 
 
 @pytest.mark.parametrize(
-    "part",
+    "keys",
     [{"history": {"mode": "full"}}, {"encoder_share": 0.5}, {"dedup": "global"}],
     ids=["encoded histories", "a share of items encoded", "items shared by ranks"],
 )
-def test_no_way_of_reading_content_waits(folder: Path, ranks: Ranks, part: dict[str, Any]) -> None:
-    config = changed(backbone_config(folder, "din_dcn", "concat", sharding="auto"), **part)
+def test_no_way_of_reading_content_waits(folder: Path, ranks: Ranks, keys: dict[str, Any]) -> None:
+    config = changed(backbone_config(folder, "din_dcn", "concat", sharding="auto"), **keys)
     with gpu_branches():
-        assert not audit(replace(config, kernels="torch"), folder / "data", ranks).places
+        assert not audit(replace(config, kernels="torch"), folder / "data", ranks).sites
 
 
 def waits_of_rank(rank: int, world_size: int, folder: Path) -> dict[str, int]:
@@ -195,13 +195,13 @@ def waits_of_rank(rank: int, world_size: int, folder: Path) -> dict[str, int]:
     )
     with gpu_branches():
         ranks = ranks_of(rank, world_size)
-        return dict(audit(replace(config, kernels="torch"), folder / "data", ranks, rows=7).places)
+        return dict(audit(replace(config, kernels="torch"), folder / "data", ranks, rows=7).sites)
 
 
 def test_no_rank_routes_outputs_of_encoders_in_a_step(folder: Path) -> None:
-    for places in run_on_ranks(waits_of_rank, 2, folder):
-        own = [place for place in places if place.startswith(("recsys/content", "embeddings/mem"))]
-        assert not own, places
+    for sites in run_on_ranks(waits_of_rank, 2, folder):
+        mine = [site for site in sites if site.startswith(("recsys/content", "embeddings/mem"))]
+        assert not mine, sites
 
 
 def test_averages_clipping_accumulation_and_bfloat16_do_not_wait(
@@ -211,7 +211,7 @@ def test_averages_clipping_accumulation_and_bfloat16_do_not_wait(
     settings: dict[str, Any] = {"sharding": "auto", "kernels": "torch", "precision": "bf16"}
     config = backbone_config(folder, "din_dcn", "qformer", optimizer=optimizer, **settings)
     with gpu_branches():
-        assert not audit(replace(config, accumulate_steps=2), folder / "data", ranks).places
+        assert not audit(replace(config, accumulate_steps=2), folder / "data", ranks).sites
 
 
 @pytest.mark.parametrize("bounded", [False, True])
@@ -229,7 +229,7 @@ def test_a_search_by_vectors_of_the_bank_does_not_wait_and_finds_the_same(
     config = changed(config, history={"top_k": 2})
     with gpu_branches():
         waits = audit(config, data, ranks)
-    assert not waits.places
+    assert not waits.sites
     torch.testing.assert_close(waits.logits, audit(config, data, ranks).logits, rtol=0, atol=1e-5)
 
 
@@ -241,10 +241,10 @@ def test_scores_of_a_gpu_are_copied_at_the_end_and_are_the_same(
     job = build_job(config, str(folder / "data"), ranks)
     rows = ParquetRows.of_split(job.root, "test", job.schema)
     scored = []
-    for place in (nullcontext(), gpu_branches()):
+    for context in (nullcontext(), gpu_branches()):
         # Batches of 7: the last one has rows that only fill it.
         interactions = Interactions(rows, job.batch_builder(), 7)
-        with place:
+        with context:
             scored.append(score(job, interactions, with_queries=True))
     assert scored[0].keys() == scored[1].keys()
     for name, column in scored[0].items():
@@ -254,7 +254,7 @@ def test_scores_of_a_gpu_are_copied_at_the_end_and_are_the_same(
 def test_the_audit_sees_waits(folder: Path, ranks: Ranks) -> None:
     config = backbone_config(folder, "hstu", "none", sharding="auto", kernels="torch")
     waits = audit(config, folder / "data", ranks)  # the branches for CPU
-    assert {(place.split(":")[0], place.split()[-1]) for place in waits.places} == {
+    assert {(site.split(":")[0], site.split()[-1]) for site in waits.sites} == {
         ("embeddings/torchrec_internals.py", "tolist"),
         ("embeddings/torchrec_internals.py", "_local_scalar_dense"),
         ("recsys/data/jagged_history.py", "nonzero"),

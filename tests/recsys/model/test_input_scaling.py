@@ -41,9 +41,9 @@ def batch_of(dense: list[list[float]], values: list[list[float]]) -> Batch:
     columns = {"item": Column("id", num_embeddings=9), "liked": Column("label")}
     rows = pa.table({"item": [7], "liked": pa.array([1], pa.float32()), ROW_POSITION: [0]})
     lists = torch.tensor(values)
-    further = ExtraHistory(torch.tensor([len(values)]), lists, len(values), torch.zeros(0))
+    extra_history = ExtraHistory(torch.tensor([len(values)]), lists, len(values), torch.zeros(0))
     batch = BatchBuilder(Schema("item", "item", columns), [])(rows)
-    history = replace(batch.history, values=lists, extras=[further])
+    history = replace(batch.history, values=lists, extras=[extra_history])
     return replace(batch, dense_features=torch.tensor(dense), history=history)
 
 
@@ -78,9 +78,9 @@ def test_a_constant_of_any_size_becomes_0() -> None:
 
 
 def test_later_rows_move_mean_and_deviation_to_those_of_all_rows() -> None:
-    scaling, parts = InputScaling(["count"], []), [range_of(0, 10), range_of(20, 40)]
-    for part in parts:
-        scaling.fit({"count": part})
+    scaling, ranges = InputScaling(["count"], []), [range_of(0, 10), range_of(20, 40)]
+    for number_range in ranges:
+        scaling.fit({"count": number_range})
     everything = np.array([0, 10, 20, 40])
     assert scaling.mean.item() == pytest.approx(everything.mean())
     assert scaling.deviation.item() == pytest.approx(everything.std())
@@ -94,10 +94,10 @@ def test_ranges_are_those_of_the_rows_of_all_ranks(tmp_path: Path) -> None:
     assert ranges[0] == ranges[1]
     with joined_ranks("cpu") as ranks:
         job = build_job(em3_config(tmp_path), str(tmp_path / "data"), ranks)
-        whole = NumberRanges(job.schema)
+        all_ranges = NumberRanges(job.schema)
         for table in job.rows("train").read(0, 60):
-            whole.add(table)
-    for name, rows in whole.by_column.items():
+            all_ranges.add(table)
+    for name, rows in all_ranges.by_column.items():
         assert vars(ranges[0][name]) == pytest.approx(vars(rows))
 
 
@@ -120,15 +120,15 @@ def previous_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def widen(data: Path) -> None:
     for file in data.glob("t*/*.parquet"):
         table = pq.read_table(file)
-        place = table.column_names.index("price")
+        index = table.column_names.index("price")
         prices = pa.array(table["price"].to_numpy() * 40, pa.float32())
-        pq.write_table(table.set_column(place, "price", prices), file)
+        pq.write_table(table.set_column(index, "price", prices), file)
 
 
-def run_on(folder: Path, out: str, *words: str, warm_start: Path | None = None) -> None:
+def run_on(folder: Path, out: str, *argv: str, warm_start: Path | None = None) -> None:
     request = None if warm_start is None else WarmStart(warm_start)
     with joined_ranks("cpu") as ranks:
-        config = load_config(TINY, [*WITHOUT_CONTENT, *words])
+        config = load_config(TINY, [*WITHOUT_CONTENT, *argv])
         train(config, str(folder / "data"), folder / out, ranks, warm_start=request)
 
 

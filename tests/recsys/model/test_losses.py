@@ -164,7 +164,7 @@ def test_a_batch_of_one_item_has_no_negatives_and_no_loss() -> None:
     content, ids = sides(3)
     loss = contrastive()(content, ids, torch.tensor([7, 7, 7]))
     assert loss.item() == pytest.approx(0.0, abs=1e-6)
-    assert all(torch.isfinite(part).all() for part in gradients_of(loss, [content, ids]))
+    assert all(torch.isfinite(gradient).all() for gradient in gradients_of(loss, [content, ids]))
 
 
 def loss_on_rank(rank: int, world_size: int) -> dict[str, Any]:
@@ -175,7 +175,7 @@ def loss_on_rank(rank: int, world_size: int) -> dict[str, Any]:
     value = loss(content[rows], ids[rows], ITEMS[rows])
     value.backward()
     assert content.grad is not None and ids.grad is not None
-    gradients = {name: part.grad for name, part in loss.named_parameters()}
+    gradients = {name: weight.grad for name, weight in loss.named_parameters()}
     return {"loss": value.item(), "inputs": [content.grad, ids.grad], "parameters": gradients}
 
 

@@ -27,10 +27,10 @@ def losses_of(job: Job, pipeline: Any) -> list[float]:
     job.model.train()
     while True:
         try:
-            parts, _, _ = pipeline.progress(batches)
+            loss_terms, _, _ = pipeline.progress(batches)
         except StopIteration:
             return losses
-        losses.append(float(parts["loss"]))
+        losses.append(float(loss_terms["loss"]))
 
 
 def train_every_way(rank: int, world_size: int, folder: Path) -> dict[str, Any]:

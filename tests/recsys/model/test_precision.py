@@ -35,7 +35,7 @@ from tests.recsys.em3_runs import (
     dense_gradients,
     em3_config,
     ranks_of,
-    table_pieces,
+    table_shards,
 )
 
 # Relative error of what passes some ten matrix products, each rounded by up to 2 ** -9.
@@ -47,17 +47,17 @@ class TypesSeen:
     """Types of what passes the model's parts, and whether autocast is on around the losses."""
 
     def __init__(self, job: Job) -> None:
-        self.linear: dict[str, set[torch.dtype]] = {part: set() for part in INNER_LINEARS}
+        self.linear: dict[str, set[torch.dtype]] = {key: set() for key in INNER_LINEARS}
         self.around: set[torch.dtype] = set()
         self.losses_in_autocast = False
         for name, module in job.em3.named_modules():
-            for part in INNER_LINEARS:
-                if isinstance(module, nn.Linear) and name.startswith(part):
-                    module.register_forward_hook(self._note_linear(part))
+            for key in INNER_LINEARS:
+                if isinstance(module, nn.Linear) and name.startswith(key):
+                    module.register_forward_hook(self._note_linear(key))
         job.em3.losses.register_forward_pre_hook(self._note_losses)
 
-    def _note_linear(self, part: str) -> Any:
-        return lambda module, inputs, output: self.linear[part].add(output.dtype)
+    def _note_linear(self, name: str) -> Any:
+        return lambda module, inputs, output: self.linear[name].add(output.dtype)
 
     def _note_losses(self, module: nn.Module, inputs: Any) -> None:
         logits, ids, content, _ = inputs
@@ -78,29 +78,29 @@ def run_job(job: Job) -> dict[str, Any]:
     with torch.no_grad():
         _, scored, _ = job.pipeline.progress(iter(batches_of(job, 1, 4)))
     job.model.train()
-    before = table_pieces(job)
-    parts, logits, _ = job.pipeline.progress(iter(batches_of(job, 1, 4)))
+    old_shards = table_shards(job)
+    losses, logits, _ = job.pipeline.progress(iter(batches_of(job, 1, 4)))
     require_pipelined(job.model)
     dense = [p for group in job.dense_optimizer.param_groups for p in group["params"]]
     state = [value for p in dense for value in job.dense_optimizer.state[p].values()]
-    pieces = [piece for table in table_pieces(job).values() for _, piece in table]
+    shards = [shard for table in table_shards(job).values() for _, shard in table]
     return {
         "bank": bank,
         "scored": scored,
         "logits": logits,
-        "loss": parts["loss"],
+        "loss": losses["loss"],
         "gradient": torch.cat([p.grad.flatten() for p in dense]),
-        "tables": {name: moved(before, table_pieces(job), name) for name in TABLES},
-        "types": {tensor.dtype for tensor in (*dense, *state, *pieces, bank, scored, logits)},
+        "tables": {name: moved(old_shards, table_shards(job), name) for name in TABLES},
+        "types": {tensor.dtype for tensor in (*dense, *state, *shards, bank, scored, logits)},
         "around": types.around,
         "linear": types.linear,
         "losses_in_autocast": types.losses_in_autocast,
     }
 
 
-def moved(before: Any, after: Any, name: str) -> Tensor:
+def moved(old_shards: Any, new_shards: Any, name: str) -> Tensor:
     """The gradient of a table under SGD, as far as it lies on this rank."""
-    pairs = zip(before[name], after[name], strict=True)
+    pairs = zip(old_shards[name], new_shards[name], strict=True)
     return torch.cat([(old - new).flatten() for (_, old), (_, new) in pairs]) / TABLE_RATES["sgd"]
 
 
@@ -124,12 +124,12 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("what", ["bank", "scored", "logits", "loss", "gradient"])
+@pytest.mark.parametrize("name", ["bank", "scored", "logits", "loss", "gradient"])
 def test_bank_predictions_loss_and_gradients_are_close_to_float32_but_not_equal(
-    results: Any, what: str
+    results: Any, name: str
 ) -> None:
     for rank in results:
-        assert 0 < relative_error(rank["bf16"][what], rank["fp32"][what]) < CLOSE
+        assert 0 < relative_error(rank["bf16"][name], rank["fp32"][name]) < CLOSE
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -143,8 +143,8 @@ def test_updates_of_tables_are_close_to_those_in_float32(results: Any, table: st
 
 def test_matrix_products_of_every_dense_part_are_in_bfloat16(results: Any) -> None:
     for rank in results:
-        assert rank["bf16"]["linear"] == {part: {torch.bfloat16} for part in INNER_LINEARS}
-        assert rank["fp32"]["linear"] == {part: {torch.float32} for part in INNER_LINEARS}
+        assert rank["bf16"]["linear"] == {name: {torch.bfloat16} for name in INNER_LINEARS}
+        assert rank["fp32"]["linear"] == {name: {torch.float32} for name in INNER_LINEARS}
 
 
 def test_everything_between_the_parts_and_all_that_is_kept_is_float32(results: Any) -> None:
@@ -197,7 +197,7 @@ def train(job: Job) -> dict[str, Any]:
         result["graphs"].append(counters["stats"]["unique_graphs"])
     require_pipelined(job.model)
     return result | {
-        "tables": table_pieces(job),
+        "tables": table_shards(job),
         "names": list(job.model.state_dict()),
         "breaks": dict(counters["graph_break"]),
     }

@@ -49,17 +49,17 @@ def loss_of(name: str, **settings: Any) -> RetrievalLoss:
     return RetrievalLoss(RetrievalSettings(loss=name, **settings), [1.0])  # type: ignore[arg-type]
 
 
-def by_rows(candidates: Tensor, items: list[Any], log_q: Tensor, places: list[int]) -> Tensor:
+def by_rows(candidates: Tensor, items: list[Any], log_q: Tensor, positives: list[int]) -> Tensor:
     """Cross-entropy of each positive row's item against the candidates that are other items."""
     rows, vectors = batch(), towers()
     assert rows.target.log_q is not None
     total = torch.zeros(())
-    for row in places:
+    for row in positives:
         positive = vectors.query[row, 0] @ vectors.item[row] - rows.target.log_q[row]
         negatives = [
-            vectors.query[row, 0] @ candidate - log_q[place]
-            for place, candidate in enumerate(candidates)
-            if items[place] not in (ITEMS[row], None)
+            vectors.query[row, 0] @ candidate - log_q[index]
+            for index, candidate in enumerate(candidates)
+            if items[index] not in (ITEMS[row], None)
         ]
         scores = torch.stack([positive, *negatives]).unsqueeze(0)
         total = total + F.cross_entropy(scores, torch.tensor([0]))
@@ -129,11 +129,11 @@ def test_a_batch_without_positives_has_no_loss() -> None:
 def with_gradients(name: str, vectors: TowerVectors, rows: Batch, **settings: Any) -> list[Tensor]:
     """The loss, and its gradients by query, item and negatives."""
     leaves = [
-        part.clone().requires_grad_() for part in (vectors.query, vectors.item, vectors.negatives)
+        leaf.clone().requires_grad_() for leaf in (vectors.query, vectors.item, vectors.negatives)
     ]
     loss = loss_of(name, **settings)(TowerVectors(*leaves), rows)
     gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
-    return [loss.detach(), *(torch.zeros(1) if part is None else part for part in gradients)]
+    return [loss.detach(), *(torch.zeros(1) if leaf is None else leaf for leaf in gradients)]
 
 
 def half(rank: int, size: int) -> tuple[TowerVectors, Batch]:
@@ -143,14 +143,14 @@ def half(rank: int, size: int) -> tuple[TowerVectors, Batch]:
     assert all_rows.negatives is not None and all_rows.target.log_q is not None
     rows = slice(rank * 6 // size, (rank + 1) * 6 // size)
     drawn = slice(rank * 4 // size, (rank + 1) * 4 // size)
-    part = replace(
+    mine = replace(
         all_rows,
         labels=all_rows.labels[rows],
         rows=Rows(all_rows.rows.positions[rows], all_rows.rows.groups[rows]),
         target=TargetItems(all_rows.target.items[rows], log_q=all_rows.target.log_q[rows]),
         negatives=Negatives(all_rows.negatives.items[drawn], all_rows.negatives.log_q[drawn]),
     )
-    return TowerVectors(vectors.query[rows], vectors.item[rows], vectors.negatives[drawn]), part
+    return TowerVectors(vectors.query[rows], vectors.item[rows], vectors.negatives[drawn]), mine
 
 
 def on_a_rank(rank: int, size: int) -> dict[str, list[Tensor]]:
@@ -171,7 +171,7 @@ def test_with_the_negatives_of_all_ranks_two_ranks_equal_one(name: str, two_rank
     expected = with_gradients(name, towers(), batch())
     first, second = (ran[name] for ran in two_ranks)
     torch.testing.assert_close((first[0] + second[0]) / 2, expected[0])
-    for place in (1, 2, 3):
-        joined = torch.cat([first[place], second[place]]) / 2
-        if expected[place].numel() > 1:
-            torch.testing.assert_close(joined, expected[place])
+    for index in (1, 2, 3):
+        joined = torch.cat([first[index], second[index]]) / 2
+        if expected[index].numel() > 1:
+            torch.testing.assert_close(joined, expected[index])

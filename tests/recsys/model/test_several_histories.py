@@ -27,7 +27,7 @@ from recsys.ranking import RANKING_MODELS
 from recsys.ranking.vectors import IDVectors
 from recsys.storage.location import Location
 from tests.ranks import run_on_ranks
-from tests.recsys.em3_runs import STEPS, Run, em3_config, train_configs, whole_table
+from tests.recsys.em3_runs import STEPS, Run, em3_config, full_table, train_configs
 from tests.recsys.ranking.backbone_runs import backbone_config
 from tests.several_histories import write_several_histories
 
@@ -93,15 +93,15 @@ def test_an_event_has_the_vector_of_its_item_plus_those_beside_it(data: Path) ->
 
 def test_a_further_history_is_encoded_as_plain_attention_encodes_it(data: Path) -> None:
     em3, batch = unsharded(data, config_of("dlrm"))
-    ids, further = encoded(em3, batch), em3.further_histories
-    assert further is not None
-    encoder, history = further.encoders[0], batch.history.extras[0]
+    ids, extra = encoded(em3, batch), em3.further_histories
+    assert extra is not None
+    encoder, history = extra.encoders[0], batch.history.extras[0]
     start = 0
     for row, length in enumerate(history.lengths.tolist()):
-        places = slice(start, start + length)
+        row_slice = slice(start, start + length)
         start += length
-        lists = history.values[places] @ encoder.parallel_map.weight.T  # type: ignore[union-attr]
-        events = ids.further[0][places] + lists
+        lists = history.values[row_slice] @ encoder.parallel_map.weight.T  # type: ignore[union-attr]
+        events = ids.further[0][row_slice] + lists
         target = ids.target[row].expand_as(events)
         inputs = torch.cat([events, target, events - target, events * target], dim=1)
         weights = encoder.score(inputs).softmax(dim=0)  # type: ignore[operator]
@@ -116,9 +116,9 @@ def test_every_backbone_reads_the_further_histories(data: Path, name: str) -> No
     loss.backward()
     assert torch.isfinite(logits).all()
     assert em3.further_histories is not None
-    for part, parameter in em3.further_histories.named_parameters():
-        if not part.endswith("score.4.bias"):  # cancelled by the softmax
-            assert parameter.grad is not None and parameter.grad.any(), part
+    for key, parameter in em3.further_histories.named_parameters():
+        if not key.endswith("score.4.bias"):  # cancelled by the softmax
+            assert parameter.grad is not None and parameter.grad.any(), key
     for table in ("item", "history_shop", "searched"):
         gradient = weight(em3, table).grad
         assert gradient is not None and torch.isfinite(gradient).all() and gradient.any(), table
@@ -159,8 +159,8 @@ def test_two_ranks_train_as_one(data: Path) -> None:
         torch.testing.assert_close(gradients, expected, atol=1e-5, rtol=1e-4)
     assert any(name.startswith("further_histories.content_encoders.") for name in expected)
     for table in ("item", "searched", "history_shop", "user"):
-        pieces = whole_table(pair, STEPS, table), whole_table([single], STEPS, table)
-        torch.testing.assert_close(*pieces, atol=1e-5, rtol=1e-4)
+        tables = full_table(pair, STEPS, table), full_table([single], STEPS, table)
+        torch.testing.assert_close(*tables, atol=1e-5, rtol=1e-4)
 
 
 def test_items_of_further_histories_are_among_those_whose_content_is_read(data: Path) -> None:

@@ -69,8 +69,8 @@ def test_id_dropout_zeroes_vectors_of_its_feature_in_training() -> None:
     batch: Any = SimpleNamespace(history=SimpleNamespace(full=None))  # all that is read
     ids = read(pooled, sequences, batch)
     assert 20 < int((ids.pooled[0] == 0).all(dim=1).sum()) < 80
-    for whole in (ids.pooled[1], ids.target, ids.history):
-        assert torch.equal(whole, torch.ones(100, 2))
+    for full in (ids.pooled[1], ids.target, ids.history):
+        assert torch.equal(full, torch.ones(100, 2))
     assert torch.equal(read.eval()(pooled, sequences, batch).pooled[0], vectors["user"])
 
 
@@ -123,7 +123,7 @@ CACHED: dict[str, Any] = {"kernel": "uvm_caching"}
 
 
 @pytest.mark.parametrize(
-    ("device", "config", "words"),
+    ("device", "config", "message"),
     [
         ("cpu", config_with(CACHED), r"tables\.item\.kernel is uvm_caching,.* cpu.*fused"),
         ("cpu", config_with(prefetch=True), r"embedding\.prefetch is true.* cpu.*false"),
@@ -149,9 +149,9 @@ CACHED: dict[str, Any] = {"kernel": "uvm_caching"}
     ],
 )
 def test_what_does_not_fit_is_named_with_its_value_and_a_fix(
-    schema: Schema, device: str, config: Config, words: str
+    schema: Schema, device: str, config: Config, message: str
 ) -> None:
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         check_placement(config.embedding, schema, device, world_size=16, ranks_per_node=8)
 
 

@@ -34,8 +34,8 @@ def scored(training: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     ids = IDVectors([], torch.ones(ROWS, DIM), torch.ones(1, DIM))
     ranking, losses = Recorder(torch.zeros(ROWS, 1)), Recorder((torch.zeros(()), {}, None))
     votes = Votes(SimpleNamespace(batch=None))
-    parts = cast(Any, (None, nn.Identity(), None, nn.Identity(), ranking, losses))
-    model = EM3(*parts, neighbours=cast(Any, votes), target_dropout=SHARE).train(training)
+    modules = cast(Any, (None, nn.Identity(), None, nn.Identity(), ranking, losses))
+    model = EM3(*modules, neighbours=cast(Any, votes), target_dropout=SHARE).train(training)
     model._scored(ids, None, cast(Any, None))
     return ranking.inputs[0].target, losses.inputs[1].target, votes.inputs[2]
 

@@ -15,11 +15,11 @@ from tests.recsys.em3_runs import (
     TABLES,
     Run,
     dense_gradients,
+    full_table,
     ranks_of,
     round_tables,
-    table_pieces,
+    table_shards,
     table_weights,
-    whole_table,
 )
 from tests.recsys.ranking.backbone_runs import backbone_config
 from tests.recsys.weighted_data import table_of, write_null_labels, write_weighted
@@ -38,12 +38,12 @@ def step(
         job = build_job(config, str(folder / name), ranks_of(rank, world_size))
         round_tables(table_weights(job))
         table = next(ParquetRows.of_split(job.root, "train", job.schema).read(0, size))
-        part = table.slice(rank * size // world_size, size // world_size)
-        batches = iter([job.batch_builder()(part)])
+        rows = table.slice(rank * size // world_size, size // world_size)
+        batches = iter([job.batch_builder()(rows)])
         (batch,) = job.preparation(batches, UnknownIds(job.schema), 0, training=True)
         loss, (_, logits, _) = job.model(batch)
         loss.backward()
-        run = Run(gradients=[dense_gradients(job.em3)], tables=[table_pieces(job)])
+        run = Run(gradients=[dense_gradients(job.em3)], tables=[table_shards(job)])
         run.losses, run.logits = [loss.detach()], [logits.detach()]
         results[backbone, name] = run
     return results
@@ -57,7 +57,7 @@ def assert_same_step(runs: list[Run], expected: list[Run]) -> None:
         for run in runs:
             torch.testing.assert_close(run.gradients[0][name], gradient, atol=1e-6, rtol=1e-4)
     for name in TABLES:
-        pair = [whole_table(side, 0, name) for side in (runs, expected)]
+        pair = [full_table(side, 0, name) for side in (runs, expected)]
         torch.testing.assert_close(*pair, atol=1e-6, rtol=1e-5)
 
 

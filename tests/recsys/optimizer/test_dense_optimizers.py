@@ -185,8 +185,8 @@ def rates(schedule: Any, optimizer: torch.optim.Optimizer, steps: int) -> list[f
 def test_cosine_decay_is_that_of_torch_after_warm_up() -> None:
     optimizer, plain = (torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.3) for _ in range(2))
     settings = OptimizerSettings(schedule="cosine", warmup_steps=3, decay_steps=5)
-    parts = [LinearLR(plain, 1 / 3, 1.0, 2), CosineAnnealingLR(plain, 5)]
-    expected = rates(SequentialLR(plain, parts, [3]), plain, 8)
+    schedules = [LinearLR(plain, 1 / 3, 1.0, 2), CosineAnnealingLR(plain, 5)]
+    expected = rates(SequentialLR(plain, schedules, [3]), plain, 8)
     schedule = LambdaLR(optimizer, LearningRateShare(settings))
     assert rates(schedule, optimizer, 8) == pytest.approx(expected)
 

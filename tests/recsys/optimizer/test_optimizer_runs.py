@@ -16,11 +16,11 @@ from recsys.distributed.ranks import Ranks, joined_ranks
 from recsys.training.train import train, training_interactions
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
-from tests.recsys.command_runs import TINY, run_recsys, tiny_config, train_words
+from tests.recsys.command_runs import TINY, run_recsys, tiny_config, train_argv
 from tests.recsys.em3_runs import ranks_of
 
-WORDS = ["--batch_size", "8", "--device", "cpu", "--patience", "9", "--content", "none"]
-WORDS += ["--neighbours", "{values: history_liked, dim: 4, taste_dim: 4}"]
+ARGV = ["--batch_size", "8", "--device", "cpu", "--patience", "9", "--content", "none"]
+ARGV += ["--neighbours", "{values: history_liked, dim: 4, taste_dim: 4}"]
 SETTINGS: dict[str, dict[str, Any]] = {
     "adafactor": {
         "name": "adafactor",
@@ -66,7 +66,7 @@ def trained(data: Path, run: Path, ranks: Ranks, name: str, epochs: int) -> dict
     settings = yaml.safe_load(TINY.read_text()) | {"optimizer": SETTINGS[name]}
     settings["validations_per_epoch"] = 2 if name == "adafactor" else 1
     recipe.write_text(yaml.safe_dump(settings))
-    config = load_config(recipe, [*WORDS, "--epochs", str(epochs)])
+    config = load_config(recipe, [*ARGV, "--epochs", str(epochs)])
     return train(config, str(data), run, ranks)
 
 
@@ -91,7 +91,7 @@ def assert_equal_ends(one: Path, other: Path) -> dict[str, torch.Tensor]:
     return actual
 
 
-def train_in_parts(rank: int, world_size: int, data: Path, folder: Path) -> None:
+def train_and_resume(rank: int, world_size: int, data: Path, folder: Path) -> None:
     ranks = ranks_of(rank, world_size)
     trained(data, folder / "whole", ranks, "adafactor", epochs=2)
     trained(data, folder / "parts", ranks, "adafactor", epochs=1)
@@ -99,7 +99,7 @@ def train_in_parts(rank: int, world_size: int, data: Path, folder: Path) -> None
 
 
 def test_a_run_on_two_ranks_goes_on_to_the_same_bits(data: Path, tmp_path: Path) -> None:
-    run_on_ranks(train_in_parts, 2, data, tmp_path)
+    run_on_ranks(train_and_resume, 2, data, tmp_path)
     state = assert_equal_ends(tmp_path / "whole", tmp_path / "parts")
     assert int(state["optimizer.average.num_updates"]) == 8
     assert any(key.startswith("optimizer.average.embedding") for key in state)
@@ -127,9 +127,9 @@ def test_the_best_model_holds_the_averages_and_training_goes_on_without_them(
 def test_decay_ends_with_the_last_update_where_validations_cut_groups_of_steps(
     data: Path, tmp_path: Path
 ) -> None:
-    words = ["--accumulate_steps", "3", "--validations_per_epoch", "4", "--epochs", "2"]
+    argv = ["--accumulate_steps", "3", "--validations_per_epoch", "4", "--epochs", "2"]
     schedule = ["--optimizer.schedule", "linear", "--optimizer.warmup_steps", "0"]
-    config = tiny_config(tmp_path / "cache", *WORDS, *words, *schedule)
+    config = tiny_config(tmp_path / "cache", *ARGV, *argv, *schedule)
     with joined_ranks("cpu") as ranks:
         job = build_job(config, str(data), ranks)
         assert training_interactions(job).num_batches == 8  # 4 parts of 2 steps, an update each
@@ -148,9 +148,9 @@ def test_an_optimizer_and_a_schedule_of_one_s_own_are_a_file_and_two_lines(
         + "  schedule: own_steps:staircase, schedule_options: {every: 2}}\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    words = train_words(data, tmp_path / "run", "--content", "none")
-    words[words.index(str(TINY))] = str(recipe)
-    process = run_recsys(*words)
+    argv = train_argv(data, tmp_path / "run", "--content", "none")
+    argv[argv.index(str(TINY))] = str(recipe)
+    process = run_recsys(*argv)
     assert process.returncode == 0, process.stdout + process.stderr
     assert "SignDescent" in (tmp_path / "run" / "plan.txt").read_text()
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["train"]["steps"] == 8

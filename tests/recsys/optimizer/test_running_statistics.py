@@ -20,8 +20,8 @@ def statistics_after_an_update(rank: int, world_size: int) -> tuple[float, float
     keyed = KeyedOptimizerWrapper(dict(trained.named_parameters()), lambda _: sgd)
     DenseUpdate(CombinedOptimizer([keyed]), sgd, statistics=RunningStatistics(model)).step()
     values = trained.running_mean, trained.running_var, frozen.running_mean
-    mean, variance, own = (float(value) for value in values)  # type: ignore[arg-type]
-    return mean, variance, own
+    mean, variance, plain_mean = (float(value) for value in values)  # type: ignore[arg-type]
+    return mean, variance, plain_mean
 
 
 def test_after_an_update_all_ranks_have_the_mean_of_their_statistics() -> None:

@@ -94,8 +94,8 @@ def shard(
     """A user's own DMP and optimizers: Adagrad in backward for tables, AdamW for the rest."""
     tables = train_model.model.sparse_arch.parameters()
     apply_optimizer_in_backward(table_optimizer, tables, {"lr": 0.05})
-    whole = ParameterConstraints(sharding_types=["table_wise"])
-    constraints = {f"t_{name}": whole for name in FEATURES}
+    table_wise = ParameterConstraints(sharding_types=["table_wise"])
+    constraints = {f"t_{name}": table_wise for name in FEATURES}
     sharders: Any = [EmbeddingBagCollectionSharder()]
     planner = EmbeddingShardingPlanner(
         topology=Topology(world_size=world_size, compute_device="cpu"), constraints=constraints

@@ -41,7 +41,7 @@ def altered(rank: int, name: str, ids: list[int], lengths: list[int]) -> list[To
     """Rank 1's second batch has other ids in one feature."""
     batches = user_batches(rank, 3)
     features = batches[1].sparse_features.to_dict()
-    values = {key: (part.values(), part.lengths()) for key, part in features.items()}
+    values = {key: (feature.values(), feature.lengths()) for key, feature in features.items()}
     values[name] = (torch.tensor(ids), torch.tensor(lengths, dtype=torch.int32))
     changed = KeyedJaggedTensor.from_lengths_sync(
         list(values),
@@ -66,10 +66,10 @@ def gathered(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     source = user_batches(rank, 3)
     batches = dlrm.batches(source)
     passes = [list(batches), list(batches)]
-    several = altered(rank, "item", [1, 2, 3, 4, 5, 6], [1, 2, 0, 1, 1, 1])
+    two_ids = altered(rank, "item", [1, 2, 3, 4, 5, 6], [1, 2, 0, 1, 1, 1])
     outside = altered(rank, "viewed", [4, NUM_ITEMS], [2, 0, 0, 0, 0, 0])
     content = plug_in_settings(folder).content
-    further = replace(content, history=replace(content.history, columns=["bought"]))
+    extra_content = replace(content, history=replace(content.history, columns=["bought"]))
     return {
         "kept": [
             ours.dense_features is theirs.dense_features
@@ -81,12 +81,12 @@ def gathered(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
         "expected": source[0],
         "lengths": [len(batches), *map(len, passes)],
         "uneven": len(list(dlrm.batches(source[: 3 - rank]))),
-        "several": message_of(lambda: list(dlrm.batches(several))),
+        "several": message_of(lambda: list(dlrm.batches(two_ids))),
         "outside": message_of(lambda: list(dlrm.batches(outside))),
         "absent": message_of(lambda: list(plugged_in(folder, history="user2").batches(source))),
         "no_items": message_of(lambda: plugged_in(folder / "nowhere")),
         "no_feature": message_of(lambda: plugged_in(folder, item="product", item_column="item")),
-        "further": message_of(lambda: plugged_in(folder, content=further)),
+        "further": message_of(lambda: plugged_in(folder, content=extra_content)),
         "filled": dlrm.content.branch.bank.coverage(),
         "unread": without_history(folder, source),
     }
@@ -156,10 +156,10 @@ def test_without_a_process_group_the_fix_is_named(tmp_path: Path) -> None:
         plugged_in(tmp_path)
 
 
-class OwnLoss(DLRMTrain):
+class CustomLoss(DLRMTrain):
     def forward(self, batch: TorchRecBatch) -> Any:
-        loss, parts = super().forward(batch)
-        return 2 * loss, parts
+        loss, outputs = super().forward(batch)
+        return 2 * loss, outputs
 
 
 def test_the_loss_is_the_users_loss_fn_and_one_of_another_forward_is_refused(
@@ -175,5 +175,5 @@ def test_the_loss_is_the_users_loss_fn_and_one_of_another_forward_is_refused(
         with_content = add_content(train_model, settings, CPU)
         (batch,) = with_content.batches([user_batch])
         torch.testing.assert_close(with_content(batch)[0], expected)
-        with pytest.raises(ValueError, match="OwnLoss computes a loss of its own"):
-            add_content(OwnLoss(build_dlrm("dlrm", "cpu")), settings, CPU)
+        with pytest.raises(ValueError, match="CustomLoss computes a loss of its own"):
+            add_content(CustomLoss(build_dlrm("dlrm", "cpu")), settings, CPU)

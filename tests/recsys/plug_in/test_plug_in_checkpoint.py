@@ -51,25 +51,25 @@ def states(rank: int, world_size: int, folder: Path, pairs: list[tuple[str, str]
     results = []
     for tables, dense in pairs:
         kinds = DENSE[dense], TABLES[tables]
-        place = folder / f"{world_size}-{tables}-{dense}"
+        path = folder / f"{world_size}-{tables}-{dense}"
         torch.manual_seed(0)
         model, optimizer = shard(DLRMTrain(build_dlrm("dlrm")), world_size, *kinds)
         train(TrainPipelineBase(model, optimizer, CPU), user_batches(rank, 2))
         state = users_state(model, optimizer)
-        dcp.save(state, checkpoint_id=place)
+        dcp.save(state, checkpoint_id=path)
         saved = copied(state)
 
         torch.manual_seed(1)
         train_model: Any = add_content(DLRMTrain(build_dlrm("dlrm")), plug_in_settings(folder), CPU)
         model, yours = shard(train_model, world_size, *kinds)
         names = {"model": model, "optimizer": train_model.optimizer(yours)}
-        before = differences(saved, with_optimizer(copied(dlrm_state(model))))
+        old_state = differences(saved, with_optimizer(copied(dlrm_state(model))))
         names["dense_optimizer"] = yours.optimizers[-1][1]
-        exec(LOADING.replace("dlrm_checkpoint", str(place)), names)
+        exec(LOADING.replace("dlrm_checkpoint", str(path)), names)
         loaded = with_optimizer(copied(dlrm_state(model, names["optimizer"])))
         load_dlrm(model, state, names["optimizer"])  # as it is in memory, empty parts included
         again = with_optimizer(copied(dlrm_state(model, names["optimizer"])))
-        results.append((saved, before, loaded, again))
+        results.append((saved, old_state, loaded, again))
     return results
 
 
@@ -82,7 +82,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, list[Any]]:
     folder = tmp_path_factory.mktemp("plug_in_checkpoint")
     write_dataset(folder / "data", num_items=NUM_ITEMS)
     by_rank = run_on_ranks(states, 2, folder, PAIRS)
-    by_pair = {pair: [rank[place] for rank in by_rank] for place, pair in enumerate(PAIRS)}
+    by_pair = {pair: [rank[index] for rank in by_rank] for index, pair in enumerate(PAIRS)}
     return by_pair | {"4 ranks": [rank[0] for rank in run_on_ranks(states, 4, folder, ALONE)]}
 
 
@@ -90,9 +90,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, list[Any]]:
 def test_a_checkpoint_is_loaded_to_the_bit_whatever_the_optimizers_keep(
     results: Any, pair: Any
 ) -> None:
-    for saved, before, loaded, again in results[pair]:
+    for saved, untrained, loaded, again in results[pair]:
         nonempty = {key: value for key, value in saved["optimizer"]["state"].items() if value}
         saved["optimizer"]["state"] = nonempty
-        assert any(name.startswith(".model") for name in before)  # the loading changes something
+        assert any(name.startswith(".model") for name in untrained)  # the loading changes something
         assert differences(saved, loaded) == []
         assert differences(saved, again) == []

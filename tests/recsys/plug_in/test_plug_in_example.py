@@ -34,13 +34,13 @@ def block(language: str, within: str) -> str:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A user's folder: his script, his items, Criteo's files, and the script after the diff."""
-    place = tmp_path_factory.mktemp("example")
-    before = (EXAMPLES / "dlrm_before.py").read_text()
-    (place / "dlrm_before.py").write_text(before)
-    (place / "dlrm.py").write_text(before)
-    (place / "content.yaml").write_text(block("yaml", "item: cat_0"))
-    (place / "content.diff").write_text(block("diff", "a/dlrm.py"))
-    subprocess.run(["git", "apply", "content.diff"], cwd=place, check=True, capture_output=True)
+    root = tmp_path_factory.mktemp("example")
+    old_script = (EXAMPLES / "dlrm_before.py").read_text()
+    (root / "dlrm_before.py").write_text(old_script)
+    (root / "dlrm.py").write_text(old_script)
+    (root / "content.yaml").write_text(block("yaml", "item: cat_0"))
+    (root / "content.diff").write_text(block("diff", "a/dlrm.py"))
+    subprocess.run(["git", "apply", "content.diff"], cwd=root, check=True, capture_output=True)
     items = pa.table(
         {
             "product": range(50),
@@ -48,10 +48,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "embedding": np.random.default_rng(0).random((50, 8)).astype(np.float32).tolist(),
         }
     )
-    write_parquet(place / "shop" / "items" / "part-0.parquet", items)
+    write_parquet(root / "shop" / "items" / "part-0.parquet", items)
     for day in range(2):
-        write_criteo_day(place / "criteo", day)
-    return place
+        write_criteo_day(root / "criteo", day)
+    return root
 
 
 def write_criteo_day(folder: Path, day: int) -> None:
@@ -64,7 +64,7 @@ def write_criteo_day(folder: Path, day: int) -> None:
         ids = [f"{random.integers(0, 2**31):08x}" for _ in range(CAT_FEATURE_COUNT)]
         rows.append("\t".join([str(label), *numbers, *ids]))
     (folder / f"day_{day}.tsv").write_text("\n".join(rows) + "\n")
-    files = [str(folder / f"day_{day}_{part}.npy") for part in ("dense", "sparse", "labels")]
+    files = [str(folder / f"day_{day}_{name}.npy") for name in ("dense", "sparse", "labels")]
     BinaryCriteoUtils.tsv_to_npys(str(folder / f"day_{day}.tsv"), *files)
 
 
@@ -72,8 +72,8 @@ def train(script: str, folder: Path, *arguments: str) -> list[tuple[float, float
     """(training loss, validation AUC) of each epoch, as the script prints them."""
     variables = {"PYTHONPATH": str(PROJECT), "XDG_CACHE_HOME": str(folder / "cache")}
     variables["TORCH_EXTENSIONS_DIR"] = str(library_file().parents[1])  # compiled by `make install`
-    words = ["--standalone", "--nproc-per-node", "2", script, *SHORT, *arguments]
-    process = run_program("torchrun", *words, folder=folder, **variables)
+    argv = ["--standalone", "--nproc-per-node", "2", script, *SHORT, *arguments]
+    process = run_program("torchrun", *argv, folder=folder, **variables)
     assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
     epochs = re.findall(r"training loss (\d\.\d+), validation AUC (\d\.\d+)", process.stdout)
     return [(float(loss), float(auc)) for loss, auc in epochs]

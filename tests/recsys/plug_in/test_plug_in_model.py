@@ -112,7 +112,7 @@ def test_content_counts_once_its_weights_have_moved_from_zero() -> None:
     model = with_content(dlrm)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
     fusion = model.content.branch.fusion
-    before = fusion.queries.clone()
+    old_queries = fusion.queries.clone()
     # The first step moves the new weights, the second the fusion's last maps below them, of which
     # that of the queries starts at zero, too; the third has a gradient for the queries.
     for step in range(3):
@@ -122,7 +122,7 @@ def test_content_counts_once_its_weights_have_moved_from_zero() -> None:
         assert fusion.queries.grad is not None
         assert bool(fusion.queries.grad.any()) == (step == 2)
 
-    assert not torch.equal(fusion.queries, before)
+    assert not torch.equal(fusion.queries, old_queries)
     assert not torch.equal(model(batch), dlrm(batch.dense_features, batch.sparse_features))
 
 
@@ -134,7 +134,7 @@ def randomised(module: nn.Module) -> None:
 
 
 def first_linear(module: nn.Module) -> nn.Linear:
-    return next(part for part in module.modules() if isinstance(part, nn.Linear))
+    return next(layer for layer in module.modules() if isinstance(layer, nn.Linear))
 
 
 def over_arch_over(
@@ -145,7 +145,7 @@ def over_arch_over(
     first = first_linear(dlrm.over_arch)
     weight = torch.cat([first.weight, model.content_head.over.columns.map.weight], dim=1)
     hidden = torch.cat([inputs, columns], dim=1) @ weight.T + first.bias
-    last = [part for part in dlrm.over_arch.modules() if isinstance(part, nn.Linear)][-1]
+    last = [layer for layer in dlrm.over_arch.modules() if isinstance(layer, nn.Linear)][-1]
     return last(torch.relu(hidden))
 
 
@@ -214,13 +214,13 @@ def test_the_loss_is_that_of_dlrm_train_plus_the_contrastive_one() -> None:
 
     loss, (reported, logits, labels) = train_model(batch)
 
-    before, (_, logits_before, labels_before) = DLRMTrain(dlrm)(batch)
+    loss_before, (_, logits_before, labels_before) = DLRMTrain(dlrm)(batch)
     assert torch.equal(logits, logits_before) and torch.equal(labels, labels_before)
     assert isinstance(train_model.contrastive, ContentIDContrastive)
     content = train_model.model.content(batch).target
     ids = dlrm.sparse_arch(batch.sparse_features)[:, 0]  # `item` is the first feature
     contrastive = train_model.contrastive(content, ids, batch.target.items)
-    torch.testing.assert_close(loss, before + 0.5 * contrastive)
+    torch.testing.assert_close(loss, loss_before + 0.5 * contrastive)
     assert torch.equal(loss, reported) and not reported.requires_grad
 
 
@@ -239,18 +239,18 @@ def test_a_checkpoint_of_whole_tensors_is_taken_over_and_another_models_refused(
         dlrm_state(old)
 
 
-class OwnForward(DLRM):
+class CustomForward(DLRM):
     def forward(self, dense_features: Tensor, sparse_features: Any) -> Tensor:
         return 2 * super().forward(dense_features, sparse_features)
 
 
 def test_models_that_content_cannot_be_added_to_are_named() -> None:
     subclass, other, crossed = build_dlrm("dlrm"), build_dlrm("dlrm"), build_dlrm("dcn")
-    subclass.__class__ = OwnForward
+    subclass.__class__ = CustomForward
     other.inter_arch = nn.Identity()
     crossed.inter_arch = InteractionDCNArch(3, CrossNet(4 * DIM, 2))
 
-    with pytest.raises(ValueError, match="OwnForward"):
+    with pytest.raises(ValueError, match="CustomForward"):
         with_content(subclass)
     with pytest.raises(ValueError, match="class Identity"):
         with_content(other)

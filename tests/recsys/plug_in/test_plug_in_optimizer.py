@@ -42,13 +42,13 @@ def steep_run(rank: int, world_size: int, folder: Path, rates: ContentRates | No
             iter(train_model.batches(user_batches(rank, 1)))
     optimizer = train_model.optimizer(yours)
     pipeline: Any = TrainPipelineBase(model, optimizer, CPU)
-    before = {name: value.detach().clone() for name, value in train_model.named_parameters()}
+    old_weights = {name: value.detach().clone() for name, value in train_model.named_parameters()}
     batches, losses = iter(train_model.batches(user_batches(rank, STEPS))), []
     moves: dict[str, float] = {}
     for _ in range(STEPS):
         losses.append(float(pipeline.progress(batches)[0]))
         moves = moves or {
-            name: float((value - before[name]).abs().max())
+            name: float((value - old_weights[name]).abs().max())
             for name, value in train_model.named_parameters()
             if value.numel()
         }

@@ -125,7 +125,7 @@ def plug_content_in(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     for kind in KINDS:
         dlrm, model, optimizer = content_job(kind, folder)
         names = {"model": model, "optimizer": optimizer}
-        users, _ = (part for _, part in optimizer.optimizers)
+        users, _ = (optimizer_part for _, optimizer_part in optimizer.optimizers)
         names["dense_optimizer"] = users.optimizers[-1][1]
         exec(LOADING.replace("dlrm_checkpoint", str(folder / kind)), names)
         results[kind] = {"logits": logits_of(model, dlrm.batches(user_batches(rank, 3)))}
@@ -139,18 +139,18 @@ def plug_content_in(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
 def train_and_take_out(
     rank: int, folder: Path, dlrm: DLRMWithContentTrain, model: Any, optimizer: Any
 ) -> dict[str, Any]:
-    before = copied(model.state_dict())
+    old_state = copied(model.state_dict())
     pipeline = TrainPipelineSparseDist(model, optimizer, CPU)
     losses = train(pipeline, dlrm.batches(user_batches(rank, 3)))
     require_pipelined(model)
     pipeline.detach()  # else nothing but the pipeline may call the model
-    after = model.state_dict()
+    new_state = model.state_dict()
     dcp.save(dlrm_state(model, optimizer), checkpoint_id=folder)
     with torch.no_grad():
         plain = [dlrm_logits(dlrm.model, batch) for batch in user_batches(rank, 3)]
     return {
         "losses": losses,
-        "moved": differences(before, copied(after)),
+        "moved": differences(old_state, copied(new_state)),
         "plain": torch.cat(plain),
         "trained": copied(dlrm_state(model, optimizer)),
     }

@@ -64,10 +64,10 @@ def inputs(lengths: Tensor = LENGTHS, seed: int = 0) -> tuple[IDVectors, Content
 
 
 def one_row(
-    parts: tuple[IDVectors, ContentVectors, Batch], row: int
+    batch_inputs: tuple[IDVectors, ContentVectors, Batch], row: int
 ) -> tuple[IDVectors, ContentVectors, Batch]:
     """The same row as a batch of its own, its history unpadded."""
-    ids, content, batch = parts
+    ids, content, batch = batch_inputs
     history, history_modalities = content.read_history()
     stop = int(batch.history.lengths[: row + 1].sum())
     events = slice(stop - int(batch.history.lengths[row]), stop)
@@ -83,7 +83,7 @@ def one_row(
     target = replace(batch.target, items=batch.target.items[this])
     alone = replace(batch, dense_features=dense, history=history_of_row, target=target)
     return (
-        IDVectors([part[this] for part in ids.pooled], ids.target[this], ids.history[events]),
+        IDVectors([vectors[this] for vectors in ids.pooled], ids.target[this], ids.history[events]),
         ContentVectors(
             content.target[this],
             history[events],

@@ -78,16 +78,16 @@ class TableRows(RowSource):
 def rows_in_time() -> list[Row]:
     """A row for each event, with up to `LONGEST` earlier ones of its user; users alternate."""
     rows: list[Row] = []
-    for place in range(max(map(len, EVENTS))):
+    for index in range(max(map(len, EVENTS))):
         for user, items in enumerate(EVENTS):
-            if place < len(items):
-                rows.append((user, items[place], items[max(place - LONGEST, 0) : place]))
+            if index < len(items):
+                rows.append((user, items[index], items[max(index - LONGEST, 0) : index]))
     return rows
 
 
-def summaries_of(source: RowSource, most_items: int) -> list[Summary]:
+def summaries_of(source: RowSource, max_items: int) -> list[Summary]:
     tables = source.read_once(0, source.num_rows)
-    return [summary_of(table, source, most_items) for table in tables]
+    return [summary_of(table, source, max_items) for table in tables]
 
 
 def read(rows: list[Row]) -> AllPositionRows:
@@ -98,7 +98,7 @@ def read(rows: list[Row]) -> AllPositionRows:
 def targets_of(batch: Batch) -> list[Row]:
     """Each target of a batch, with the items of its history."""
     history = batch.history.items[batch.history.index].split(batch.history.lengths.tolist())
-    items = [part.tolist() for part in history]
+    items = [row.tolist() for row in history]
     return list(zip(batch.rows.groups.tolist(), batch.target.items.tolist(), items, strict=True))
 
 
@@ -122,12 +122,12 @@ def test_each_event_is_a_target_once_with_the_items_before_it_in_its_row() -> No
 
 def test_a_row_whose_history_is_not_the_rows_before_it_stands_for_itself() -> None:
     rows = rows_in_time()
-    (place,) = [number for number, row in enumerate(rows) if row[:2] == (2, 15)]
-    user, item, history = rows[place]
-    rows[place] = user, item, [*history[:-1], 19]  # an event that has no row
+    (index,) = [number for number, row in enumerate(rows) if row[:2] == (2, 15)]
+    user, item, history = rows[index]
+    rows[index] = user, item, [*history[:-1], 19]  # an event that has no row
     targets = targets_of(batch_of(read(rows)))
     assert sorted(row[:2] for row in targets) == sorted(row[:2] for row in rows)
-    assert rows[place] in targets
+    assert rows[index] in targets
 
 
 def test_every_row_is_read_alone_where_rows_are_not_in_order_of_time() -> None:
@@ -141,7 +141,7 @@ def reference(rows: AllPositionRows) -> Batch:
     alone: list[Row] = []
     for row in table:
         items = [*row["history"], row["item"]]
-        alone += [(row["user"], item, items[:place]) for place, item in enumerate(items)]
+        alone += [(row["user"], item, items[:index]) for index, item in enumerate(items)]
     return batch_of(TableRows(table_of(alone)))
 
 
@@ -159,7 +159,7 @@ def results(settings: TwoTowerSettings, batch: Batch) -> list[Tensor]:
     modalities = len(CONTENT.modalities)
     users, items = random(4, 3, seed=1), random(NUM_ITEMS, ID_DIM, seed=2)
     content = random(NUM_ITEMS, (1 + modalities) * CONTENT.dim, seed=3)
-    leaves = [part.requires_grad_() for part in (users, items, content)]
+    leaves = [leaf.requires_grad_() for leaf in (users, items, content)]
     drawn = torch.arange(NUM_ITEMS)
     if settings.loss == "sampled_softmax":
         drawn = torch.tensor([1, 5, 5, 13, 18])
@@ -173,16 +173,16 @@ def results(settings: TwoTowerSettings, batch: Batch) -> list[Tensor]:
     ids = IDVectors(
         [users[groups]], items[batch.target.items], items[batch.history.items], True, items[drawn]
     )
-    vectors, parts = content[:, : CONTENT.dim], content[:, CONTENT.dim :]
-    parts = parts.unflatten(1, (modalities, CONTENT.dim))
+    vectors, modality_vectors = content[:, : CONTENT.dim], content[:, CONTENT.dim :]
+    modality_vectors = modality_vectors.unflatten(1, (modalities, CONTENT.dim))
     target, history = batch.target.items, batch.history.items
-    read = vectors[target], vectors[history], parts[target], parts[history]
-    towers = model(ids, ContentVectors(*read, vectors[drawn], parts[drawn]), batch)
+    read = vectors[target], vectors[history], modality_vectors[target], modality_vectors[history]
+    towers = model(ids, ContentVectors(*read, vectors[drawn], modality_vectors[drawn]), batch)
     loss = RetrievalLoss(settings, [1.0])(towers, batch)
     gradients = torch.autograd.grad(loss, [*model.parameters(), *leaves], allow_unused=True)
-    unused = [name for (name, _), part in zip(model.named_parameters(), gradients) if part is None]
+    unused = [name for (name, _), grad in zip(model.named_parameters(), gradients) if grad is None]
     assert set(unused) <= {"encoder.layers.1.kvqu.bias"}, unused
-    return [towers.query, loss, *(part for part in gradients if part is not None)]
+    return [towers.query, loss, *(grad for grad in gradients if grad is not None)]
 
 
 @pytest.mark.parametrize("loss", ["full_softmax", "sampled_softmax", "in_batch_softmax"])

@@ -12,7 +12,7 @@ from recsys.cli import main
 from recsys.ranking import RANKING_MODELS
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
-from tests.recsys.command_runs import TINY, assert_same_metrics, train_words
+from tests.recsys.command_runs import TINY, assert_same_metrics, train_argv
 from tests.recsys.ranking.backbone_runs import (
     BACKBONES,
     CONTENTS,
@@ -98,7 +98,7 @@ class OfTarget(nn.Module):
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a dataset, the model and a recipe, from which Python imports."""
     write_dataset(tmp_path / "data")
     (tmp_path / "my_backbone.py").write_text(OWN_MODEL)
@@ -110,10 +110,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_backbone_of_one_s_own_trains_with_settings_of_its_own(
-    place: Path, capsys: pytest.CaptureFixture[str]
+    workdir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, recipe = place / "run", ["--config", str(place / "own.yaml")]
-    assert main(train_words(place / "data", run, *recipe)) == 0
+    run, recipe = workdir / "run", ["--config", str(workdir / "own.yaml")]
+    assert main(train_argv(workdir / "data", run, *recipe)) == 0
     assert json.loads((run / "metrics.json").read_text())["test"]["auc"] > 0
     assert yaml.safe_load((run / "config.yaml").read_text())["ranking"]["units"] == 3
     assert main(["evaluate", "--run", str(run), "--split", "test"]) == 0

@@ -66,8 +66,8 @@ def model_of(
     return build_ranking(settings_of(name, **settings), dimensions, content).eval()
 
 
-def logits_of(model: nn.Module, *parts: Any) -> Tensor:
-    scored = model(*parts)
+def logits_of(model: nn.Module, *model_inputs: Any) -> Tensor:
+    scored = model(*model_inputs)
     return scored.logits if isinstance(scored, TowerVectors | CodeLogits) else scored
 
 
@@ -76,21 +76,21 @@ def logits_of(model: nn.Module, *parts: Any) -> Tensor:
 def test_a_row_s_logits_do_not_depend_on_the_other_rows(
     name: str, content: ContentSettings | None
 ) -> None:
-    model, parts = model_of(name, content), inputs()
-    together = logits_of(model, *parts)
+    model, model_inputs = model_of(name, content), inputs()
+    together = logits_of(model, *model_inputs)
     assert together.shape == (3, 1) and len(set(together.flatten().tolist())) == 3
     for row in range(len(LENGTHS)):
-        torch.testing.assert_close(logits_of(model, *one_row(parts, row))[0], together[row])
+        torch.testing.assert_close(logits_of(model, *one_row(model_inputs, row))[0], together[row])
 
 
 @by_backbone
 def test_logits_depend_on_content_where_there_is_some_and_only_there(name: str) -> None:
     (ids, content, batch), (_, other, _) = inputs(), inputs(seed=1)
-    model, twin = model_of(name), model_of(name, None)
+    model, plain = model_of(name), model_of(name, None)
     assert not torch.allclose(
         logits_of(model, ids, content, batch), logits_of(model, ids, other, batch)
     )
-    assert torch.equal(logits_of(twin, ids, content, batch), logits_of(twin, ids, None, batch))
+    assert torch.equal(logits_of(plain, ids, content, batch), logits_of(plain, ids, None, batch))
 
 
 @by_content
@@ -109,16 +109,16 @@ def test_every_parameter_gets_gradient(name: str, content: ContentSettings | Non
 @by_content
 @by_backbone
 def test_a_batch_without_events_trains(name: str, content: ContentSettings | None) -> None:
-    model, parts = model_of(name, content), inputs(torch.tensor([0, 0]))
-    logits_of(model, *parts).sum().backward()
+    model, model_inputs = model_of(name, content), inputs(torch.tensor([0, 0]))
+    logits_of(model, *model_inputs).sum().backward()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     assert gradients and all(torch.isfinite(gradient).all() for gradient in gradients)
     assert max(gradient.abs().max() for gradient in gradients) > 0
 
 
 ROWS, NUM_FEATURES = 4, 3
-Twin = Callable[[EmbeddingBagCollection, int], nn.Module]
-TWINS: dict[str, Twin] = {
+Baseline = Callable[[EmbeddingBagCollection, int], nn.Module]
+BASELINES: dict[str, Baseline] = {
     "dlrm": lambda bags, dense: DLRM(bags, dense, [6, ID_DIM], [16, 8, 1]),
     "dlrm_dcn": lambda bags, dense: DLRM_DCN(bags, dense, [6, ID_DIM], [16, 8, 1], 2, 3),
     "deepfm": lambda bags, dense: SimpleDeepFMNN(dense, bags, 6, 7),
@@ -133,23 +133,23 @@ def bags_of(features: list[str]) -> EmbeddingBagCollection:
     return EmbeddingBagCollection(tables=tables)
 
 
-def copied_weights(name: str, twin: nn.Module, model: nn.Module) -> None:
+def copied_weights(name: str, baseline: nn.Module, model: nn.Module) -> None:
     """Gives TorchRec's model the weights of ours: by their names, which are TorchRec's but for
     DeepFM's."""
     renamed = {
         "deep.dense_module.0.": "inter_arch.deep_fm.dense_module.0.",
         "top.": "over_arch.model.0.",
     }
-    state = twin.state_dict()
+    state = baseline.state_dict()
     for key, value in model.state_dict().items():
         for name_here, torchrec in renamed.items() if name == "deepfm" else ():
             key = key.replace(name_here, torchrec)
         assert state[key].shape == value.shape, key
         state[key] = value
-    twin.load_state_dict(state)
+    baseline.load_state_dict(state)
 
 
-@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("name", BASELINES)
 def test_the_id_only_twin_equals_torchrec_s_model(name: str) -> None:
     """Without a history, the target is one more feature of TorchRec's model."""
     torch.manual_seed(1)
@@ -157,16 +157,16 @@ def test_the_id_only_twin_equals_torchrec_s_model(name: str) -> None:
     sparse = KeyedJaggedTensor.from_lengths_sync(
         features, torch.randint(10, (ROWS * NUM_FEATURES,)), torch.ones(ROWS * NUM_FEATURES).int()
     )
-    twin = TWINS[name](bags_of(features), 2).eval()
+    baseline = BASELINES[name](bags_of(features), 2).eval()
     units = [7] if name == "deepfm" else [16, 8]
     dimensions = InputDimensions([ID_DIM, ID_DIM], ID_DIM, 2, 0, 1, has_history=False)
     model = model_of(name, None, dimensions, mlp_units=units)
-    copied_weights(name, twin, model)
+    copied_weights(name, baseline, model)
     *_, batch = inputs(torch.zeros(ROWS, dtype=torch.long))
     batch = replace(batch, history=replace(batch.history, values=torch.zeros(0, 0)))
-    by_name = twin.sparse_arch.embedding_bag_collection(sparse).to_dict()  # type: ignore
+    by_name = baseline.sparse_arch.embedding_bag_collection(sparse).to_dict()  # type: ignore
     ids = IDVectors([by_name["user"], by_name["genres"]], by_name["item"], torch.zeros(0, ID_DIM))
-    logits, expected = model(ids, None, batch), twin(batch.dense_features, sparse)
+    logits, expected = model(ids, None, batch), baseline(batch.dense_features, sparse)
     if name == "deepfm":  # which ends with probabilities
         logits = logits.sigmoid()
     assert len(set(expected.flatten().tolist())) == ROWS
@@ -180,10 +180,10 @@ def test_the_history_of_the_twin_is_a_mean_pooled_feature(name: str) -> None:
     dimensions = replace(DIMENSIONS, pooled_dims=[], pooled_names=())
     model = model_of(name, None, dimensions)
     history = list(ids.history.split(LENGTHS.tolist()))
-    liked = [part * flags for part, flags in zip(history, batch.history.values.split([2, 0, 3]))]
+    liked = [item * flags for item, flags in zip(history, batch.history.values.split([2, 0, 3]))]
     means, liked_means = (
-        torch.stack([rows.sum(0) / max(len(rows), 1) for rows in parts])
-        for parts in (history, liked)
+        torch.stack([rows.sum(0) / max(len(rows), 1) for rows in lists])
+        for lists in (history, liked)
     )
     numbers = history_numbers(batch.history.jagged(), batch.history.values)
     dense = model.dense_arch(torch.cat([batch.dense_features, numbers], dim=1))  # type: ignore
@@ -195,8 +195,8 @@ def test_the_history_of_the_twin_is_a_mean_pooled_feature(name: str) -> None:
 
 def test_logits_are_the_mlp_of_the_cross_network_of_all_vectors() -> None:
     model: Any = model_of("din_dcn")
-    parts = inputs()
-    ids, content, batch = one_row(parts, 2)
+    model_inputs = inputs()
+    ids, content, batch = one_row(model_inputs, 2)
     assert model.content_interest is not None
     values, history = batch.history.values, batch.history.jagged()
     vectors = [
@@ -230,7 +230,7 @@ def test_the_experts_of_mmoe_are_mixed_by_each_label_s_gate() -> None:
     mixtures = model.mixtures(features)
     for label, gate_weight in enumerate(model.gates.weight.chunk(2)):
         gate = torch.softmax(features @ gate_weight.T, dim=1)
-        expected = sum(gate[:, [place]] * expert for place, expert in enumerate(experts))
+        expected = sum(gate[:, [index]] * expert for index, expert in enumerate(experts))
         torch.testing.assert_close(mixtures[:, label], expected)
 
 

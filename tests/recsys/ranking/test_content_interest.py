@@ -121,13 +121,13 @@ def test_the_latest_items_of_a_row_are_flagged() -> None:
 
 def test_flags_of_the_latest_items_have_the_features_of_lists_beside_the_history() -> None:
     target, items, lists = inputs(1)
-    parts = (
+    tensors = (
         target,
         items,
         items.unsqueeze(1)[:4].repeat(1, 2, 1),
         items.unsqueeze(1).repeat(1, 2, 1),
     )
-    content = ContentVectors(*parts)
+    content = ContentVectors(*tensors)
     flagging = ContentInterest(DIM, 2, 1, HistorySettings(recent=[1, 3]))
     reading = ContentInterest(DIM, 2, 3, HistorySettings())
     reading.load_state_dict(flagging.state_dict())

@@ -30,9 +30,9 @@ def test_logits_are_a_linear_map_plus_an_mlp_of_standardized_numbers() -> None:
     network, inputs = network_and_inputs()
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, 0, 0.1)
-    numbers = torch.cat([part.flatten(1) for part in inputs[:3]], dim=1)
+    numbers = torch.cat([tensor.flatten(1) for tensor in inputs[:3]], dim=1)
     hidden = network.standardization(numbers)
-    first, second, last = (part for part in network.layers if isinstance(part, torch.nn.Linear))
+    first, second, last = (unit for unit in network.layers if isinstance(unit, torch.nn.Linear))
     for layer in (first, second):
         hidden = (hidden @ layer.weight.T + layer.bias).relu()
     linear = inputs[0] @ network.linear.weight.T + network.linear.bias
@@ -43,7 +43,7 @@ def test_logits_are_a_linear_map_plus_an_mlp_of_standardized_numbers() -> None:
 def test_training_standardizes_by_the_rows_that_are_no_padding() -> None:
     network, inputs = network_and_inputs()
     network.train()(*inputs[:3], torch.tensor([1.0, 1.0, 1.0, 0.0]))
-    numbers = torch.cat([part.flatten(1) for part in inputs[:3]], dim=1)
+    numbers = torch.cat([tensor.flatten(1) for tensor in inputs[:3]], dim=1)
     torch.testing.assert_close(network.standardization.mean, numbers[:3].mean(dim=0).detach())
 
 

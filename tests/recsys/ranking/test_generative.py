@@ -55,21 +55,21 @@ def test_items_that_share_their_codes_are_numbered_and_keep_their_numbers() -> N
     assert np.array_equal(grown[:35, :3], code_table(every[:35])[:, :3])
     assert len(np.unique(grown[:, :3], axis=0)) == NUM_ITEMS
     # Items of a catalogue need not have all numbers of their group.
-    part = grown[grown[:, 2] > 0]
-    assert len(np.unique(add_codes(part, every)[:, :3], axis=0)) == len(part) + NUM_ITEMS
+    equal = grown[grown[:, 2] > 0]
+    assert len(np.unique(add_codes(equal, every)[:, :3], axis=0)) == len(equal) + NUM_ITEMS
 
 
 def test_the_trie_has_the_items_and_no_other_path() -> None:
     table = code_table(random_codes())
-    trie, place_by_path = CodeTrie(table), {}
+    trie, index_by_path = CodeTrie(table), {}
     for path in itertools.product(range(5), range(4), range(NUM_CODES)):
         node = torch.zeros(1, dtype=torch.long)
         for level, code in enumerate(path):
             children, _ = trie.children(level, node)
             node = children[trie.codes[level][children] == code]
         if len(node):
-            place_by_path[path] = int(trie.items[node])
-    assert place_by_path == {tuple(row[:3]): place for place, row in enumerate(table.tolist())}
+            index_by_path[path] = int(trie.items[node])
+    assert index_by_path == {tuple(row[:3]): index for index, row in enumerate(table.tolist())}
 
 
 @pytest.mark.parametrize("levels", [1, 2])
@@ -80,10 +80,10 @@ def test_a_beam_as_wide_as_the_catalogue_equals_exhaustive_scoring(levels: int) 
     expected = every_score(decoder, table, states)
     best, order = expected.sort(dim=1, descending=True)
 
-    scores, places = beam_search(decoder, CodeTrie(table), states, len(table))
+    scores, indices = beam_search(decoder, CodeTrie(table), states, len(table))
 
     torch.testing.assert_close(scores, best, rtol=0, atol=1e-5)
-    assert torch.equal(places, order)
+    assert torch.equal(indices, order)
     assert (expected.exp().sum(dim=1) < 1).all() and expected.std(dim=1).min() > 0.1
     alone = beam_search(decoder, CodeTrie(table), states[3:4], len(table))
     torch.testing.assert_close(alone[0], scores[3:4], rtol=0, atol=1e-5)
@@ -92,20 +92,20 @@ def test_a_beam_as_wide_as_the_catalogue_equals_exhaustive_scoring(levels: int) 
 def test_a_narrow_beam_finds_items_with_their_scores_in_order() -> None:
     decoder, table, states = decoder_of(), code_table(random_codes()), torch.randn(5, DIM)
     expected = every_score(decoder, table, states)
-    scores, places = beam_search(decoder, CodeTrie(table), states, 6)
-    torch.testing.assert_close(scores, expected.gather(1, places), rtol=0, atol=1e-5)
-    assert (scores.diff(dim=1) <= 0).all() and len(places[0].unique()) == 6
+    scores, indices = beam_search(decoder, CodeTrie(table), states, 6)
+    torch.testing.assert_close(scores, expected.gather(1, indices), rtol=0, atol=1e-5)
+    assert (scores.diff(dim=1) <= 0).all() and len(indices[0].unique()) == 6
 
 
 def test_items_that_a_user_has_seen_are_no_results() -> None:
     decoder, table, states = decoder_of(), code_table(random_codes()), torch.randn(3, DIM)
     is_seen = torch.rand(3, NUM_ITEMS) < 0.4
     is_seen[2] = True
-    scores, places = beam_search(decoder, CodeTrie(table), states, NUM_ITEMS, is_seen)
+    scores, indices = beam_search(decoder, CodeTrie(table), states, NUM_ITEMS, is_seen)
     for row in range(3):
-        results = places[row][places[row] >= 0]
+        results = indices[row][indices[row] >= 0]
         assert sorted(results.tolist()) == (~is_seen[row]).nonzero().flatten().tolist()
-    assert (places[2] == -1).all() and torch.isinf(scores[2]).all()
+    assert (indices[2] == -1).all() and torch.isinf(scores[2]).all()
     empty = beam_search(decoder, CodeTrie(table[:0]), states, 4)
     assert (empty[1] == -1).all()
 
@@ -117,8 +117,8 @@ def test_an_item_alone_has_no_unlikely_last_code() -> None:
     scores = every_score(decoder, table, states)
     first, cache = decoder.step(decoder.start(states), None, 0)
     zeros = torch.zeros(2, dtype=torch.long)
-    tokens, past = decoder.follow(cache, torch.arange(2), 0, zeros)
-    second, _ = decoder.step(tokens, past, 1)
+    tokens, cache_state = decoder.follow(cache, torch.arange(2), 0, zeros)
+    second, _ = decoder.step(tokens, cache_state, 1)
     torch.testing.assert_close(scores[:, 0], (first[:, 0] + second[:, 1]).detach())
 
 
@@ -155,7 +155,7 @@ def test_an_item_without_codes_is_never_likely_and_has_no_gradient() -> None:
     assert scored.logits[1:].tolist() == [[-100.0], [-100.0]] and scored.logits[0] > -50
     torch.testing.assert_close(loss, -2 * scored.log_probs[0] / 3)
     loss.backward()
-    assert all(part.grad.isfinite().all() for part in model.parameters() if part.grad is not None)
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
 def test_rows_count_by_label_and_weight() -> None:

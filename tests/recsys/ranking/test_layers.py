@@ -101,10 +101,10 @@ def test_a_very_long_history_has_finite_numbers() -> None:
 
 BOUGHT = [HistoryColumns("bought", ["bought_price"], [])]
 BOUGHT_LENGTHS = torch.tensor([1, 2, 0])
-BOUGHT_PLACES = torch.tensor([4, 0, 4])  # of the 5 history items
+BOUGHT_INDEX = torch.tensor([4, 0, 4])  # of the 5 history items
 
 
-def further_of(encoder: Any) -> ExtraSequences:
+def extra_sequences_of(encoder: Any) -> ExtraSequences:
     torch.manual_seed(0)
     content = replace(CONTENT, history=replace(CONTENT.history, columns=["bought"]))
     settings = ranking_settings("dlrm", further_histories=encoder)
@@ -115,29 +115,29 @@ def further_of(encoder: Any) -> ExtraSequences:
 def test_content_is_read_as_that_of_a_history_of_these_items_alone(encoder: str) -> None:
     ids, content, batch = inputs()
     prices = torch.rand(3, 1)
-    batch.history.extras.append(ExtraHistory(BOUGHT_LENGTHS, prices, 2, BOUGHT_PLACES))
-    further = further_of(encoder)
+    batch.history.extras.append(ExtraHistory(BOUGHT_LENGTHS, prices, 2, BOUGHT_INDEX))
+    extra = extra_sequences_of(encoder)
     ids = replace(ids, further=[torch.randn(3, ID_DIM)])
 
-    *pooled, id_vector, content_vector = further(ids, content, batch).pooled
+    *pooled, id_vector, content_vector = extra(ids, content, batch).pooled
 
-    assert [len(part[0]) for part in (id_vector, content_vector)] == list(further.widths.values())
+    assert [len(rows[0]) for rows in (id_vector, content_vector)] == list(extra.widths.values())
     assert len(pooled) == 2 and not id_vector[2].any() and not content_vector[2].any()
     items, modalities = content.read_history()
-    encode = further.content_encoders[0]
+    encode = extra.content_encoders[0]
     if isinstance(encode, ContentInterest):
         alone = ContentVectors(
             content.target,
-            items[BOUGHT_PLACES],
+            items[BOUGHT_INDEX],
             content.target_modalities,
-            modalities[BOUGHT_PLACES],
+            modalities[BOUGHT_INDEX],
         )
         history = JaggedHistory.of(torch.arange(3), BOUGHT_LENGTHS, 3)
         torch.testing.assert_close(content_vector, encode(alone, history, prices))
         cosine = F.cosine_similarity(content.target[0], items[4], dim=0)
         torch.testing.assert_close(content_vector[0, CONTENT_DIM], cosine)  # the mean of one item
     else:
-        events = items[BOUGHT_PLACES] + prices @ encode.parallel_map.weight.T  # type: ignore[union-attr]
+        events = items[BOUGHT_INDEX] + prices @ encode.parallel_map.weight.T  # type: ignore[union-attr]
         expected = torch.stack([events[0], events[1:].mean(dim=0)])
         torch.testing.assert_close(content_vector[:2], expected)
 
@@ -155,13 +155,13 @@ def batches() -> list[Tensor]:
 
 
 def after_steps(
-    parts: list[Tensor],
+    batches_of_rows: list[Tensor],
     weights: Tensor | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> Standardization:
     standardization = Standardization(NUM_NUMBERS, process_group)
-    for part in parts:
-        standardization(part, weights)
+    for rows in batches_of_rows:
+        standardization(rows, weights)
     return standardization
 
 
@@ -176,9 +176,9 @@ def test_statistics_are_those_of_all_rows_so_far() -> None:
 
 def test_evaluation_leaves_the_statistics_and_knows_no_other_rows() -> None:
     standardization = after_steps(batches()).eval()
-    before = standardization.mean.clone()
+    old_mean = standardization.mean.clone()
     together = standardization(batches()[0])
-    assert torch.equal(standardization.mean, before)
+    assert torch.equal(standardization.mean, old_mean)
     for row, alone in zip(together, batches()[0]):
         assert torch.equal(standardization(alone.unsqueeze(0))[0], row)
 
@@ -199,10 +199,10 @@ def test_rows_that_pad_do_not_count() -> None:
 @pytest.mark.parametrize("steps", [0, NUM_STEPS])
 def test_a_step_of_padding_alone_changes_nothing(steps: int) -> None:
     standardization = after_steps(batches()[:steps])
-    before = {name: value.clone() for name, value in standardization.state_dict().items()}
+    old_state = {name: value.clone() for name, value in standardization.state_dict().items()}
     standardization(torch.full((2, NUM_NUMBERS), 9.0), torch.zeros(2))
     for name, value in standardization.state_dict().items():
-        assert torch.equal(value, before[name]), name
+        assert torch.equal(value, old_state[name]), name
 
 
 def test_what_hardly_varies_and_what_is_far_off_stays_small() -> None:
@@ -214,8 +214,8 @@ def test_what_hardly_varies_and_what_is_far_off_stays_small() -> None:
 
 
 def statistics_on_rank(rank: int, world_size: int) -> dict[str, Any]:
-    parts = [rows[:3] if rank == 0 else rows[3:] for rows in batches()]
-    standardization = after_steps(parts, process_group=dist.group.WORLD)
+    rank_rows = [rows[:3] if rank == 0 else rows[3:] for rows in batches()]
+    standardization = after_steps(rank_rows, process_group=dist.group.WORLD)
     return {"mean": standardization.mean, "variance": standardization.variance}
 
 
@@ -312,7 +312,7 @@ def features() -> Tensor:
     return torch.randn(HEAD_ROWS, NUM_FEATURES, generator=torch.Generator().manual_seed(1))
 
 
-def own_weights(layer: nn.Module, member: int) -> tuple[Tensor, Tensor]:
+def member_map(layer: nn.Module, member: int) -> tuple[Tensor, Tensor]:
     """Weight [O, I] and bias [O] of the plain linear map that a member computes."""
     if isinstance(layer, MemberLinear):
         return layer.weight[member].T, layer.bias[member, 0]
@@ -324,8 +324,8 @@ def own_weights(layer: nn.Module, member: int) -> tuple[Tensor, Tensor]:
 def plain_mlp(head: EnsembleHead, member: int, x: Tensor) -> Tensor:
     linear = [layer for layer in head.layers if isinstance(layer, EnsembleLinear | MemberLinear)]
     for layer in linear[:-1]:
-        x = torch.relu(F.linear(x, *own_weights(layer, member)))
-    return F.linear(x, *own_weights(linear[-1], member))
+        x = torch.relu(F.linear(x, *member_map(layer, member)))
+    return F.linear(x, *member_map(linear[-1], member))
 
 
 def test_each_member_is_a_plain_mlp_whose_weights_are_scaled_by_row_and_column() -> None:
@@ -337,12 +337,12 @@ def test_each_member_is_a_plain_mlp_whose_weights_are_scaled_by_row_and_column()
 
 
 def test_gradients_of_the_members_losses_are_those_of_plain_mlps() -> None:
-    head, twin, labels = head_of(), head_of(), torch.rand(HEAD_ROWS, LABELS).round()
+    head, reference, labels = head_of(), head_of(), torch.rand(HEAD_ROWS, LABELS).round()
     loss = RankingLoss([1.0, 0.5])
     loss(head(features()).members, labels).backward()
-    losses = [loss(plain_mlp(twin, member, features()), labels) for member in range(MEMBERS)]
+    losses = [loss(plain_mlp(reference, member, features()), labels) for member in range(MEMBERS)]
     torch.stack(losses).mean().backward()
-    for (name, parameter), expected in zip(head.named_parameters(), twin.parameters()):
+    for (name, parameter), expected in zip(head.named_parameters(), reference.parameters()):
         torch.testing.assert_close(parameter.grad, expected.grad, msg=name)
 
 

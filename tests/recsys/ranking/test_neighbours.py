@@ -69,17 +69,17 @@ def plain_evidence(neighbours: Neighbours, row: int, fold: int = FOLDS) -> Tenso
     old, new = (factors[ids, fold].double() for ids in (items, target))
     prior = torch.cat([shares[0].expand(DIM), shares[2].expand(DIM)])
     if neighbours.content_map is not None:
-        places = slice(first, last), row
-        parts = content.read_history()[1], content.target_modalities
+        selections = slice(first, last), row
+        modalities = content.read_history()[1], content.target_modalities
         maps = [
-            neighbours.content_map(part.flatten(1)[place]).double()
-            for part, place in zip(parts, places)
+            neighbours.content_map(vectors.flatten(1)[selection]).double()
+            for vectors, selection in zip(modalities, selections)
         ]
         old, new = torch.cat([old, maps[0]], 1), torch.cat([new, maps[1]])
         prior = torch.cat([prior, shares[1].expand(DIM)])
-    own = (shares.sum() - (old.square() * prior).sum(1)).clamp(min=0)
+    residual = (shares.sum() - (old.square() * prior).sum(1)).clamp(min=0)
     growth = (1 + torch.arange(len(items)).flip(0) / DECAY_AGE) ** DECAY
-    kernel = old * prior @ old.T + torch.diag((neighbours.log_noise.exp() + own) * growth)
+    kernel = old * prior @ old.T + torch.diag((neighbours.log_noise.exp() + residual) * growth)
     similarity = old * prior @ new
     weights = torch.linalg.solve(kernel, similarity)
     square = (new.square() * prior).sum()
@@ -144,16 +144,16 @@ def test_votes_have_their_hand_values() -> None:
 
 def test_each_modality_votes_by_the_cosines_of_its_content() -> None:
     neighbours, batch = neighbours_of(content=CONTENT), rows_of(*BATCH)
-    content, seen = inputs()[1], list[Tensor]()
-    neighbours.network.register_forward_pre_hook(lambda _, numbers: seen.extend(numbers))
+    content, calls = inputs()[1], list[Tensor]()
+    neighbours.network.register_forward_pre_hook(lambda _, numbers: calls.extend(numbers))
     neighbours(content, batch)
-    votes, (_, past) = seen[1], content.read_history()
-    assert votes.shape == (3, 2 + past.shape[1], NUM_VOTES)
+    votes, (_, history) = calls[1], content.read_history()
+    assert votes.shape == (3, 2 + history.shape[1], NUM_VOTES)
     values = (batch.history.values[:2, 0] - 0.4) / 0.5
     deviations = values - values.sum() / (2 + PRIOR_VALUES)
-    for modality in range(past.shape[1]):
+    for modality in range(history.shape[1]):
         target = content.target_modalities[0, modality]
-        similarity = torch.cosine_similarity(past[:2, modality], target, dim=1)
+        similarity = torch.cosine_similarity(history[:2, modality], target, dim=1)
         expected = similarity @ (deviations * WEIGHTS) / 3**0.5
         torch.testing.assert_close(votes[0, 2 + modality, 3], expected)
 
@@ -167,7 +167,7 @@ def test_blocks_of_rows_have_the_numbers_and_gradients_of_all_rows_at_once(
         output = neighbours(content, rows_of(*BATCH))
         (output.regression.square().sum() + output.logits.sin().sum()).backward()
         parameters = content.target_modalities, *neighbours.parameters()
-        gradients = [part.grad for part in parameters if part.grad is not None]
+        gradients = [weight.grad for weight in parameters if weight.grad is not None]
         assert len(gradients) > 5
         return [output.evidence, output.batch.dense_features, *gradients]
 
@@ -189,9 +189,9 @@ def test_a_batch_without_any_history_has_the_evidence_of_its_rows_beside_others(
     _, content, batch = inputs(torch.zeros(3, dtype=torch.long))
     batch.target.items = torch.tensor(BATCH[1])
     content.target_modalities[1] = inputs()[1].target_modalities[1]
-    output, beside = neighbours(content, batch), neighbours(inputs()[1], rows_of(*BATCH))
-    torch.testing.assert_close(output.evidence[1], beside.evidence[1])
-    votes, expected = (part.batch.dense_features[1, NUM_DENSE:] for part in (output, beside))
+    output, mixed = neighbours(content, batch), neighbours(inputs()[1], rows_of(*BATCH))
+    torch.testing.assert_close(output.evidence[1], mixed.evidence[1])
+    votes, expected = (result.batch.dense_features[1, NUM_DENSE:] for result in (output, mixed))
     torch.testing.assert_close(votes, expected)
     (output.regression.square().sum() + output.logits.sin().sum()).backward()
     assert neighbours.log_shares.grad is not None and neighbours.log_shares.grad.isfinite().all()
@@ -200,12 +200,12 @@ def test_a_batch_without_any_history_has_the_evidence_of_its_rows_beside_others(
 def test_lists_have_means_of_the_latest_items(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("recsys.ranking.neighbours.LATEST", (1, 2))
     neighbours, batch = neighbours_of(), rows_of(*BATCH)
-    seen = list[Tensor]()
-    neighbours.network.register_forward_pre_hook(lambda _, numbers: seen.extend(numbers))
+    calls = list[Tensor]()
+    neighbours.network.register_forward_pre_hook(lambda _, numbers: calls.extend(numbers))
     batch.history.values = torch.tensor([0.9, 0.4, -0.1, 1.4, 2.4]).unsqueeze(1)
     neighbours(None, batch)
     expected = torch.tensor([[0.4, 0.65], [0, 0], [2.4, 1.9]])
-    torch.testing.assert_close(seen[2], expected)
+    torch.testing.assert_close(calls[2], expected)
 
 
 def test_votes_of_training_in_half_precision_are_those_of_evaluation() -> None:
@@ -221,8 +221,8 @@ def test_votes_of_training_in_half_precision_are_those_of_evaluation() -> None:
 def test_a_target_that_counts_as_new_in_training_is_known_by_content_alone() -> None:
     neighbours = neighbours_of(content=CONTENT, dropout=0.999).train()
     new = neighbours(inputs()[1], rows_of(*BATCH), torch.zeros(3))
-    added = neighbours_of(content=CONTENT).train()(inputs()[1], rows_of(BATCH[0], [NUM_ITEMS] * 3))
-    assert torch.equal(new.evidence, added.evidence)
+    result = neighbours_of(content=CONTENT).train()(inputs()[1], rows_of(BATCH[0], [NUM_ITEMS] * 3))
+    assert torch.equal(new.evidence, result.evidence)
     assert not new.evidence[:, EVIDENCE.index("item_count")].any()
 
 
@@ -231,8 +231,8 @@ def test_without_values_all_events_count_as_1_and_items_have_no_means() -> None:
     neighbours.value_sums.zero_()
     evidence = neighbours(None, batch).evidence
     old, new = neighbours.cooccurrence[[1, 7], FOLDS], neighbours.cooccurrence[5, FOLDS]
-    own = (neighbours.log_shares.exp().sum() - old.square().sum(1)).clamp(min=0)
-    kernel = old @ old.T + torch.diag((neighbours.log_noise.exp() + own) / WEIGHTS)
+    residual = (neighbours.log_shares.exp().sum() - old.square().sum(1)).clamp(min=0)
+    kernel = old @ old.T + torch.diag((neighbours.log_noise.exp() + residual) / WEIGHTS)
     torch.testing.assert_close(
         evidence[0, 0], old @ new @ torch.linalg.solve(kernel, torch.ones(2))
     )
@@ -270,16 +270,16 @@ def test_candidates_of_one_user_have_the_evidence_and_votes_of_rows_with_equal_h
     neighbours = neighbours_of("liked", CONTENT)
     neighbours.content_map.weight.normal_()  # type: ignore[union-attr]
     _, content, batch = inputs(torch.tensor([3, 3]))
-    past, values = torch.tensor([1, 7, 2]), batch.history.values[:3]
+    history, values = torch.tensor([1, 7, 2]), batch.history.values[:3]
     modalities = content.read_history()[1][:3]
     targets = TargetItems(torch.tensor([4, 7]))
     rows = replace(
-        batch.history, values=values.repeat(2, 1), items=past, index=torch.arange(3).repeat(2)
+        batch.history, values=values.repeat(2, 1), items=history, index=torch.arange(3).repeat(2)
     )
     content = ContentVectors(
         content.target, modalities[:, 0], content.target_modalities, modalities
     )
-    shared = CandidateHistory(values.repeat(2, 1), past, SharedHistory(2, 3, past.device), [])
+    shared = CandidateHistory(values.repeat(2, 1), history, SharedHistory(2, 3, history.device), [])
     expected = neighbours(content, replace(batch, history=rows, target=targets))
     candidates = CandidateBatch(batch.dense_features, targets, shared)
     scored = neighbours(content, candidates)  # type: ignore[arg-type]

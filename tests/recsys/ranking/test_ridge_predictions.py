@@ -20,18 +20,18 @@ def random_ridge(seed: int = 0, num_targets: int = 1, num_fixed: int = 1) -> Rid
     precisions[1, 2:] = 0
     width = num_fixed + 3
     vectors, residuals = (values(3, 5, num_fixed), values(3, 5, 3)), values(3, 5)
-    parts = *vectors, residuals, precisions, values(3, width, num_targets), values(width).exp()
-    return RidgePredictions(*(part.requires_grad_() for part in parts))
+    tensors = *vectors, residuals, precisions, values(3, width, num_targets), values(width).exp()
+    return RidgePredictions(*(tensor.requires_grad_() for tensor in tensors))
 
 
 def by_kernel(ridge: RidgePredictions, row: int, target: int = 0) -> tuple[Tensor, Tensor]:
     """Mean and variance by Gaussian process regression over the items of a history."""
     has_item = ridge.precisions[row] > 0
-    past = torch.cat([ridge.fixed, ridge.events], dim=2)[row][has_item]
+    events = torch.cat([ridge.fixed, ridge.events], dim=2)[row][has_item]
     residuals = ridge.residuals[row][has_item]
     noise = torch.diag(1 / ridge.precisions[row][has_item])
     vector = ridge.target[row, :, target]
-    kernel, similarity = past * ridge.prior @ past.T, past * ridge.prior @ vector
+    kernel, similarity = events * ridge.prior @ events.T, events * ridge.prior @ vector
     solved = torch.linalg.solve(kernel + noise, torch.stack([residuals, similarity], dim=1))
     variance = vector * ridge.prior @ vector - similarity @ solved[:, 1]
     return similarity @ solved[:, 0], variance
@@ -39,7 +39,7 @@ def by_kernel(ridge: RidgePredictions, row: int, target: int = 0) -> tuple[Tenso
 
 def test_predictions_are_those_of_kernel_regression() -> None:
     ridge = random_ridge(num_targets=2)
-    means, variances = (part.view(3, 2) for part in ridge.exact())
+    means, variances = (values.view(3, 2) for values in ridge.exact())
     for row in range(3):
         for target in range(2):
             mean, variance = by_kernel(ridge, row, target)
@@ -49,10 +49,10 @@ def test_predictions_are_those_of_kernel_regression() -> None:
 
 def test_an_item_twice_in_a_history_counts_less_than_twice() -> None:
     """Weighted means count equal items twice; the regression knows that they say the same."""
-    past = torch.tensor([[[1.0], [1.0]]])
+    events = torch.tensor([[[1.0], [1.0]]])
     once = torch.tensor([[1.0, 0.0]])
-    parts = torch.ones(1, 2), torch.ones(1, 1, 1), torch.ones(1)
-    ridge = RidgePredictions(past[:, :, :0], past, parts[0], once, *parts[1:])
+    statistics = torch.ones(1, 2), torch.ones(1, 1, 1), torch.ones(1)
+    ridge = RidgePredictions(events[:, :, :0], events, statistics[0], once, *statistics[1:])
     assert float(ridge.exact()[0]) == 0.5  # 1 / (1 + noise 1)
     twice = replace(ridge, precisions=torch.ones(1, 2))
     torch.testing.assert_close(twice.exact()[0], torch.tensor([2 / 3]))
@@ -68,7 +68,7 @@ def test_the_closed_gradient_is_that_of_autograd(num_fixed: int) -> None:
 
     reference = [by_kernel(ridge, row) for row in range(3)]
     expected = torch.autograd.grad(
-        loss(*(torch.stack(part) for part in zip(*reference))), inputs, allow_unused=True
+        loss(*(torch.stack(gradients) for gradients in zip(*reference))), inputs, allow_unused=True
     )
     actual = torch.autograd.grad(loss(*ridge.fast()), inputs)
     counted = (ridge.precisions > 0).double()

@@ -62,13 +62,13 @@ class Padded:
     def __init__(self, model: SequenceEncoder, ids: Any, content: Any, batch: Batch) -> None:
         lengths, recent = batch.history.lengths, model.recent_items
         rows, longest = len(lengths), int(lengths.max()) + 1
-        self.places = torch.arange(longest).expand(rows, -1)  # [B, L]
+        self.steps = torch.arange(longest).expand(rows, -1)  # [B, L]
         self.lengths = lengths.unsqueeze(1)
         self.ages = torch.zeros(rows, longest)
         states = torch.zeros(rows, longest, 8)
-        parts, tokens = [int(length) for length in lengths], model.tokens
+        sizes, tokens = [int(length) for length in lengths], model.tokens
         for row, (items, values) in enumerate(
-            zip(batch.history.index.split(parts), batch.history.values.split(parts))
+            zip(batch.history.index.split(sizes), batch.history.values.split(sizes))
         ):
             joined = torch.cat([ids.history[items], ids.target[[row]]]) @ tokens.id_map.weight.T
             if tokens.content_map is not None:
@@ -80,13 +80,13 @@ class Padded:
             states[row, : len(joined)] = joined
             self.ages[row, : len(items)] = values[:, 1]
         self.states = states
-        self.causal = self.places.unsqueeze(2) >= self.places.unsqueeze(1)  # [B, L, L]
-        self.is_recent = (self.places >= self.lengths - recent) & (self.places <= self.lengths)
-        self.recent, self.newer = recent, (self.lengths - 1 - self.places).clamp(0, recent)
+        self.causal = self.steps.unsqueeze(2) >= self.steps.unsqueeze(1)  # [B, L, L]
+        self.is_recent = (self.steps >= self.lengths - recent) & (self.steps <= self.lengths)
+        self.recent, self.newer = recent, (self.lengths - 1 - self.steps).clamp(0, recent)
 
     def run(self, model: SequenceEncoder) -> Tensor:  # [B, D]
         """All layers over all places, one mask each, then the target's state."""
-        states, is_event = self.states, (self.places < self.lengths).unsqueeze(2)
+        states, is_event = self.states, (self.steps < self.lengths).unsqueeze(2)
         if isinstance(model, TransformerEncoder):
             assert model.ages is not None
             embeddings = model.places(self.newer) + model.ages(doubling_buckets(self.ages))
@@ -94,7 +94,7 @@ class Padded:
         states = torch.where(is_event, model.dropout(states), states)
         for number, layer in enumerate(model.layers, 1):
             is_last = number == len(model.layers)
-            read = self.places <= self.lengths if is_last else self.is_recent
+            read = self.steps <= self.lengths if is_last else self.is_recent
             new = self.layer(layer, states, self.causal & read.unsqueeze(1))
             states = torch.where(read.unsqueeze(2), new, states)
         return model.norm(states[torch.arange(len(states)), self.lengths.squeeze(1)])
@@ -111,7 +111,7 @@ class Padded:
         assert isinstance(layer, HstuLayer) and layer.of_times is not None
         kvqu = F.silu(layer.kvqu(layer.norm(states)))
         key, value, query = self.heads(kvqu[..., : 3 * 8], 3)
-        distances = (self.places.unsqueeze(2) - self.places.unsqueeze(1)).clamp(0, self.recent + 1)
+        distances = (self.steps.unsqueeze(2) - self.steps.unsqueeze(1)).clamp(0, self.recent + 1)
         gaps = doubling_buckets(self.ages.unsqueeze(1) - self.ages.unsqueeze(2))
         biases = (layer.of_places[:, distances] + layer.of_times[:, gaps]).transpose(0, 1)
         weights = F.silu(query @ key.transpose(2, 3) + biases) / self.recent
@@ -159,8 +159,8 @@ def test_outputs_and_gradients_equal_a_padded_reference(
     batch.history.index = index
     leaves = [ids.history.requires_grad_(), ids.target.requires_grad_()]
     encoder = model.encoder
-    for part in (encoder, *encoder.layers):
-        part.dropout = Halved()
+    for module in (encoder, *encoder.layers):
+        module.dropout = Halved()
     leaves += [*encoder.tokens.parameters(), *encoder.layers.parameters()]
     weights = torch.randn(4, 8)
 
@@ -191,17 +191,17 @@ def test_the_query_of_two_towers_reads_a_token_behind_the_history(
     batch = with_ages(batch)
     nothing = replace(ids, target=torch.zeros_like(ids.target))
     target, modalities = (
-        torch.zeros_like(part) for part in (vectors.target, vectors.target_modalities)
+        torch.zeros_like(vector) for vector in (vectors.target, vectors.target_modalities)
     )
     history, history_modalities = vectors.read_history()
     no_content = ContentVectors(target, history, modalities, history_modalities)
 
     expected = Padded(towers.encoder, nothing, no_content, batch).run(towers.encoder)
     torch.testing.assert_close(interest_of(towers, ids, vectors, batch), expected)
-    query, item = (getattr(towers(ids, vectors, batch), part) for part in ("query", "item"))
-    others = replace(ids, target=ids.target.flip(0))
-    assert torch.equal(towers(others, vectors, batch).query, query)
-    assert not torch.equal(towers(others, vectors, batch).item, item)
+    query, item = (getattr(towers(ids, vectors, batch), key) for key in ("query", "item"))
+    changed_ids = replace(ids, target=ids.target.flip(0))
+    assert torch.equal(towers(changed_ids, vectors, batch).query, query)
+    assert not torch.equal(towers(changed_ids, vectors, batch).item, item)
 
 
 def test_times_between_events_do_not_depend_on_the_moment_of_the_row() -> None:
@@ -240,15 +240,15 @@ def test_candidates_with_searched_histories_score_together_as_one_by_one(name: s
     searching = RankingGraph(graph.ranking, graph.history_map, CONTENT_DIM, top_k=3)
     together = request(4, 6)
     together = replace(together, target_in_bank=together.target_content)
-    parts = ("pooled", "dense", "target", "target_items", "target_content", "target_in_bank")
+    names = ("pooled", "dense", "target", "target_items", "target_content", "target_in_bank")
     alone = []
     for row in range(4):
-        row_parts = {
-            part: [tensor[[row]] for tensor in value] if isinstance(value, list) else value[[row]]
-            for part, value in vars(together).items()
-            if part in parts
+        row_fields = {
+            field: [tensor[[row]] for tensor in value] if isinstance(value, list) else value[[row]]
+            for field, value in vars(together).items()
+            if field in names
         }
-        alone.append(searching(*replace(together, **row_parts).arguments()))
+        alone.append(searching(*replace(together, **row_fields).arguments()))
     torch.testing.assert_close(searching(*together.arguments()), torch.cat(alone))
 
 
@@ -268,9 +268,9 @@ def test_blocks_of_attention_on_a_gpu_grow_with_its_memory(
 @by_name
 def test_dropout_is_drawn_in_training_alone(name: str) -> None:
     model = sequence_model(name, sequence_dropout=0.5, dropout=0.0)
-    parts = inputs(LENGTHS)
-    batch = with_ages(parts[2])
-    first, second = (interest_of(model.train(), *parts[:2], batch) for _ in range(2))
+    ids = inputs(LENGTHS)
+    batch = with_ages(ids[2])
+    first, second = (interest_of(model.train(), *ids[:2], batch) for _ in range(2))
     assert not first.equal(second)
     plain = sequence_model(name)
-    assert interest_of(model.eval(), *parts[:2], batch).equal(interest_of(plain, *parts[:2], batch))
+    assert interest_of(model.eval(), *ids[:2], batch).equal(interest_of(plain, *ids[:2], batch))

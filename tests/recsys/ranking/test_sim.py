@@ -24,12 +24,12 @@ def found_by(model: Sim, content: Any, ids: Any, batch: Batch) -> list[int]:
 
 def best_by_loop(scores: list[list[float]], top_k: int) -> list[int]:
     """By row of scores the places of the highest, counted over all rows."""
-    places, first = [], 0
+    indices, first = [], 0
     for row in scores:
-        best = sorted(range(len(row)), key=lambda place: row[place])[-top_k:]
-        places += [first + place for place in sorted(best)]
+        best = sorted(range(len(row)), key=lambda index: row[index])[-top_k:]
+        indices += [first + index for index in sorted(best)]
         first += len(row)
-    return places
+    return indices
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 10])
@@ -53,9 +53,9 @@ def test_with_content_the_highest_cosines_of_content_and_modalities_are_found() 
     spaces = [(content.target, history)]
     spaces += zip(content.target_modalities.unbind(1), modalities.unbind(1), strict=True)
     total: list[Tensor] = []
-    for row, places in enumerate(torch.arange(10).split(LENGTHS.tolist())):
+    for row, indices in enumerate(torch.arange(10).split(LENGTHS.tolist())):
         cosines = [
-            torch.cosine_similarity(target[row], history[places], dim=1)
+            torch.cosine_similarity(target[row], history[indices], dim=1)
             for target, history in spaces
         ]
         total.append(torch.stack(cosines).sum(0))
@@ -67,8 +67,8 @@ def test_items_that_are_not_found_change_nothing() -> None:
     ids, content, batch = inputs(LENGTHS)
     model = Sim(SETTINGS, DIMENSIONS, CONTENT).eval()
     logits = model(ids, content, batch)
-    places = torch.tensor(found_by(model, content, ids, batch))
-    is_found = torch.zeros(10, 1, dtype=torch.bool).index_fill_(0, places, True)
+    indices = torch.tensor(found_by(model, content, ids, batch))
+    is_found = torch.zeros(10, 1, dtype=torch.bool).index_fill_(0, indices, True)
     moved = replace(ids, history=torch.where(is_found, ids.history, 100.0))
     assert torch.equal(model(moved, content, batch), logits)
     moved = replace(ids, history=torch.where(is_found, 100.0, ids.history))
@@ -101,13 +101,13 @@ def test_ages_are_places_from_the_end_or_the_named_list() -> None:
     gaps = torch.arange(10.0).unsqueeze(1) * 100
     batch.history.values = torch.cat([batch.history.values, gaps], dim=1)
     two_lists = replace(DIMENSIONS, num_parallel=2, parallel_names=("liked", "gap"))
-    by_place, by_gap = (
+    by_position, by_gap = (
         Sim(replace(SETTINGS, time_gaps=name), two_lists, None) for name in (None, "gap")
     )
     history = batch.history.jagged()
-    assert by_place._ages(batch, history).tolist() == [2, 1, 1, 0, 2, 2, 2, 1, 1, 0]
+    assert by_position._ages(batch, history).tolist() == [2, 1, 1, 0, 2, 2, 2, 1, 1, 0]
     assert torch.equal(by_gap._ages(batch, history), age_row(gaps[:, 0]))
     # The gaps are no flags: there are the numbers of one list less.
     difference = num_history_numbers(2) - num_history_numbers(1)
-    assert by_gap.feature_dim == by_place.feature_dim - difference
+    assert by_gap.feature_dim == by_position.feature_dim - difference
     assert by_gap(ids, None, batch).shape == (3, 1)

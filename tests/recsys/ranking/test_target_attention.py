@@ -50,11 +50,11 @@ def score_of(attention: HistoryAttention, item: Tensor, target: Tensor) -> Tenso
 def by_loop(attention: HistoryAttention, target: Tensor, items: Tensor, parallel: Tensor) -> Tensor:
     rows, start = [], 0
     for row, length in enumerate(LENGTHS.tolist()):
-        places = slice(start, start + length)
+        row_slice = slice(start, start + length)
         start += length
-        events = items[INDEX[places]]
+        events = items[INDEX[row_slice]]
         if attention.parallel_map is not None:
-            events = events + parallel[places] @ attention.parallel_map.weight.T
+            events = events + parallel[row_slice] @ attention.parallel_map.weight.T
         if length:
             scores = torch.stack([score_of(attention, item, target[row]) for item in events])
             rows.append(scores.softmax(dim=0) @ events)

@@ -36,7 +36,7 @@ def recipe() -> Config:
     return load_config(TINY, ["--content", "none"])
 
 
-def parts(folder: Path, space: str = SPACE) -> tuple[Config, list[Parameter]]:
+def config_and_space(folder: Path, space: str = SPACE) -> tuple[Config, list[Parameter]]:
     """The recipe and the space of a search; its dataset is written."""
     if not (folder / "data").exists():
         write_dataset(folder / "data")
@@ -46,7 +46,7 @@ def parts(folder: Path, space: str = SPACE) -> tuple[Config, list[Parameter]]:
 
 def search_in(folder: Path, trials: int, space: str = SPACE, **options: Any) -> Search:
     """A search with the fake training on the dataset in `folder`."""
-    config, read = parts(folder, space)
+    config, read = config_and_space(folder, space)
     data = [str(folder / "data")]
     return Search(config, read, data, folder / "search", trials, **options)
 
@@ -91,13 +91,13 @@ def test_the_best_of_the_trials_is_written_as_a_configuration(tmp_path: Path) ->
 @pytest.mark.long
 def test_a_longer_search_goes_on_with_the_same_trials(tmp_path: Path) -> None:
     (tmp_path / "two").mkdir()
-    whole, split = search_in(tmp_path, 5), tmp_path / "two"
-    whole.run()
+    full, split = search_in(tmp_path, 5), tmp_path / "two"
+    full.run()
     for trials in (2, 3, 5):
         later = search_in(split, trials)
         later.run()
 
-    assert tried(later) == tried(whole) and starts(later) == [1] * 5
+    assert tried(later) == tried(full) and starts(later) == [1] * 5
     best = split / "search" / BEST
     expected = best.read_text()
     best.write_text("stale")  # of a search that was killed after a trial's end
@@ -114,8 +114,8 @@ def _hold_and_search(folder: str) -> None:
 def test_a_killed_search_loses_and_repeats_no_trial(tmp_path: Path) -> None:
     for name in ("killed", "whole"):
         (tmp_path / name).mkdir()
-    whole, killed = search_in(tmp_path / "whole", 4), tmp_path / "killed"
-    whole.run()
+    full, killed = search_in(tmp_path / "whole", 4), tmp_path / "killed"
+    full.run()
     write_dataset(killed / "data")
     (killed / "hold-1").touch()
 
@@ -132,12 +132,12 @@ def test_a_killed_search_loses_and_repeats_no_trial(tmp_path: Path) -> None:
     orphan.wait()
     (killed / "hold-1").unlink()
 
-    goes_on = search_in(killed, 4)
-    states = [trial.state for trial in goes_on.trials()]
+    resumed = search_in(killed, 4)
+    states = [trial.state for trial in resumed.trials()]
     assert states == [TrialState.COMPLETE, TrialState.RUNNING]
-    goes_on.run()
-    assert tried(goes_on) == tried(whole)
-    assert starts(goes_on) == [1, 2, 1, 1]  # the second goes on in the folder that it has
+    resumed.run()
+    assert tried(resumed) == tried(full)
+    assert starts(resumed) == [1, 2, 1, 1]  # the second goes on in the folder that it has
 
 
 def waited_for(file: Path) -> None:
@@ -157,11 +157,11 @@ def test_a_search_that_is_asked_to_end_ends_its_training_and_goes_on_later(tmp_p
         waited_for(started)
         signal.raise_signal(signal.SIGTERM)
 
-    before = signal.signal(signal.SIGALRM, ask)
+    old_handler = signal.signal(signal.SIGALRM, ask)
     signal.setitimer(signal.ITIMER_REAL, 0.1)
     with pytest.raises(SearchStopped):
         search.run()
-    signal.signal(signal.SIGALRM, before)
+    signal.signal(signal.SIGALRM, old_handler)
     assert not [one for one in psutil.Process().children() if "--out" in one.cmdline()]
 
     (tmp_path / "hold-0").unlink()
@@ -251,7 +251,7 @@ def test_a_search_with_other_settings_or_data_in_the_folder_is_refused(tmp_path:
         with pytest.raises(ValueError, match=message):
             search_in(tmp_path, 1, **changes)
 
-    _, space = parts(tmp_path)
+    _, space = config_and_space(tmp_path)
     other = load_config(TINY, ["--content", "none", "--epochs", "7"])
     data = [str(tmp_path / "data")]
     with pytest.raises(ValueError, match="epochs: 1, now 7"):
@@ -274,15 +274,15 @@ def test_an_invalid_space_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
 
 
 def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path: Path) -> None:
-    config, space = parts(tmp_path)
+    config, space = config_and_space(tmp_path)
     data, other = tmp_path / "data", tmp_path / "notes"
     other.mkdir()
     (other / "plan.md").touch()
     for out, message in ((data, "data: is part of"), (other, "notes: holds 'plan.md'")):
-        before = sorted(path.name for path in out.iterdir())
+        old_names = sorted(path.name for path in out.iterdir())
         with pytest.raises(ValueError, match=message):
             Search(config, space, [str(data)], out, 1)
-        assert before == sorted(path.name for path in out.iterdir() if path.name != ".lock")
+        assert old_names == sorted(path.name for path in out.iterdir() if path.name != ".lock")
 
 
 def test_other_fits_of_transforms_are_another_dataset(tmp_path: Path) -> None:

@@ -27,17 +27,17 @@ def test_a_killed_search_ends_as_another_and_its_best_trains_to_the_same_figures
 ) -> None:
     write_dataset(tmp_path / "data", {"train": 300, "valid": 90, "test": 30})
     (tmp_path / "space.yaml").write_text(yaml.safe_dump(SPACE))
-    words = ["search", "--config", str(TINY), "--data", "data", "--space", "space.yaml"]
-    words += ["--content", "none", "--trials", "2", "--epochs", "2", "--batch_size", "16"]
+    argv = ["search", "--config", str(TINY), "--data", "data", "--space", "space.yaml"]
+    argv += ["--content", "none", "--trials", "2", "--epochs", "2", "--batch_size", "16"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "recsys.cli", *words, "--out", "killed"]
+    command = [sys.executable, "-m", "recsys.cli", *argv, "--out", "killed"]
 
     with subprocess.Popen(command, cwd=tmp_path, env=environment) as search:
         run = tmp_path / "killed" / "trials" / "0000" / "run-0"
         waited_for(run / "validations.jsonl")
         search.send_signal(signal.SIGKILL)
     for out in ("killed", "whole"):
-        process = run_recsys(*words, "--out", out, folder=tmp_path, environment=environment)
+        process = run_recsys(*argv, "--out", out, folder=tmp_path, environment=environment)
         assert process.returncode == 0, process.stderr
 
     def metrics(folder: str) -> list[object]:

@@ -181,7 +181,7 @@ class Killed(BaseException):
     """Stands for the end of the process: no cleanup runs after it."""
 
 
-def kill_at(patch: pytest.MonkeyPatch, number: int) -> list[str]:
+def kill_at_call(patch: pytest.MonkeyPatch, number: int) -> list[str]:
     """Ends the process at the call of this number that writes after encoding; lists the calls."""
     calls: list[str] = []
     encode, encoded = ItemEncoder.encode, []
@@ -225,19 +225,19 @@ def without_encoders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_a_killed_process_leaves_the_package_whole_and_the_next_addition_works(
     run: Path, package: Path, tmp_path: Path, without_encoders: None
 ) -> None:
-    parts = pq.read_table(run / "new" / "items.parquet"), tmp_path / "part.parquet"
-    pq.write_table(parts[0].slice(0, 1), parts[1])
-    add_items(package, str(parts[1]))
-    pq.write_table(parts[0].slice(1), parts[1])
-    before = read_manifest(package)
+    files = pq.read_table(run / "new" / "items.parquet"), tmp_path / "part.parquet"
+    pq.write_table(files[0].slice(0, 1), files[1])
+    add_items(package, str(files[1]))
+    pq.write_table(files[0].slice(1), files[1])
+    old_manifest = read_manifest(package)
     for number in itertools.count(1):
         with pytest.MonkeyPatch.context() as patch:
-            calls = kill_at(patch, number)
+            calls = kill_at_call(patch, number)
             with suppress(Killed):
-                add_items(package, str(parts[1]))
+                add_items(package, str(files[1]))
                 break
-        assert read_manifest(package) == before, calls
-        assert list(AddedItems.open(package, before.added).ids) == [pa.scalar(NEW[0])]
+        assert read_manifest(package) == old_manifest, calls
+        assert list(AddedItems.open(package, old_manifest.added).ids) == [pa.scalar(NEW[0])]
 
     assert {"save", "write_table", "write_vectors", "rename", "replace", "fsync"} <= {*calls}
     manifest = read_manifest(package)
@@ -251,9 +251,9 @@ def test_processes_that_add_at_once_lose_nothing(
     run: Path, package: Path, tmp_path: Path, without_encoders: None
 ) -> None:
     items, threads = pq.read_table(run / "new" / "items.parquet"), []
-    for place in range(len(NEW)):
-        file = tmp_path / f"{place}.parquet"
-        pq.write_table(items.slice(place, 1), file)
+    for index in range(len(NEW)):
+        file = tmp_path / f"{index}.parquet"
+        pq.write_table(items.slice(index, 1), file)
         threads.append(threading.Thread(target=add_items, args=(package, str(file))))
     for thread in threads:
         thread.start()
@@ -281,19 +281,19 @@ def test_items_go_into_one_package_whatever_a_link_names_later(
     assert read_manifest(package).added and not read_manifest(newer).added
 
 
-@pytest.mark.parametrize("part", ["added/1/content.vectors", "items/weights.safetensors"])
+@pytest.mark.parametrize("file_name", ["added/1/content.vectors", "items/weights.safetensors"])
 def test_a_damaged_file_of_items_is_refused_by_name(
-    run: Path, package: Path, without_encoders: None, part: str
+    run: Path, package: Path, without_encoders: None, file_name: str
 ) -> None:
     items = str(run / "new" / "items.parquet")
     add_items(package, items)
-    content = bytearray((package / part).read_bytes())
+    content = bytearray((package / file_name).read_bytes())
     content[-1] ^= 1
-    (package / part).write_bytes(content)
+    (package / file_name).write_bytes(content)
 
-    with pytest.raises(ValueError, match=str(package / part)):
+    with pytest.raises(ValueError, match=str(package / file_name)):
         Scorer.load(package)
-    with pytest.raises(ValueError, match=str(package / part)):
+    with pytest.raises(ValueError, match=str(package / file_name)):
         add_items(package, items)
 
 
@@ -314,20 +314,20 @@ def test_bad_rows_are_refused_by_file_column_and_row_and_nothing_is_written(
     run: Path, package: Path, tmp_path: Path, column: str, values: Any, message: str
 ) -> None:
     items, file = new_items(run / "data", NEW), tmp_path / "bad.parquet"
-    place = items.schema.get_field_index(column)
+    index = items.schema.get_field_index(column)
     kind = None if column in ("text", "item") else items.schema.field(column).type
     items = items.drop_columns([column])
     if values is not None:
-        items = items.add_column(place, column, pa.array(values, kind))
+        items = items.add_column(index, column, pa.array(values, kind))
     pq.write_table(items, file)
-    before = files_of(package)
+    old_files = files_of(package)
 
     with pytest.raises(ValueError, match=f"{file}.*{message}"):
         add_items(package, str(file))
 
     assert {
         name: content for name, content in files_of(package).items() if ".lock" not in name
-    } == before
+    } == old_files
 
 
 def test_features_that_are_added_again_do_not_change(package: Path, tmp_path: Path) -> None:
@@ -338,8 +338,8 @@ def test_features_that_are_added_again_do_not_change(package: Path, tmp_path: Pa
     content["schema"]["features"] = [{"by": ["item"], "columns": ["price", "since"]}]
     schema.write_text(yaml.safe_dump(content))
     table = load_run_schema(package).features[0]
-    since = pa.array([0], pa.timestamp("us"))
-    stored = pa.table({"item": [5], "price": [1.0], "since": since})
+    moments = pa.array([0], pa.timestamp("us"))
+    stored = pa.table({"item": [5], "price": [1.0], "since": moments})
     path = features_file(package, table)
     path.parent.mkdir()
     with (

@@ -45,8 +45,8 @@ class Small(nn.Module):
         self.register_buffer("mean", torch.randn(3))
         self.factor = factor
 
-    def forward(self, parts: list[Tensor], number: Tensor) -> Tensor:
-        hidden = self.first(parts[0] - self.mean) + self.shared(parts[1])
+    def forward(self, tensors: list[Tensor], number: Tensor) -> Tensor:
+        hidden = self.first(tensors[0] - self.mean) + self.shared(tensors[1])
         return self.second(hidden) * self.factor + number.unsqueeze(1)
 
 
@@ -63,8 +63,8 @@ def write(path: Path, module: nn.Module) -> nn.Module:
 
 def assert_equal(graph: ExportedGraph, module: nn.Module) -> None:
     for rows in (1, 7):
-        parts, number = [torch.randn(rows, 3), torch.randn(rows, 3)], torch.randn(rows)
-        torch.testing.assert_close(graph(parts, number), module(parts, number))
+        tensors, number = [torch.randn(rows, 3), torch.randn(rows, 3)], torch.randn(rows)
+        torch.testing.assert_close(graph(tensors, number), module(tensors, number))
 
 
 def test_weights_of_another_file_run_with_the_same_operations(tmp_path: Path) -> None:
@@ -118,8 +118,8 @@ def test_a_compiled_package_scores_as_predict(
     elsewhere = Scorer.load(tmp_path / "package")
     assert elsewhere.graph_file == GRAPH and "riscv64" in caplog.text
     np.testing.assert_allclose(elsewhere.score(**rows[0]), predicted[:1], rtol=0, atol=1e-6)
-    many = rows[0] | {"candidates": list(range(30))}
-    np.testing.assert_allclose(scorer.score(**many), elsewhere.score(**many), rtol=0, atol=1e-5)
+    body = rows[0] | {"candidates": list(range(30))}
+    np.testing.assert_allclose(scorer.score(**body), elsewhere.score(**body), rtol=0, atol=1e-5)
 
 
 class LatestItems(nn.Module):

@@ -12,7 +12,7 @@ from recsys.serving.features.source import FeastFeatures
 
 feast = pytest.importorskip("feast")
 
-NOW = datetime(2026, 11, 28, tzinfo=UTC)
+CURRENT_TIME = datetime(2026, 11, 28, tzinfo=UTC)
 STORE = """\
 project: shop
 registry: registry.db
@@ -36,7 +36,7 @@ TYPES = {
 
 def test_features_come_from_feast_with_the_times_of_their_events(tmp_path: Path) -> None:
     rows = {"item": ["i1", "i2"], "brand": ["a", None], "cost": [1.5, 2.5], "views": [3.0, 4.0]}
-    frame = pd.DataFrame({**rows, "ts": [NOW, NOW]})
+    frame = pd.DataFrame({**rows, "ts": [CURRENT_TIME, CURRENT_TIME]})
     frame.to_parquet(tmp_path / "items.parquet")
     (tmp_path / "feature_store.yaml").write_text(STORE)
     item = feast.Entity(name="item", join_keys=["item"], value_type=feast.ValueType.STRING)
@@ -63,6 +63,6 @@ def test_features_come_from_feast_with_the_times_of_their_events(tmp_path: Path)
     assert values["brand"] == [None, None, "a", None]
     assert values["cost"] == [2.5, None, 1.5, None]
     assert values["views"] == [4.0, None, 3.0, None]
-    micros = int(NOW.timestamp() * 1_000_000)
+    micros = int(CURRENT_TIME.timestamp() * 1_000_000)
     assert values["views@"] == [micros, None, micros, None]
     assert source.read(TABLE, [pa.array([None], pa.string())])["cost"].to_pylist() == [None]

@@ -74,7 +74,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     return replace(config, continual=replace(config.continual, packages=packages, keep=9))
 
 
-def answers(server: ServedPackage, requests: list[dict[str, Any]], version: str) -> np.ndarray:
+def scores_of(server: ServedPackage, requests: list[dict[str, Any]], version: str) -> np.ndarray:
     """The scores of candidates in the order of requests, [R, N, 1], all by one version."""
     scores = []
     for request in requests:
@@ -102,7 +102,7 @@ def test_ids_alone_are_answered_as_rows_of_loops_before_and_after_three_days(
             requests = list(shop.requests(REQUESTS, seed=day))
             types = pq.read_schema(next((tmp_path / "data" / "train").glob("*/*.parquet")))
             expected = predictions(run, shop, requests, tmp_path / f"compared-{day}", types)
-            scores = answers(server, requests, version)
+            scores = scores_of(server, requests, version)
             assert len(np.unique(scores)) > REQUESTS
             np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-6)
     finally:

@@ -206,7 +206,7 @@ def delta(package: Path, newer: Path, tmp_path: Path) -> Path:
 def test_the_older_package_and_a_delta_of_its_changed_rows_make_the_newer_one(
     package: Path, newer: Path, tmp_path: Path
 ) -> None:
-    before, delta = files_of(package), tmp_path / "delta"
+    old_files, delta = files_of(package), tmp_path / "delta"
 
     counts = write_delta(package, newer, delta)
 
@@ -216,7 +216,7 @@ def test_the_older_package_and_a_delta_of_its_changed_rows_make_the_newer_one(
     apply_delta(package, delta, tmp_path / "made")
 
     assert files_of(tmp_path / "made") == files_of(newer)
-    assert files_of(package) == before
+    assert files_of(package) == old_files
 
 
 def test_a_table_of_fewer_rows_is_cut(package: Path, newer: Path, tmp_path: Path) -> None:
@@ -233,13 +233,13 @@ def test_another_older_package_is_refused_by_the_file_that_differs(
     assert not (tmp_path / "made").exists()
 
 
-@pytest.mark.parametrize("place", [100, 0.5, -30])
+@pytest.mark.parametrize("position", [100, 0.5, -30])
 def test_a_damaged_delta_is_refused_and_nothing_is_written(
-    package: Path, delta: Path, tmp_path: Path, place: float
+    package: Path, delta: Path, tmp_path: Path, position: float
 ) -> None:
     content = bytearray(delta.read_bytes())
-    at = int(place * len(content)) if place == 0.5 else int(place)
-    content[at] ^= 255
+    offset = int(position * len(content)) if position == 0.5 else int(position)
+    content[offset] ^= 255
     delta.write_bytes(content)
     with pytest.raises(ValueError, match=str(delta)):
         apply_delta(package, delta, tmp_path / "made")

@@ -63,8 +63,8 @@ def tiled(request: RankingInputs, history_map: nn.Module | None) -> tuple[Any, A
     content = None
     if history_map is not None:
         target_modalities, history_modalities = (
-            part[:, CONTENT_DIM:].unflatten(1, (-1, CONTENT_DIM))
-            for part in (request.target_content, request.history_content)
+            vectors[:, CONTENT_DIM:].unflatten(1, (-1, CONTENT_DIM))
+            for vectors in (request.target_content, request.history_content)
         )
         mapped = history_map(request.history_content[:, :CONTENT_DIM])
         target = request.target_content[:, :CONTENT_DIM]
@@ -136,8 +136,8 @@ def test_a_search_keeps_the_items_whose_content_is_most_like_the_candidate() -> 
     rows = replace(rows, history_content=torch.cat([rows.history_content[:1] * 0, like]))
     rows = replace(rows, target_in_bank=rows.target_content)
     alone = {
-        name: part[1:2]
-        for name, part in vars(rows).items()
+        name: value[1:2]
+        for name, value in vars(rows).items()
         if name in ("history", "parallel", "history_items", "history_content")
     }
 
@@ -203,15 +203,15 @@ def test_compiled_graphs_are_compared_by_their_precision(is_rounded: bool, tmp_p
     assert _has_bfloat16(program) == is_rounded
 
 
-@pytest.mark.parametrize("trained_in", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @torch.no_grad()
-def test_a_graph_in_bfloat16_scores_nearly_as_in_float32(trained_in: str, tmp_path: Path) -> None:
+def test_a_graph_in_bfloat16_scores_nearly_as_in_float32(dtype: str, tmp_path: Path) -> None:
     settings = ranking_settings("din_dcn", ensemble_members=4)
     model = build_ranking(settings, DIMENSIONS, CONTENT).eval()
     history_map = nn.Linear(CONTENT_DIM, CONTENT_DIM, bias=False)
     rows = request(4, 70)
     exact = RankingGraph(model, history_map, CONTENT_DIM)(*rows.arguments())
-    if trained_in == "bf16":
+    if dtype == "bf16":
         use_bfloat16([model], torch.device("cpu"))
     graph = RankingGraph(model, history_map, CONTENT_DIM, bfloat16=True)
 
@@ -219,13 +219,13 @@ def test_a_graph_in_bfloat16_scores_nearly_as_in_float32(trained_in: str, tmp_pa
         rounded = scored(*rows.arguments())
         torch.testing.assert_close(rounded, exact, rtol=2e-2, atol=1e-2)
         assert not rounded.equal(exact)
-    assert isinstance(model, InBfloat16) == (trained_in == "bf16")
+    assert isinstance(model, InBfloat16) == (dtype == "bf16")
 
 
 def test_attention_to_further_histories_is_in_bfloat16_too() -> None:
     attention = TargetAttention(ID_DIM, 0, [6, 3])
-    use_bfloat16([further := nn.Sequential(attention)], torch.device("cpu"))
-    graph = RankingGraph(nn.Identity(), further_histories=further, bfloat16=True)
+    use_bfloat16([extra := nn.Sequential(attention)], torch.device("cpu"))
+    graph = RankingGraph(nn.Identity(), further_histories=extra, bfloat16=True)
     assert graph.further_histories is not None
     assert graph.further_histories[0].rounds_shared and not attention.rounds_shared
     assert not isinstance(graph.further_histories, InBfloat16)
@@ -240,7 +240,7 @@ def number_of_candidates(ids: IDVectors) -> Tensor:
     return ids.target + ids.target.new_ones(len(ids.target), 1)
 
 
-def most_history_items(ids: IDVectors) -> Tensor:
+def max_history_items(ids: IDVectors) -> Tensor:
     return ids.target * (1 if ids.history.shape[0] <= 100 else 2)
 
 
@@ -256,15 +256,15 @@ class SumOf(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("vectors", "words"),
+    ("vectors", "message"),
     [
         (shape_of_values, "depends on values"),
         (number_of_candidates, "fixes the number of candidates to 5; .*len"),
-        (most_history_items, "0 to 100 history items only"),
+        (max_history_items, "0 to 100 history items only"),
     ],
 )
 def test_a_model_whose_graph_would_be_wrong_for_other_requests_is_refused(
-    vectors: Any, words: str, tmp_path: Path
+    vectors: Any, message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=rf"(?s)ranking\.name 'mine:Model' .*{words}"):
+    with pytest.raises(ValueError, match=rf"(?s)ranking\.name 'mine:Model' .*{message}"):
         exported(RankingGraph(SumOf(vectors)), "mine:Model", tmp_path)

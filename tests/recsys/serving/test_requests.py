@@ -104,8 +104,8 @@ def crossed() -> Schema:
 
 def test_types_of_a_request_are_not_asked_of_the_next_one() -> None:
     read = RequestReader(crossed(), ["hour"], {})
-    for when in (5 * 3600, "1970-01-01T05:00", 5 * 3600):
-        assert read({"when": when}, [], [1]).pooled["hour"].rows.tolist() == [5]
+    for moment in (5 * 3600, "1970-01-01T05:00", 5 * 3600):
+        assert read({"when": moment}, [], [1]).pooled["hour"].rows.tolist() == [5]
 
 
 @pytest.mark.parametrize(

@@ -45,10 +45,10 @@ def test_threads_share_a_scorer(package_run: Run, scorer: Scorer) -> None:
     rows = list(requests(package_run[0] / "data"))
     scores: dict[int, np.ndarray] = {}
 
-    def answer(number: int) -> None:
+    def score_request(number: int) -> None:
         scores[number] = np.concatenate([scorer.score(**request) for request in rows])
 
-    threads = [threading.Thread(target=answer, args=(number,)) for number in range(4)]
+    threads = [threading.Thread(target=score_request, args=(number,)) for number in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -98,8 +98,8 @@ def test_a_number_that_no_model_can_take_is_refused_by_all(
         scorer.score(**request | {"user": request["user"] | {"price": 3e38}})
     table = pq.read_table(package_run[0] / "data" / "test")
     price = pa.array([0.5, 3e38, *[0.5] * (table.num_rows - 2)], pa.float32())
-    place, file = table.schema.get_field_index("price"), tmp_path / "far.parquet"
-    pq.write_table(table.set_column(place, "price", price), file)
+    index, file = table.schema.get_field_index("price"), tmp_path / "far.parquet"
+    pq.write_table(table.set_column(index, "price", price), file)
     with joined_ranks("cpu") as ranks, pytest.raises(ValueError, match=f"not finite.*{file} row 1"):
         predict(package_run[0] / "run", [str(file)], tmp_path / "out.parquet", None, ranks, "cpu")
 
@@ -169,8 +169,8 @@ def test_the_example_in_the_docstring_runs(
     run_example(Scorer, {})
 
 
-FURTHER = ("bought", "bought_shop", "bought_price", "searched")
-COLUMNS = (*HISTORY_COLUMNS, "history_shop", *FURTHER)
+OTHER_HISTORIES = ("bought", "bought_shop", "bought_price", "searched")
+COLUMNS = (*HISTORY_COLUMNS, "history_shop", *OTHER_HISTORIES)
 FACTORS = {"price": 340.0, "history_liked": 50.0, "bought_price": 9e4}
 
 
@@ -182,8 +182,8 @@ def write_wide(folder: Path) -> Path:
         for name, factor in FACTORS.items():
             column = table[name]
             values = [widened(value, factor) for value in column.to_pylist()]
-            place = table.column_names.index(name)
-            table = table.set_column(place, name, pa.array(values, column.type))
+            index = table.column_names.index(name)
+            table = table.set_column(index, name, pa.array(values, column.type))
         pq.write_table(table, file)
     return folder
 

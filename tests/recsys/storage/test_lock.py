@@ -36,8 +36,8 @@ with joined_ranks("cpu") as ranks, sole_job(folder, ranks, folder / ".lock"):
 @pytest.fixture
 def holder(tmp_path: Path) -> subprocess.Popen[str]:
     env = {**os.environ, "TORCHELASTIC_RUN_ID": "shop1"}
-    words = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
-    process = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, text=True)
+    argv = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
+    process = subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline()
     return process
 

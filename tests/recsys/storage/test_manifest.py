@@ -22,11 +22,11 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str
     return {name: describe(tmp_path / name) for name in ("item", "user", "empty")}
 
 
-@pytest.mark.parametrize("place", [0, 1234, 100 * BLOCKS - 8])
-def test_one_bit_is_seen_by_the_hashes(tmp_path: Path, files: manifest.Files, place: int) -> None:
+@pytest.mark.parametrize("byte", [0, 1234, 100 * BLOCKS - 8])
+def test_one_bit_is_seen_by_the_hashes(tmp_path: Path, files: manifest.Files, byte: int) -> None:
     path = tmp_path / "item"
     content = bytearray(path.read_bytes())
-    content[place] ^= 4
+    content[byte] ^= 4
     path.write_bytes(content)
 
     assert [str(path) in line for line in differences(tmp_path, files)] == [True]

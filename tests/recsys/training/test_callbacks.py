@@ -11,9 +11,9 @@ from tests.ranks import run_on_ranks
 from tests.recsys.command_runs import TINY, page_code
 from tests.recsys.em3_runs import ranks_of
 
-WORDS = ["--content", "none", "--contrastive.weight", "0", "--batch_size", "8", "--epochs", "2"]
-WORDS += ["--device", "cpu", "--tracker", "[]", "--patience", "9"]
-OWN = """
+ARGV = ["--content", "none", "--contrastive.weight", "0", "--batch_size", "8", "--epochs", "2"]
+ARGV += ["--device", "cpu", "--tracker", "[]", "--patience", "9"]
+OWN_CALLBACKS = """
 from recsys.training.callbacks import Callback
 
 class Calls(Callback):
@@ -41,9 +41,9 @@ def train_with(rank: int, world_size: int, folder: Path, name: str) -> list[str]
         patch.syspath_prepend(folder)
         import own_callbacks
 
-        words = [*WORDS, "--callbacks", f"['own_callbacks:{name}']"]
+        argv = [*ARGV, "--callbacks", f"['own_callbacks:{name}']"]
         try:
-            config, ranks = load_config(TINY, words), ranks_of(rank, world_size)
+            config, ranks = load_config(TINY, argv), ranks_of(rank, world_size)
             train(config, str(folder / "data"), folder / f"run-{name}", ranks)
         except Exception as error:
             return [f"{type(error).__name__}: {error}"]
@@ -54,7 +54,7 @@ def train_with(rank: int, world_size: int, folder: Path, name: str) -> list[str]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("callbacks")
     code = page_code("recsys/training/README.md", "LongestVector")
-    (folder / "own_callbacks.py").write_text(f"{code}\n{OWN}")
+    (folder / "own_callbacks.py").write_text(f"{code}\n{OWN_CALLBACKS}")
     write_dataset(folder / "data", {"train": 32, "valid": 24, "test": 16})
     return folder
 

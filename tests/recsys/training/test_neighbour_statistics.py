@@ -243,9 +243,9 @@ def test_of_a_user_with_many_events_some_pair(monkeypatch: pytest.MonkeyPatch) -
 def statistics_of_ranks(rank: int, world_size: int, data: Path, out: Path) -> None:
     from tests.recsys.optimizer.test_optimizer_runs import ranks_of
 
-    words = ["--device", "cpu", "--batch_size", "16", *WITHOUT_CONTENT, "--epochs", "1"]
-    words += ["--neighbours", "{values: history_liked, dim: 4, taste_dim: 4}"]
-    train(load_config(TINY, words), str(data), out, ranks_of(rank, world_size))
+    argv = ["--device", "cpu", "--batch_size", "16", *WITHOUT_CONTENT, "--epochs", "1"]
+    argv += ["--neighbours", "{values: history_liked, dim: 4, taste_dim: 4}"]
+    train(load_config(TINY, argv), str(data), out, ranks_of(rank, world_size))
 
 
 def write_times(data: Path, times: np.ndarray) -> None:
@@ -306,8 +306,8 @@ def events_of_ranks(rank: int, world_size: int, data: Path) -> Events:
     from tests.recsys.optimizer.test_optimizer_runs import ranks_of
 
     root, ranks = Location.of(data), ranks_of(rank, world_size)
-    parts = {"config": Config(), "root": root, "schema": load_schema(root), "ranks": ranks}
-    job: Any = SimpleNamespace(**parts)
+    job_fields = {"config": Config(), "root": root, "schema": load_schema(root), "ranks": ranks}
+    job: Any = SimpleNamespace(**job_fields)
     return gather_events(job, NeighbourSettings("history_liked"), ["valid", "train"])
 
 
@@ -324,7 +324,7 @@ def test_of_differing_values_the_first_by_folder_counts_on_any_number_of_ranks(
         write_parquet(data / folder / "part-0.parquet", rows)
     for world_size in (1, 2):
         events = run_on_ranks(events_of_ranks, world_size, data)[0]
-        assert [part.tolist() for part in events] == [[1, 2], [3, 3], [1.0, 1.0], [0, 0]]
+        assert [column.tolist() for column in events] == [[1, 2], [3, 3], [1.0, 1.0], [0, 0]]
 
 
 def test_rows_without_a_user_are_other_users_in_each_folder(tmp_path: Path) -> None:

@@ -22,10 +22,10 @@ from recsys.evaluation.evaluate import score, split_interactions
 from recsys.evaluation.predict import load_run
 from recsys.training.train import train
 from tests.datasets import write_dataset
-from tests.recsys.command_runs import tiny_config, train_words
-from tests.recsys.training.changed_answers import change_answers
+from tests.recsys.command_runs import tiny_config, train_argv
+from tests.recsys.training.changed_answers import shuffle_labels
 
-WORDS = ["--device", "cpu", "--batch_size", "16", "--embedding.skip", "[]"]
+ARGV = ["--device", "cpu", "--batch_size", "16", "--embedding.skip", "[]"]
 VOTES = ["--neighbours", "{values: history_liked, dim: 4, taste_dim: 4}"]
 WITHOUT_CONTENT = ["--content", "none", "--contrastive.weight", "0"]
 MODELS = {
@@ -56,14 +56,14 @@ def write_data(folder: Path, seed: int = 0) -> Path:
 def changed(data: Path, out: Path, split: str, seed: int, **unchanged: list[int]) -> Path:
     """A copy with other answers in a split."""
     shutil.copytree(data, out)
-    change_answers(out / split, seed, **unchanged)
+    shuffle_labels(out / split, seed, **unchanged)
     prepare_transforms(str(out))
     return out
 
 
-def run_on(data: Path, out: Path, *words: str, warm_start: Path | None = None) -> Path:
+def run_on(data: Path, out: Path, *argv: str, warm_start: Path | None = None) -> Path:
     """Train a run in `out`, with one validation."""
-    config = tiny_config(data.parent / "cache", *WORDS, *words)
+    config = tiny_config(data.parent / "cache", *ARGV, *argv)
     start = None if warm_start is None else WarmStart(warm_start)
     with joined_ranks("cpu") as ranks:
         train(config, str(data), out, ranks, warm_start=start)
@@ -82,18 +82,18 @@ def scores_by(run: Path, split: str, data: Path, column: str = "logits") -> np.n
 def test_scores_of_valid_and_test_depend_on_no_label_there_and_on_no_other_row(
     model: str, start: str, tmp_path: Path
 ) -> None:
-    words = MODELS[model]
+    argv = MODELS[model]
     data = write_data(tmp_path / "data")
-    before = None
+    old_run = None
     if start == "warm":
-        before = run_on(write_data(tmp_path / "old", seed=1), tmp_path / "before", *words)
-    first = run_on(data, tmp_path / "first", *words, warm_start=before)
+        old_run = run_on(write_data(tmp_path / "old", seed=1), tmp_path / "before", *argv)
+    first = run_on(data, tmp_path / "first", *argv, warm_start=old_run)
     unchanged = list(range(0, 20, 2))
     for split in ("valid", "test"):
         # The blend of neighbours is fitted to the labels of valid; what it blends is not.
-        column = "network" if split == "valid" and VOTES[0] in words else "logits"
+        column = "network" if split == "valid" and VOTES[0] in argv else "logits"
         other = changed(data, tmp_path / split, split, seed=2, unchanged=unchanged)
-        second = run_on(other, tmp_path / f"second_{split}", *words, warm_start=before)
+        second = run_on(other, tmp_path / f"second_{split}", *argv, warm_start=old_run)
         expected = scores_by(first, split, data, column)
         actual = scores_by(second, split, other, column)
         assert np.array_equal(expected[unchanged], actual[unchanged])
@@ -106,11 +106,11 @@ def test_a_trial_of_a_search_is_scored_without_the_labels_that_choose_it(tmp_pat
     other = changed(data, tmp_path / "other", "valid", seed=3)
     (tmp_path / "space.yaml").write_text(yaml.safe_dump({"ranking.mlp_units": {"choices": [[8]]}}))
     scores = []
-    for place in (data, other):
-        out = tmp_path / f"search_{place.name}"
-        words = train_words(place, out, *MODELS["votes"], "--embedding.skip", "[]")[1:]
-        words += ["--space", str(tmp_path / "space.yaml"), "--trials", "1"]
-        assert main(["search", *words]) == 0
+    for dataset in (data, other):
+        out = tmp_path / f"search_{dataset.name}"
+        argv = train_argv(dataset, out, *MODELS["votes"], "--embedding.skip", "[]")[1:]
+        argv += ["--space", str(tmp_path / "space.yaml"), "--trials", "1"]
+        assert main(["search", *argv]) == 0
         scores.append(scores_by(out / "trials" / "0000" / "run-0", "valid", data, "network"))
     assert np.array_equal(*scores)
 
@@ -120,8 +120,6 @@ def test_answers_of_training_rows_do_change_scores(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")
     other = changed(data, tmp_path / "other", "train", seed=4)
     assert pq.read_table(data / "train").num_rows == pq.read_table(other / "train").num_rows
-    runs = [
-        run_on(place, tmp_path / f"run_{place.name}", *MODELS["votes"]) for place in (data, other)
-    ]
+    runs = [run_on(path, tmp_path / f"run_{path.name}", *MODELS["votes"]) for path in (data, other)]
     first, second = (scores_by(run, "test", data) for run in runs)
     assert not np.array_equal(first, second)

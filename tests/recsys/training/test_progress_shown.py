@@ -17,7 +17,7 @@ from recsys.distributed.log import configure_logging, progress_bar
 from recsys.training.dry_run import DryRun, dry_run
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
-from tests.recsys.command_runs import train_words
+from tests.recsys.command_runs import train_argv
 from tests.recsys.em3_runs import em3_config, ranks_of
 
 SHORT = ["--epochs", "2", "--batch_size", "24", "--content", "none"]
@@ -31,16 +31,16 @@ class Terminal(io.StringIO):
 
     def screen(self) -> list[str]:
         lines, row, column = [""], 0, 0
-        for piece in re.split(r"(\n|\r|\x1b\[A)", self.getvalue()):
-            if piece == "\n":
+        for token in re.split(r"(\n|\r|\x1b\[A)", self.getvalue()):
+            if token == "\n":
                 row, column = row + 1, 0
                 lines += [""] * (row + 1 - len(lines))
-            elif piece in ("\r", "\x1b[A"):
-                row, column = (row, 0) if piece == "\r" else (row - 1, column)
+            elif token in ("\r", "\x1b[A"):
+                row, column = (row, 0) if token == "\r" else (row - 1, column)
             else:
-                before = lines[row].ljust(column)
-                lines[row] = before[:column] + piece + before[column + len(piece) :]
-                column += len(piece)
+                line_start = lines[row].ljust(column)
+                lines[row] = line_start[:column] + token + line_start[column + len(token) :]
+                column += len(token)
         return [line.rstrip() for line in lines]
 
 
@@ -72,7 +72,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(data: Path) -> Terminal:
     """The terminal of a run whose epochs have fewer steps than lie between two logs."""
     with terminal() as shown:
-        assert main([*train_words(data, data.parent / "run"), *SHORT]) == 0
+        assert main([*train_argv(data, data.parent / "run"), *SHORT]) == 0
     return shown
 
 
@@ -92,12 +92,12 @@ def test_every_label_is_shown_and_the_step_whose_model_was_tested(trained: Termi
 
 def test_evaluate_and_predict_show_bars_and_leave_none(data: Path, trained: Terminal) -> None:
     run, out = str(data.parent / "run"), str(data.parent / "out.parquet")
-    for words in (
+    for argv in (
         ["evaluate", "--run", run, "--split", "valid"],
         ["predict", "--run", run, "--input", str(data / "test"), "--out", out],
     ):
         with terminal() as shown:
-            assert main([*words, "--device", "cpu"]) == 0
+            assert main([*argv, "--device", "cpu"]) == 0
         assert "scored batches:" in shown.getvalue()
         assert "scored batches" not in "".join(shown.screen())
 
@@ -105,22 +105,22 @@ def test_evaluate_and_predict_show_bars_and_leave_none(data: Path, trained: Term
 def test_lines_and_no_bar_where_there_is_no_terminal_or_json_is_asked_for(
     data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [*train_words(data, data.parent / "lines"), *SHORT, "--overwrite", "true"]
+    argv = [*train_argv(data, data.parent / "lines"), *SHORT, "--overwrite", "true"]
     with terminal():
         configure_logging(log_format="json")
         assert progress_bar(3, "any").disable
         configure_logging()
         assert not progress_bar(3, "any").disable
-    assert main(words) == 0
+    assert main(argv) == 0
     output = capsys.readouterr().out
     assert re.search(r"^epoch 1 step 3/3 loss .* samples/s, 00:00 left$", output, flags=re.M)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("dry_run")
-    write_dataset(place / "data", {"train": 64, "valid": 32, "test": 20})
-    return place
+    root = tmp_path_factory.mktemp("dry_run")
+    write_dataset(root / "data", {"train": 64, "valid": 32, "test": 20})
+    return root
 
 
 def files_of(folder: Path) -> set[str]:
@@ -134,12 +134,12 @@ def steps_on(rank: int, world_size: int, folder: Path) -> DryRun:
 def test_one_step_on_each_rank_and_nothing_written(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = files_of(folder)
-    words = train_words(folder / "data", folder / "run", "--dry-run")
-    place = words.index("--out")
-    assert main([*words[:place], *words[place + 2 :]]) == 0
+    old_files = files_of(folder)
+    argv = train_argv(folder / "data", folder / "run", "--dry-run")
+    index = argv.index("--out")
+    assert main([*argv[:index], *argv[index + 2 :]]) == 0
 
-    assert files_of(folder) == before
+    assert files_of(folder) == old_files
     printed = capsys.readouterr().out
     assert "dry run: " in printed and " 8 rows on 1 rank" in printed
     assert "32 validation rows" in printed
@@ -158,7 +158,7 @@ def test_ranks_agree_on_losses_and_tell_each_their_memory(folder: Path) -> None:
 
 
 def test_a_run_needs_a_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = train_words(folder / "data", folder / "run")
-    place = words.index("--out")
-    assert main([*words[:place], *words[place + 2 :]]) == 1
+    argv = train_argv(folder / "data", folder / "run")
+    index = argv.index("--out")
+    assert main([*argv[:index], *argv[index + 2 :]]) == 1
     assert "train needs --out" in capsys.readouterr().err

@@ -121,11 +121,11 @@ def test_a_run_feeds_tensorboard_mlflow_and_a_tracker_of_ones_own(
     (tmp_path / "my_tracker.py").write_text(OWN_TRACKER)
     monkeypatch.syspath_prepend(tmp_path)
     data = write_dataset(tmp_path / "data", {"train": 33, "valid": 20, "test": 20})
-    words = ["--content", "none", "--batch_size", "16", "--epochs", "1", "--device", "cpu"]
-    words += ["--contrastive.weight", "0", "--log_every_steps", "1"]
-    words += ["--tracker", "[tensorboard, mlflow, 'my_tracker:Lines']"]
+    argv = ["--content", "none", "--batch_size", "16", "--epochs", "1", "--device", "cpu"]
+    argv += ["--contrastive.weight", "0", "--log_every_steps", "1"]
+    argv += ["--tracker", "[tensorboard, mlflow, 'my_tracker:Lines']"]
     with joined_ranks("cpu") as ranks:
-        metrics = train(load_config(TINY, words), str(data), tmp_path / "run", ranks)
+        metrics = train(load_config(TINY, argv), str(data), tmp_path / "run", ranks)
 
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
@@ -166,8 +166,8 @@ def test_a_tracker_that_fails_ends_no_training(
     monkeypatch.syspath_prepend(tmp_path)
     configure_logging()
     data = write_dataset(tmp_path / "data", {"train": 16, "valid": 20, "test": 20})
-    words = ["--content", "none", "--batch_size", "16", "--epochs", "1", "--device", "cpu"]
-    words += ["--contrastive.weight", "0", "--tracker", "failing_tracker:Fails"]
+    argv = ["--content", "none", "--batch_size", "16", "--epochs", "1", "--device", "cpu"]
+    argv += ["--contrastive.weight", "0", "--tracker", "failing_tracker:Fails"]
     with joined_ranks("cpu") as ranks:
-        train(load_config(TINY, words), str(data), tmp_path / "run", ranks)
+        train(load_config(TINY, argv), str(data), tmp_path / "run", ranks)
     assert "Fails failed, " in capsys.readouterr().out

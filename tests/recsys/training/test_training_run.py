@@ -59,8 +59,8 @@ def test_metrics_json_has_exactly_the_keys_of_the_contract(metrics: dict[str, An
     for split in ("valid", "test"):
         assert set(metrics[split]) >= METRICS | {"cold", "warm"}
         assert metrics[split]["num_samples"] == NUM_ROWS[split]
-        for part in ("cold", "warm"):
-            assert set(metrics[split][part]) >= METRICS
+        for subset in ("cold", "warm"):
+            assert set(metrics[split][subset]) >= METRICS
     assert set(metrics["train"]) == {"samples_per_second", "seconds", "steps", "peak_bytes"}
     assert metrics["train"]["steps"] == 2 * math.ceil(math.ceil(NUM_ROWS["train"] / 2) / 8)
     assert metrics["world_size"] == 2
@@ -88,16 +88,16 @@ def predicted(trained: TrainedRun) -> tuple[list[pa.Table], pa.Table]:
     what `recsys predict` made of them."""
     folder = trained.run.parent
     inputs = []
-    for index, part in enumerate(["test/part-0", "train/part-1", "train/part-0"]):
-        table = pq.read_table(trained.data / f"{part}.parquet").drop_columns(["liked"])
+    for index, name in enumerate(["test/part-0", "train/part-1", "train/part-0"]):
+        table = pq.read_table(trained.data / f"{name}.parquet").drop_columns(["liked"])
         note = pa.array([f"{index}/{row}" for row in range(table.num_rows)])
         table = table.append_column("note", note)
         pq.write_table(table, folder / f"input-{index}.parquet", row_group_size=5)
         inputs.append(table)
     files = [str(folder / f"input-{index}.parquet") for index in range(3)]
     out = folder / "new" / "predictions.parquet"
-    words = ["--run", str(trained.run), "--input", *files, "--out", str(out), "--device", "cpu"]
-    process = run_recsys("predict", *words, ranks=2)
+    argv = ["--run", str(trained.run), "--input", *files, "--out", str(out), "--device", "cpu"]
+    process = run_recsys("predict", *argv, ranks=2)
     assert process.returncode == 0, process.stderr
     assert [path.name for path in out.parent.iterdir()] == [out.name]
     return inputs, pq.read_table(out)
@@ -175,9 +175,9 @@ def test_training_ends_without_gain_and_the_best_model_is_kept_and_tested(
 
     With a share of 1.5 another 9 steps must pass after the best model's 6: five epochs.
     """
-    words = ["--epochs", "9", "--patience", "2", "--batch_size", "16", "--device", "cpu"]
-    words += ["--best_model_by", metric, "--content", "none", "--patience_share", str(share)]
-    config = load_config(TINY, words)
+    argv = ["--epochs", "9", "--patience", "2", "--batch_size", "16", "--device", "cpu"]
+    argv += ["--best_model_by", metric, "--content", "none", "--patience_share", str(share)]
+    config = load_config(TINY, argv)
     aucs = [0.6, 0.7, 0.65, 0.7, 0.6, 0.9]
     gaucs = [0.6, 0.5, 0.58, 0.5, 0.6, 0.9]
     validations = iter([{"auc": auc, "gauc": gauc} for auc, gauc in zip(aucs, gaucs)])
@@ -228,7 +228,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(folder: Path) -> Path:
+def full_run(folder: Path) -> Path:
     """An undisturbed run."""
     run_training(folder, folder / "whole", *GROUP)
     return folder / "whole"
@@ -238,20 +238,20 @@ def progress_of(checkpoint: Path) -> Any:
     return json.loads((checkpoint / "checkpoint.json").read_text())["progress"]
 
 
-def test_checkpoints_fall_where_a_dense_step_has_just_been_made(whole: Path) -> None:
-    steps = {progress_of(path)["steps"] for path in folders_by_age(whole / "checkpoints")}
+def test_checkpoints_fall_where_a_dense_step_has_just_been_made(full_run: Path) -> None:
+    steps = {progress_of(path)["steps"] for path in folders_by_age(full_run / "checkpoints")}
     assert len(steps) > 3 and steps <= set(ENDS_OF_GROUPS)
 
 
-def test_the_norm_of_gradients_is_told_only_of_whole_groups(whole: Path) -> None:
-    events = EventAccumulator(str(whole / "tensorboard"))
+def test_the_norm_of_gradients_is_told_only_of_whole_groups(full_run: Path) -> None:
+    events = EventAccumulator(str(full_run / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("train/gradient_norm")] == ENDS_OF_GROUPS
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 17))
 
 
 def test_sigterm_within_a_group_is_obeyed_at_its_end_and_the_run_goes_on_to_the_same_bits(
-    folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, full_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         first = StepsSeen(patch, 5)
@@ -262,4 +262,4 @@ def test_sigterm_within_a_group_is_obeyed_at_its_end_and_the_run_goes_on_to_the_
         second = StepsSeen(patch)
         run_training(folder, tmp_path / "run", *GROUP)
     assert [number for number, _ in first.steps + second.steps] == list(range(1, 17))
-    assert_same_end(tmp_path / "run", whole)
+    assert_same_end(tmp_path / "run", full_run)

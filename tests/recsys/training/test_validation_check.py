@@ -25,7 +25,7 @@ from recsys.training.train import train
 from recsys.training.trainer import Trainer
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
-from tests.recsys.command_runs import TINY, run_recsys, train_words
+from tests.recsys.command_runs import TINY, run_recsys, train_argv
 from tests.recsys.em3_runs import ranks_of
 from tests.recsys.ranking.backbone_runs import backbone_config
 from tests.recsys.weighted_data import table_of, write_split
@@ -69,13 +69,13 @@ def begin(rank: int, world_size: int, folder: Path, best: dict[str, list[BestMod
     Trainer.train = stop  # type: ignore[method-assign]
     actual = {}
     for labels, metrics in best.items():
-        for by in metrics:
-            config = backbone_config(folder, "two_tower in_batch", "none", best_model_by=by)
-            data, run = folder / labels, folder / f"{labels} {by}"
+        for metric in metrics:
+            config = backbone_config(folder, "two_tower in_batch", "none", best_model_by=metric)
+            data, run = folder / labels, folder / f"{labels} {metric}"
             try:
                 train(config, str(data), run, ranks_of(rank, world_size))
             except (Stepped, ValueError) as error:
-                actual[labels, by] = str(error) or "steps"
+                actual[labels, metric] = str(error) or "steps"
     return actual
 
 
@@ -97,9 +97,9 @@ def test_validation_that_cannot_choose_a_model_is_refused_before_the_first_step(
             ("users of one label", "auc_and_gauc"),
             ("users of both", "gauc"),
         }
-        for (labels, by), message in actual.items():
+        for (labels, metric), message in actual.items():
             if message != "steps":
-                assert f"{labels}/valid" in message and f"best_model_by {by}" in message
+                assert f"{labels}/valid" in message and f"best_model_by {metric}" in message
                 assert "'liked'" in message
         assert "best_model_by: recall" in actual["positives", "auc"]
         assert "best_model_by: auc" in actual["users of one label", "gauc"]
@@ -132,7 +132,7 @@ def test_a_column_of_a_wrong_type_is_refused_before_items_are_encoded(
     data = dataset(tmp_path / "data", LABELS["users of both"])
     write_rows(data, "test", price=np.zeros(20, "datetime64[us]"))
 
-    def encode(*parts: Any) -> NoReturn:
+    def encode(*arguments: Any) -> NoReturn:
         raise AssertionError("items are encoded")
 
     monkeypatch.setattr(recsys.build, "build_content", encode)
@@ -147,15 +147,15 @@ def test_unscaled_numbers_are_named_and_a_useless_model_ends_the_command_with_an
     data, run = write_dataset(tmp_path / "data"), tmp_path / "run"
     for file in data.glob("*/*.parquet"):
         table = pq.read_table(file)
-        place = table.schema.get_field_index("price")
-        if place >= 0:
+        index = table.schema.get_field_index("price")
+        if index >= 0:
             seconds = 1.7e9 + 1e7 * np.random.default_rng(0).random(table.num_rows)
             prices = pa.array(seconds, pa.float32())
-            pq.write_table(table.set_column(place, "price", prices), file)
+            pq.write_table(table.set_column(index, "price", prices), file)
 
-    assert main(train_words(data, tmp_path / "scaled")) == 0  # by default
+    assert main(train_argv(data, tmp_path / "scaled")) == 0  # by default
     assert "standardized: 'price', 1.7" in capsys.readouterr().out
-    assert main(train_words(data, run, "--ranking.scale_inputs", "false")) == 1
+    assert main(train_argv(data, run, "--ranking.scale_inputs", "false")) == 1
     printed = capsys.readouterr()
     assert "dense column 'price' goes from 1.7" in printed.out
     assert "log loss" in printed.err and "'price' (1.70003e+09 to 1.70997e+09)" in printed.err
@@ -195,7 +195,7 @@ def test_the_command_ends_with_the_cause_from_each_rank_before_anything_is_writt
     write_split(data, "valid", rows.set_column(rows.column_names.index("item"), "item", items))
     out = tmp_path / "run"
 
-    process = run_recsys(*train_words(data, out), ranks=2)
+    process = run_recsys(*train_argv(data, out), ranks=2)
 
     assert process.returncode != 0
     cause = "valid/part-0.parquet: column 'item', row 24: id 77 is outside [0, 30)"
@@ -211,8 +211,8 @@ UNEVEN = (3, 13, 14)
 def train_unevenly(rank: int, world_size: int, folder: Path) -> list[tuple[int, int]]:
     """Steps, and rows validated, for each number of training rows."""
     ranks = Ranks(rank, world_size, rank, world_size, torch.device("cpu"))
-    words = ["--batch_size", "4", "--cache", str(folder / "cache"), "--device", "cpu"]
-    config = load_config(TINY, words)
+    argv = ["--batch_size", "4", "--cache", str(folder / "cache"), "--device", "cpu"]
+    config = load_config(TINY, argv)
     results = []
     for rows in UNEVEN:
         metrics = train(config, str(folder / str(rows)), folder / f"run-{rows}", ranks)

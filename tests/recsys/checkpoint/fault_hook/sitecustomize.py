@@ -50,10 +50,10 @@ def watch_steps(loss_watch: Any) -> None:
     def step(self: Any, number: int, loss: Any, positions: Any) -> Any:
         with (folder / f"steps-{rank}.jsonl").open("a") as file:
             file.write(json.dumps([number, float(loss), positions.tolist()]) + "\n")
-        for at, who, signal, seconds in planned:
-            mark = folder / f"done-{at}-{who}-{signal}"
-            if (at, who) == (number, rank) and not mark.exists():
-                mark.touch()
+        for planned_step, who, signal, seconds in planned:
+            marker = folder / f"done-{planned_step}-{who}-{signal}"
+            if (planned_step, who) == (number, rank) and not marker.exists():
+                marker.touch()
                 threading.Timer(seconds, os.kill, (os.getpid(), signal)).start()
         return step_before(self, number, loss, positions)
 

@@ -15,11 +15,11 @@ from recsys.training.train import train
 from tests.recsys.checkpoint.schema_runs import rewrite
 from tests.recsys.checkpoint.warm_start.warm_runs import (
     WITHOUT_CONTENT,
-    begun,
     changed,
     config_of,
     ids_of,
     last_of,
+    start,
     state_of,
     stored_state,
     write_ids,
@@ -65,15 +65,15 @@ def _with_items(table: pa.Table, items: list[int]) -> pa.Table:
 def test_a_warm_start_enlarges_a_table_and_rows_follow_their_ids(
     plain: Path, tmp_path: Path
 ) -> None:
-    before = ids_of(plain / "data")
-    ids = [901, *reversed(before), *range(902, 925)]
+    old_ids = ids_of(plain / "data")
+    ids = [901, *reversed(old_ids), *range(902, 925)]
     data = write_ids(changed(plain, tmp_path, lambda schema: None), ids)
     rows = len(ids) + 1 + len(ids) // 4
     assert pq.read_metadata(data / "vocabulary" / "item.parquet").num_rows >= 40
-    with begun(plain, tmp_path / "new", *WITHOUT_CONTENT, data=data, checkpoint="last") as new:
+    with start(plain, tmp_path / "new", *WITHOUT_CONTENT, data=data, checkpoint="last") as new:
         assert new.job.schema.limit("item") == rows
-        assert f"40 rows and {len(before)} ids before, {rows} and {len(ids)} now" in new.words
+        assert f"40 rows and {len(old_ids)} ids before, {rows} and {len(ids)} now" in new.text
         state, old = state_of(new.job)["item"], stored_state(last_of(plain))["item"]
     assert len(state) == rows and torch.equal(state[-1], old[-1])  # of unknown ids
-    for row, raw in enumerate(reversed(before)):
-        assert torch.equal(state[1 + row], old[before.index(raw)])
+    for row, raw in enumerate(reversed(old_ids)):
+        assert torch.equal(state[1 + row], old[old_ids.index(raw)])

@@ -21,47 +21,47 @@ from tests.recsys.checkpoint.stopped_runs import StepsSeen
 from tests.recsys.checkpoint.warm_start.warm_runs import (
     WITHOUT_CONTENT,
     begin,
-    begun,
     changed,
     config_of,
     grow,
     ids_of,
     last_of,
     logits,
+    start,
     state_of,
     stored_state,
     write_ids,
 )
 from tests.recsys.em3_runs import ranks_of
 
-Pieces = dict[str, list[tuple[list[int], Tensor]]]
+Shards = dict[str, list[tuple[list[int], Tensor]]]
 
 
 def begin_on_rank(
-    rank: int, world_size: int, folder: Path, data: Path, out: Path, words: list[str]
-) -> tuple[bool, Pieces]:
+    rank: int, world_size: int, folder: Path, data: Path, out: Path, argv: list[str]
+) -> tuple[bool, Shards]:
     """Whether it predicts as the other run does here, and the shards after a start on new data."""
     ranks = ranks_of(rank, world_size)
-    expected = logits(load_run(folder / "run", None, ranks, "cpu", words))
-    unchanged = begin(folder, out / "same", ranks, *words)
-    assert unchanged.words == "nothing differs"
+    expected = logits(load_run(folder / "run", None, ranks, "cpu", argv))
+    unchanged = begin(folder, out / "same", ranks, *argv)
+    assert unchanged.text == "nothing differs"
     is_equal = torch.equal(logits(unchanged.job), expected)
-    job = begin(folder, out / "new", ranks, *words, data=data, checkpoint="last").job
+    job = begin(folder, out / "new", ranks, *argv, data=data, checkpoint="last").job
     state = TrainingState(job).state_dict()
     sharded = {name: value for name, value in state.items() if isinstance(value, ShardedTensor)}
-    pieces: Pieces = {
+    shards: Shards = {
         name: [(list(shard.metadata.shard_offsets), shard.tensor) for shard in value.local_shards()]
         for name, value in sharded.items()
     }
-    return is_equal, pieces
+    return is_equal, shards
 
 
-def assembled(pieces: list[Pieces], expected: Tensor, name: str) -> Tensor:
+def assembled(shards: list[Shards], expected: Tensor, name: str) -> Tensor:
     """A sharded tensor of all ranks."""
     result = torch.full_like(expected, 77)
-    for offsets, tensor in (piece for rank_pieces in pieces for piece in rank_pieces[name]):
-        at = zip(offsets, tensor.shape, strict=True)
-        result[tuple(slice(first, first + size) for first, size in at)] = tensor
+    for offsets, tensor in (shard for rank_shards in shards for shard in rank_shards[name]):
+        sides = zip(offsets, tensor.shape, strict=True)
+        result[tuple(slice(first, first + size) for first, size in sides)] = tensor
     return result
 
 
@@ -78,22 +78,22 @@ def test_every_number_of_ranks_and_plan_gets_the_same_rows(
     kind: str, world_size: int, sharding: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     folder = request.getfixturevalue(kind)
-    before = ids_of(folder / "data")
-    data = write_ids(changed(folder, tmp_path, grow), [901, *reversed(before), 902])
-    words: list[str] = WITHOUT_CONTENT if kind == "plain" else []
-    with begun(folder, tmp_path / "one", *words, data=data, checkpoint="last") as new:
+    old_ids = ids_of(folder / "data")
+    data = write_ids(changed(folder, tmp_path, grow), [901, *reversed(old_ids), 902])
+    argv: list[str] = WITHOUT_CONTENT if kind == "plain" else []
+    with start(folder, tmp_path / "one", *argv, data=data, checkpoint="last") as new:
         expected = state_of(new.job)
-    on_ranks: list[Any] = [*words, "--embedding.sharding", sharding]
+    on_ranks: list[Any] = [*argv, "--embedding.sharding", sharding]
     results = run_on_ranks(begin_on_rank, world_size, folder, data, tmp_path, on_ranks)
     assert all(is_equal for is_equal, _ in results)
-    pieces = [rank_pieces for _, rank_pieces in results]
-    names = [name for name in pieces[0] if name in expected]
+    shards = [rank_shards for _, rank_shards in results]
+    names = [name for name in shards[0] if name in expected]
     kinds = {name.split(".")[0] for name in names}
     assert kinds >= {"model", "vocabulary", "optimizer"} - (
         {"optimizer"} if sharding == "column_wise" else set()
     )
     for name in names:
-        assert torch.equal(assembled(pieces, expected[name], name), expected[name]), name
+        assert torch.equal(assembled(shards, expected[name], name), expected[name]), name
 
 
 @pytest.mark.long
@@ -112,7 +112,7 @@ def test_a_warm_started_run_that_was_stopped_ends_with_the_same_bits(
             train(config, str(data), tmp_path / name / "run", ranks, **arguments)
         return tmp_path / name
 
-    whole = run("whole", warm_start=request)
+    full_run = run("whole", warm_start=request)
     steps_seen = StepsSeen(monkeypatch, stop_after=2)
     with pytest.raises(TrainingStopped):
         run("stopped", warm_start=request)
@@ -120,7 +120,7 @@ def test_a_warm_started_run_that_was_stopped_ends_with_the_same_bits(
     with pytest.raises(ValueError, match=r"warm_start\.json"):
         run("stopped", warm_start=WarmStart(plain / "run", optimizer=False))
     stopped = run("stopped", warm_start=request)
-    one, two = stored_state(last_of(whole)), stored_state(last_of(stopped))
+    one, two = stored_state(last_of(full_run)), stored_state(last_of(stopped))
     assert one.keys() == two.keys()
     for name, value in one.items():
         assert torch.equal(value, two[name]), name

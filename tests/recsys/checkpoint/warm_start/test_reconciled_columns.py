@@ -89,12 +89,12 @@ def without(name: str) -> Change:
 def test_columns_labels_and_lists_are_read_in_the_order_of_the_run(
     opened: Opened, tmp_path: Path
 ) -> None:
-    def turn(schema: dict[str, Any]) -> None:
+    def reverse(schema: dict[str, Any]) -> None:
         schema["columns"] = dict(reversed(schema["columns"].items()))
         schema["columns"]["history"]["parallel"].reverse()
 
-    schema, words = opened.schema(changed(opened.folder, tmp_path, turn))
-    assert words == "nothing differs"
+    schema, text = opened.schema(changed(opened.folder, tmp_path, reverse))
+    assert text == "nothing differs"
     assert list(schema.columns) == list(opened.source.schema.columns)
     assert schema.columns["history"].parallel == ["history_liked", "history_age"]
 
@@ -133,9 +133,9 @@ REFUSED: list[tuple[Change, str]] = [
 def test_a_column_that_differs_is_listed_with_its_rule(
     opened: Opened, tmp_path: Path, change: Change, line: str
 ) -> None:
-    _, words = opened.schema(changed(opened.folder, tmp_path, change))
-    assert re.search(line, words), words
-    assert len(words.splitlines()) == 2
+    _, text = opened.schema(changed(opened.folder, tmp_path, change))
+    assert re.search(line, text), text
+    assert len(text.splitlines()) == 2
 
 
 @pytest.mark.parametrize(("change", "line"), REFUSED)
@@ -154,9 +154,9 @@ def test_fitted_values_are_those_of_the_run(opened: Opened, tmp_path: Path) -> N
     fitted = opened.source.schema.transforms["scaled"]
     mean = fitted.steps[0].settings["mean"]
     file.write_text(file.read_text().replace(str(mean), "7.5"))
-    schema, words = opened.schema(data)
+    schema, text = opened.schema(data)
     assert schema.transforms["scaled"] == fitted
-    assert re.search(r"'scaled' .*transform.*  fit of", words)
+    assert re.search(r"'scaled' .*transform.*  fit of", text)
     file.unlink()
     assert opened.schema(data)[0].transforms["scaled"] == fitted
 
@@ -189,23 +189,23 @@ def extended(ids: list[int]) -> list[int]:
 def test_rows_of_an_exact_map_follow_the_raw_ids(
     opened: Opened, tmp_path: Path, change: Any, size: int
 ) -> None:
-    before = ids_of(opened.folder / "data")
-    new_ids = change(before)
+    old_ids = ids_of(opened.folder / "data")
+    new_ids = change(old_ids)
     data = changed(opened.folder, tmp_path, column("item", num_embeddings=size))
     rows, differences = opened.rows(write_ids(data, new_ids), "item")
     assert rows is not None
-    row_of_id = {raw: row for row, raw in enumerate(before)}
+    row_of_id = {raw: row for row, raw in enumerate(old_ids)}
     expected = [row_of_id.get(raw, -1) for raw in new_ids] + [-1] * (size - 1 - len(new_ids)) + [39]
     assert rows.find(0, size).tolist() == expected
     assert rows.find(5, size - 3).tolist() == expected[5:-3]
     assert rows.new_rows(np.arange(30)).tolist() == [
-        new_ids.index(raw) if raw in new_ids else -1 for raw in before
+        new_ids.index(raw) if raw in new_ids else -1 for raw in old_ids
     ]
     if rows.is_identity:
-        assert size == 40 and new_ids == before and not differences.reconciled
+        assert size == 40 and new_ids == old_ids and not differences.reconciled
     else:
-        assert f"{len(set(new_ids) - set(before))} are new" in str(differences)
-        assert f"{len(set(before) - set(new_ids))} are gone" in str(differences)
+        assert f"{len(set(new_ids) - set(old_ids))} are new" in str(differences)
+        assert f"{len(set(old_ids) - set(new_ids))} are gone" in str(differences)
 
 
 @pytest.mark.parametrize("size", [40, 400])
@@ -228,11 +228,11 @@ def test_ids_of_a_bounded_vocabulary_go_to_the_sets_of_the_new_size(
     ]  # last: of unknown ids
     assert old_rows[size - 1] == 11
     num_sets, per_set = set_layout(size)
-    places = np.flatnonzero(old_rows[:-1] >= 0)
-    sets = (mix64(ids[old_rows[places]]) % np.uint64(num_sets)).astype(int)
-    assert (places // per_set == sets).all()
-    parts = [rows.find(start, min(start + 33, size)) for start in range(0, size, 33)]
-    assert np.concatenate(parts).tolist() == old_rows.tolist()
+    slots = np.flatnonzero(old_rows[:-1] >= 0)
+    sets = (mix64(ids[old_rows[slots]]) % np.uint64(num_sets)).astype(int)
+    assert (slots // per_set == sets).all()
+    chunks = [rows.find(start, min(start + 33, size)) for start in range(0, size, 33)]
+    assert np.concatenate(chunks).tolist() == old_rows.tolist()
     assert re.search(rf"{len(used_rows)} ids keep .*, 0 have no", str(differences))
 
 
@@ -289,16 +289,16 @@ def test_an_exact_map_without_an_id_of_the_run_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("words", "lines"),
+    ("argv", "lines"),
     [
         (["--optimizer.learning_rate", "1", "--epochs", "9"], []),
         (["--seed", "3"], ["setting seed"]),
     ],
 )
 def test_a_setting_that_means_more_than_how_long_to_train_is_listed(
-    opened: Opened, words: list[str], lines: list[str]
+    opened: Opened, argv: list[str], lines: list[str]
 ) -> None:
-    config = config_of(opened.folder, *WITHOUT_CONTENT, "--epochs", "2", *words)
+    config = config_of(opened.folder, *WITHOUT_CONTENT, "--epochs", "2", *argv)
     source = opened.fresh_source()
     compare_settings(source, config)
     assert [difference.part for difference in source.differences.reconciled] == lines

@@ -13,9 +13,9 @@ from tests.recsys.checkpoint.schema_runs import rewrite
 from tests.recsys.checkpoint.warm_start.warm_runs import (
     WITHOUT_CONTENT,
     assert_equal,
-    begun,
     best_of,
     changed,
+    start,
     state_of,
     stored_state,
     write_run,
@@ -38,11 +38,11 @@ def refusal(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The error of a start in which nothing fits."""
     folder = tmp_path_factory.mktemp("refusal")
     data = changed(plain, folder, lambda schema: schema["columns"]["shop"].update(num_embeddings=4))
-    words = ["--embedding.dim", "8", "--embedding.optimizer", "adagrad", "--optimizer.name", "sgd"]
+    argv = ["--embedding.dim", "8", "--embedding.optimizer", "adagrad", "--optimizer.name", "sgd"]
     request = {"only": ("*", "ranking.none"), "skip": ("rankin.*",)}
     with (
         pytest.raises(ValueError, match="cannot start") as refused,
-        begun(plain, folder / "new", *WITHOUT_CONTENT, *words, data=data, **request),
+        start(plain, folder / "new", *WITHOUT_CONTENT, *argv, data=data, **request),
     ):
         pass
     assert not (folder / "new").exists()
@@ -57,17 +57,17 @@ def test_what_does_not_fit_is_refused_with_the_fix_before_anything_is_written(
 
 
 def test_with_the_fixes_it_starts(plain: Path, tmp_path: Path) -> None:
-    words = ["--embedding.optimizer", "adagrad", "--ranking.mlp_units", "[8]"]
+    argv = ["--embedding.optimizer", "adagrad", "--ranking.mlp_units", "[8]"]
     request: dict[str, Any] = {"skip": ("ranking.*",), "optimizer": False}
-    with begun(plain, tmp_path / "new", *WITHOUT_CONTENT, *words, **request) as new:
-        assert re.search(r"ranking\.mlp\S+ +not asked for", new.words)
-        assert re.search(r"setting ranking\.mlp_units", new.words)
+    with start(plain, tmp_path / "new", *WITHOUT_CONTENT, *argv, **request) as new:
+        assert re.search(r"ranking\.mlp\S+ +not asked for", new.text)
+        assert re.search(r"setting ranking\.mlp_units", new.text)
 
 
 def test_a_table_that_is_frozen_now_keeps_its_weights_alone(plain: Path, tmp_path: Path) -> None:
-    words = ["--embedding.tables", "{item: {frozen: true}}"]
-    with begun(plain, tmp_path / "new", *WITHOUT_CONTENT, *words) as new:
-        assert re.search("'item' +rowwise_adagrad before, none now +begins anew", new.words)
+    argv = ["--embedding.tables", "{item: {frozen: true}}"]
+    with start(plain, tmp_path / "new", *WITHOUT_CONTENT, *argv) as new:
+        assert re.search("'item' +rowwise_adagrad before, none now +begins anew", new.text)
         assert_equal(state_of(new.job), stored_state(best_of(plain)), "item")
 
 
@@ -83,35 +83,35 @@ def without_first_label(schema: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "what"),
+    ("change", "name"),
     [
         (price_for_weight, r"dense columns: .*\['price', 'age', .* \['age', .*'weight'\]"),
         (without_first_label, r"labels: .*\['liked', 'bought'\].*\['bought'\]"),
     ],
 )
 def test_inputs_and_labels_at_the_places_of_others_are_refused_and_begin_anew_with_the_fix(
-    plain: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None], what: str
+    plain: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None], name: str
 ) -> None:
     data = changed(plain, tmp_path, change)
     for split in ("train", "valid", "test"):
         rewrite(data / split, lambda table: table.append_column("weight", table["price"]))
     arguments: dict[str, Any] = {"data": data}
     with (
-        pytest.raises(ValueError, match=f"{what}.*skip 'ranking\\.\\*'"),
-        begun(plain, tmp_path / "new", *WITHOUT_CONTENT, **arguments),
+        pytest.raises(ValueError, match=f"{name}.*skip 'ranking\\.\\*'"),
+        start(plain, tmp_path / "new", *WITHOUT_CONTENT, **arguments),
     ):
         pass
-    with begun(plain, tmp_path / "new", *WITHOUT_CONTENT, **arguments, skip=("ranking.*",)) as new:
-        assert re.search("ranking\\..* not asked for", new.words)
+    with start(plain, tmp_path / "new", *WITHOUT_CONTENT, **arguments, skip=("ranking.*",)) as new:
+        assert re.search("ranking\\..* not asked for", new.text)
 
 
 def test_a_tower_over_other_columns_of_the_user_is_refused(tmp_path: Path) -> None:
-    words = [*WITHOUT_CONTENT, "--epochs", "1", "--best_model_by", "auc", "--ranking"]
+    argv = [*WITHOUT_CONTENT, "--epochs", "1", "--best_model_by", "auc", "--ranking"]
     tower = "{name: two_tower, query_features: [%s]}"
-    folder = write_run(tmp_path / "towers", *words, tower % "price")
+    folder = write_run(tmp_path / "towers", *argv, tower % "price")
     with (
         pytest.raises(ValueError, match=r"columns of the user: .*'price'\], are \['user', 'age'\]"),
-        begun(folder, tmp_path / "new", *words, tower % "age"),
+        start(folder, tmp_path / "new", *argv, tower % "age"),
     ):
         pass
 
@@ -128,11 +128,11 @@ def test_other_frozen_weights_are_refused(multimodal: Path, tmp_path: Path) -> N
     other_encoder(run)
     with (
         pytest.raises(ValueError, match=r"content\.modalities\.text.*skip 'content\.\*\.text"),
-        begun(multimodal, tmp_path / "new", run=run),
+        start(multimodal, tmp_path / "new", run=run),
     ):
         pass
-    with begun(multimodal, tmp_path / "new", run=run, skip=("content.*.text.*",)) as new:
-        assert re.search(r"memory bank +.*encoders +all items", new.words)
+    with start(multimodal, tmp_path / "new", run=run, skip=("content.*.text.*",)) as new:
+        assert re.search(r"memory bank +.*encoders +all items", new.text)
 
 
 def without_best(run: Path) -> None:
@@ -162,6 +162,6 @@ def test_a_run_that_cannot_be_started_from_is_refused(
     change(run)
     with (
         pytest.raises(ValueError, match=line),
-        begun(plain, tmp_path / "new", *WITHOUT_CONTENT, run=run),
+        start(plain, tmp_path / "new", *WITHOUT_CONTENT, run=run),
     ):
         pass

@@ -32,16 +32,16 @@ from recsys.training.train import train
 from tests.recsys.checkpoint.schema_runs import SCHEMA, copy_of, write_data, write_schema
 from tests.recsys.command_runs import tiny_config
 
-WORDS = ["--device", "cpu", "--batch_size", "16", "--embedding.skip", "[]"]
+ARGV = ["--device", "cpu", "--batch_size", "16", "--embedding.skip", "[]"]
 WITHOUT_CONTENT = ["--content", "none", "--contrastive.weight", "0"]
 Change = Callable[[dict[str, Any]], object]
 
 
-def config_of(folder: Path, *words: str) -> Config:
-    return tiny_config(folder / "cache", *WORDS, *words)
+def config_of(folder: Path, *argv: str) -> Config:
+    return tiny_config(folder / "cache", *ARGV, *argv)
 
 
-def write_run(folder: Path, *words: str) -> Path:
+def write_run(folder: Path, *argv: str) -> Path:
     """A dataset in `folder`/data with columns of every kind, and a run trained on it."""
     data = write_data(folder / "data")
     schema = copy.deepcopy(SCHEMA)
@@ -51,7 +51,7 @@ def write_run(folder: Path, *words: str) -> Path:
     write_schema(data, schema)
     prepare_transforms(str(data))
     with joined_ranks("cpu") as ranks:
-        train(config_of(folder, *words), str(data), folder / "run", ranks)
+        train(config_of(folder, *argv), str(data), folder / "run", ranks)
     return folder
 
 
@@ -72,7 +72,7 @@ def grow(schema: dict[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class Begun:
+class NewRun:
     """A new run before its first step."""
 
     job: Job
@@ -80,7 +80,7 @@ class Begun:
     progress: Progress
 
     @property
-    def words(self) -> str:
+    def text(self) -> str:
         return str(self.plan.differences)
 
 
@@ -88,28 +88,28 @@ def begin(
     folder: Path,
     out: Path,
     ranks: Ranks,
-    *words: str,
+    *argv: str,
     data: Path | None = None,
     change: Callable[[Config], object] = lambda _: None,
     **request: Any,
-) -> Begun:
+) -> NewRun:
     """Begin a run from `folder`/run; a collective."""
-    config = config_of(folder, *words)
+    config = config_of(folder, *argv)
     change(config)
-    place = str(data or folder / "data")
+    data_path = str(data or folder / "data")
     opened_request = WarmStart(**{"run": folder / "run", **request})
-    source, schema = open_warm_start(opened_request, place, out, ranks)
-    job = build_job(config, place, ranks, schema)
+    source, schema = open_warm_start(opened_request, data_path, out, ranks)
+    job = build_job(config, data_path, ranks, schema)
     plan = plan_warm_start(job, source)
     out.mkdir(exist_ok=True)
-    return Begun(job, plan, start_warm(job, out, plan, check_data(job).numbers))
+    return NewRun(job, plan, start_warm(job, out, plan, check_data(job).numbers))
 
 
 @contextmanager
-def begun(folder: Path, out: Path, *words: str, **arguments: Any) -> Iterator[Begun]:
+def start(folder: Path, out: Path, *argv: str, **arguments: Any) -> Iterator[NewRun]:
     """As `begin`, on one rank."""
     with joined_ranks("cpu") as ranks:
-        yield begin(folder, out, ranks, *words, **arguments)
+        yield begin(folder, out, ranks, *argv, **arguments)
 
 
 @torch.no_grad()
@@ -123,21 +123,21 @@ def logits(job: Job) -> Tensor:
     return result.clone()
 
 
-def whole(value: Tensor | ShardedTensor) -> Tensor:
+def full_tensor(value: Tensor | ShardedTensor) -> Tensor:
     """A tensor of a job of one rank."""
     if not isinstance(value, ShardedTensor):
         return value.detach().clone()
     size, shards = tuple(value.metadata().size), value.local_shards()
     result = torch.full(size, 77, dtype=shards[0].tensor.dtype)
     for shard in shards:
-        at = zip(shard.metadata.shard_offsets, shard.metadata.shard_sizes, strict=True)
-        result[tuple(slice(first, first + count) for first, count in at)] = shard.tensor
+        sides = zip(shard.metadata.shard_offsets, shard.metadata.shard_sizes, strict=True)
+        result[tuple(slice(first, first + count) for first, count in sides)] = shard.tensor
     return result
 
 
 def state_of(job: Job) -> dict[str, Tensor]:
     """The whole state of a job of one rank; tables by their names alone."""
-    state = {name: whole(value) for name, value in TrainingState(job).state_dict().items()}
+    state = {name: full_tensor(value) for name, value in TrainingState(job).state_dict().items()}
     tables = {name: value for name, value in state.items() if name.startswith("model.embedding")}
     return state | {name.split(".")[-2]: value for name, value in tables.items()}
 

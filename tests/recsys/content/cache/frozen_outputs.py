@@ -55,7 +55,7 @@ def encoder_of(name: str, modality: ModalitySettings, seed: int = 1) -> Transfor
 def outputs(store: ContentStore, name: str, encoder: Encoder) -> dict[str, Any]:
     """Tokens and mask of all items, and the gradients of what trains."""
     output = encoder.encode(store.gather(ALL_ITEMS)[name])
-    trained = {key: part for key, part in encoder.named_parameters() if part.requires_grad}
+    trained = {key: weight for key, weight in encoder.named_parameters() if weight.requires_grad}
     gradients: dict[str, Any] = {}
     if trained:
         loss = output.values[output.mask].square().sum()
@@ -110,7 +110,7 @@ def fill(
     return store, encoder, watched
 
 
-def parts_in(dataset: Path) -> list[Path]:
+def files_in(dataset: Path) -> list[Path]:
     return sorted((dataset.parent / "cache").glob(".frozen-text-*.parts/*.npz"))
 
 

@@ -48,7 +48,7 @@ def test_a_second_store_uses_what_the_first_has_made(
 def test_changing_one_item_makes_the_content_again(
     dataset: Path, name: str, index: int, value: Any
 ) -> None:
-    before = store_of(dataset, *MODALITIES).folders
+    old_folders = store_of(dataset, *MODALITIES).folders
 
     def change(table: pa.Table) -> pa.Table:
         values = table[name].to_pylist()
@@ -56,19 +56,19 @@ def test_changing_one_item_makes_the_content_again(
         return table.set_column(index, name, pa.array(values, table[name].type))
 
     rewrite(dataset, change)
-    after = store_of(dataset, *MODALITIES).folders
-    assert {other for other in MODALITIES if before[other] != after[other]} == {name}
+    new_folders = store_of(dataset, *MODALITIES).folders
+    assert {other for other in MODALITIES if old_folders[other] != new_folders[other]} == {name}
 
 
 def test_the_same_content_under_other_ids_is_made_again(dataset: Path) -> None:
-    before = store_of(dataset, "clip").folders["clip"]
+    old_folders = store_of(dataset, "clip").folders["clip"]
     swapped = [1, 0, *range(2, 8)]
     rewrite(
         dataset,
         lambda table: table.set_column(0, "item", table["item"].take(pa.array(swapped))),
     )
     store = store_of(dataset, "clip")
-    assert store.folders["clip"] != before
+    assert store.folders["clip"] != old_folders
 
 
 def test_settings_that_change_the_arrays_are_part_of_their_name(dataset: Path) -> None:

@@ -61,8 +61,8 @@ def test_other_weights_split_or_configuration_make_another_cache(
         encoder = encoder_of("text", modality)
         folders.append(cache_folder(store, encoder, ranks))
         dtype = "float16" if (training, pooling) == ("frozen", "none") else "float32"
-        about = json.loads((store.folders["text"] / "about.json").read_text())
-        assert about["dtype"] == store.arrays["text"].values.dtype == dtype
+        metadata = json.loads((store.folders["text"] / "about.json").read_text())
+        assert metadata["dtype"] == store.arrays["text"].values.dtype == dtype
     assert len(set(folders)) == 6
 
 

@@ -28,9 +28,9 @@ from tests.recsys.content.cache.frozen_outputs import (
     encoder_of,
     expected_outputs,
     failures_in,
+    files_in,
     fill,
     outputs,
-    parts_in,
     store_of,
 )
 
@@ -41,7 +41,7 @@ def test_a_fill_that_failed_goes_on_where_it_stopped(
 ) -> None:
     with pytest.raises(Interrupted):
         fill(dataset, ranks, failing_call=num_done)
-    assert len(parts_in(dataset)) == num_done
+    assert len(files_in(dataset)) == num_done
     store, encoder, watched = fill(dataset, ranks)
     assert watched.items == WITH_TEXT - 2 * num_done
     assert_same_outputs(outputs(store, "text", encoder), expected_outputs(dataset))
@@ -52,10 +52,10 @@ def test_a_fill_that_failed_goes_on_where_it_stopped(
 def test_a_damaged_part_does_not_pass_for_done(dataset: Path, ranks: Ranks, damage: str) -> None:
     with pytest.raises(Interrupted):
         fill(dataset, ranks, failing_call=3)
-    part = parts_in(dataset)[1]
-    content = bytearray(part.read_bytes())
+    file = files_in(dataset)[1]
+    content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
-    part.write_bytes({"cut off": content[:-9], "empty": b"", "other bits": content}[damage])
+    file.write_bytes({"cut off": content[:-9], "empty": b"", "other bits": content}[damage])
     store, encoder, watched = fill(dataset, ranks)
     assert watched.items == WITH_TEXT - 2 * 2
     assert_same_outputs(outputs(store, "text", encoder), expected_outputs(dataset))
@@ -207,7 +207,7 @@ def test_an_error_on_one_rank_ends_both_and_what_was_done_is_kept(
 ) -> None:
     messages = run_on_ranks(fail_on_rank_1, 2, dataset)
     assert all("on purpose" in message for message in messages)
-    num_done = len(parts_in(dataset))
+    num_done = len(files_in(dataset))
     assert 1 <= num_done <= 3  # that of rank 1, and both of rank 0, of which one may be the same
     names = [path.name for path in (dataset.parent / "cache").iterdir()]
     assert not [name for name in names if name.startswith("frozen")]

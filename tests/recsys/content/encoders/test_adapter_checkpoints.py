@@ -28,7 +28,7 @@ def config_of(folder: Path) -> Config:
     return replace(config, content=replace(config.content, modalities={"it": text}))
 
 
-def encoder_parts(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def encoder_tensors(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value for name, value in values.items() if ".encoders." in name}
 
 
@@ -51,11 +51,11 @@ def test_adapters_come_back_from_a_checkpoint(tmp_path: Path) -> None:
         finally:
             checkpoints.close()
         other = build_job(config_of(tmp_path), data, ranks)
-        weights = encoder_parts(dict(job.em3.named_parameters()))
+        weights = encoder_tensors(dict(job.em3.named_parameters()))
         with torch.no_grad():
-            for value in encoder_parts(dict(other.em3.named_parameters())).values():
+            for value in encoder_tensors(dict(other.em3.named_parameters())).values():
                 if value.requires_grad:
                     value.add_(0.1)
         load_best(other, tmp_path / "run")
-        for key, value in encoder_parts(dict(other.em3.named_parameters())).items():
+        for key, value in encoder_tensors(dict(other.em3.named_parameters())).items():
             assert torch.equal(value, weights[key]), key

@@ -48,7 +48,7 @@ def randomized(encoder: TransformerEncoder) -> TransformerEncoder:
 
 def adapted(encoder: TransformerEncoder) -> dict[str, Any]:
     return {
-        name: part for name, part in encoder.model.named_modules() if hasattr(part, "base_layer")
+        name: layer for name, layer in encoder.model.named_modules() if hasattr(layer, "base_layer")
     }
 
 
@@ -67,11 +67,11 @@ def assert_equals_bert_with(encoder: TransformerEncoder, weights: dict[str, Tens
 def test_lora_and_dora_are_their_formulas(use_dora: bool) -> None:
     encoder = randomized(encoder_of(use_dora=use_dora))
     weights = {}
-    for name, part in adapted(encoder).items():
-        a, b = part.lora_A["default"].weight, part.lora_B["default"].weight
-        weight = part.base_layer.weight + 6.0 / 4 * b @ a
+    for name, module in adapted(encoder).items():
+        a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+        weight = module.base_layer.weight + 6.0 / 4 * b @ a
         if use_dora:
-            magnitude = part.lora_magnitude_vector["default"].weight
+            magnitude = module.lora_magnitude_vector["default"].weight
             weight = magnitude[:, None] * weight / weight.norm(dim=1, keepdim=True)
         weights[name] = weight.detach()
     assert len(weights) == 2 * NUM_LAYERS
@@ -91,9 +91,9 @@ def test_a_range_of_layers_is_adapted_and_those_above_run_as_they_are(
     assert {name.split(".")[2] for name in adapted(encoder)} == indices
     assert encoder.first_trained == layers[0]
     weights = {
-        name: (part.base_layer.weight + 6.0 / 4 * part.lora_B["default"].weight
-               @ part.lora_A["default"].weight).detach()
-        for name, part in adapted(encoder).items()
+        name: (module.base_layer.weight + 6.0 / 4 * module.lora_B["default"].weight
+               @ module.lora_A["default"].weight).detach()
+        for name, module in adapted(encoder).items()
     }  # fmt: skip
     assert_equals_bert_with(encoder, weights)
     expected, cached = (
@@ -101,8 +101,8 @@ def test_a_range_of_layers_is_adapted_and_those_above_run_as_they_are(
         encoder.frozen_outputs(content_of("bert")),
     )
     encoder.drop_frozen_layers()  # below the lowest adapted one
-    empty = [int(name.split(".")[3]) for name, part in encoder.named_parameters()
-             if ".layer." in name and not part.numel()]  # fmt: skip
+    empty = [int(name.split(".")[3]) for name, weight in encoder.named_parameters()
+             if ".layer." in name and not weight.numel()]  # fmt: skip
     assert set(empty) == set(range(layers[0]))
     assert torch.equal(encoder.encode(cached).values, expected.values)
 
@@ -140,7 +140,7 @@ def test_activation_checkpointing_gives_the_same_gradients_with_dropout_too(
             output = encoder.encode(content_of("bert"))
         output.values.square().sum().backward()
         gradients.append(
-            {key: part.grad for key, part in encoder.named_parameters() if part.requires_grad}
+            {key: weight.grad for key, weight in encoder.named_parameters() if weight.requires_grad}
         )
     assert saved.count(True) < saved.count(False) / 2  # activations are computed again
     assert gradients[0].keys() == gradients[1].keys()

@@ -69,13 +69,13 @@ def encoder_of(
     return encoder
 
 
-def whole_model(folders: dict[str, Path], name: str) -> Any:
+def full_model(folders: dict[str, Path], name: str) -> Any:
     return transformers.AutoModel.from_pretrained(folders[name]).eval()
 
 
-def tokens_by_item(whole: Any, name: str, pooling: Pooling) -> dict[int, Tensor]:
+def tokens_by_item(full: Any, name: str, pooling: Pooling) -> dict[int, Tensor]:
     """The whole model on one item at a time without padding, pooled by hand: [T, D] by item."""
-    model = tower_of(name, whole)
+    model = tower_of(name, full)
     content, tokens = content_of(name), {}
     for item, length in enumerate(LENGTHS):
         if not length:
@@ -112,7 +112,7 @@ def test_frozen_and_forward_together_equal_the_whole_model(
     assert encoder.output_dim == SIZES["hidden_size"]
     assert encoder.caches == (training != "full")
     output = encoder.encode(content_of(name))
-    assert_tokens(output, tokens_by_item(whole_model(folders, name), name, pooling))
+    assert_tokens(output, tokens_by_item(full_model(folders, name), name, pooling))
 
 
 @pytest.mark.parametrize("pooling", ["mean", "none"])
@@ -127,7 +127,7 @@ def test_equal_texts_run_once_with_tokens_and_gradients_as_if_each_ran(
     for key, parameter in encoder.named_parameters():
         if "lora_B" in key:
             nn.init.normal_(parameter)
-    trained = [part for part in encoder.parameters() if part.requires_grad]
+    trained = [weight for weight in encoder.parameters() if weight.requires_grad]
     repeated = torch.tensor([0, 1, 0, 2, 2, 3, 1, 0])
     content = ContentInput(content.values[repeated], content.mask[repeated])
     run, results = encoder._run_above_cut if training == "lora" else encoder._run, []
@@ -152,8 +152,8 @@ def test_equal_texts_run_once_with_tokens_and_gradients_as_if_each_ran(
         factor = torch.randn(output.values.shape, generator=torch.Generator().manual_seed(2))
         loss = (factor * output.values)[output.mask].sum()
         results.append([output.values[output.mask], *torch.autograd.grad(loss, trained)])
-    for part, expected in zip(*results, strict=True):
-        torch.testing.assert_close(part, expected, atol=1e-5, rtol=1e-4)
+    for weight, expected in zip(*results, strict=True):
+        torch.testing.assert_close(weight, expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -163,12 +163,12 @@ def test_full_training_gives_the_gradients_of_the_whole_model(
     encoder = encoder_of(folders, name, "full")
     output = encoder.encode(content_of(name))
     output.values[output.mask].square().sum().backward()
-    model = whole_model(folders, name)
+    model = full_model(folders, name)
     tokens = tokens_by_item(model, name, "mean")
-    sum(part.square().sum() for part in tokens.values()).backward()  # type: ignore[union-attr]
+    sum(p.square().sum() for p in tokens.values()).backward()  # type: ignore[union-attr]
     parameters = tower_of(name, model).named_parameters()
-    expected = {key: part.grad for key, part in parameters if part.grad is not None}
-    trained = {key: part for key, part in encoder.model.named_parameters() if part.requires_grad}
+    expected = {key: p.grad for key, p in parameters if p.grad is not None}
+    trained = {key: p for key, p in encoder.model.named_parameters() if p.requires_grad}
     assert set(trained) == set(expected)  # not heads and the like, which no loss reaches
     for key, parameter in trained.items():
         torch.testing.assert_close(parameter.grad, expected[key], atol=1e-5, rtol=1e-4)
@@ -179,10 +179,10 @@ def test_trained_lora_equals_a_model_with_the_merged_weights(
     folders: dict[str, Path], name: str
 ) -> None:
     encoder = encoder_of(folders, name, "lora")
-    model = whole_model(folders, name)
-    for key, part in encoder.model.named_modules():
-        if hasattr(part, "lora_B"):
-            a, b = part.lora_A["default"].weight, part.lora_B["default"].weight
+    model = full_model(folders, name)
+    for key, module in encoder.model.named_modules():
+        if hasattr(module, "lora_B"):
+            a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
             with torch.no_grad():
                 b.normal_()
                 tower_of(name, model).get_submodule(key).weight += 3.0 / 2 * b @ a
@@ -199,14 +199,14 @@ def test_dropped_frozen_layers_and_kept_outputs_change_nothing(
     encoder = encoder_of(folders, name, training, pooling)
     expected = encoder.encode(content)
     saved = encoder.frozen_outputs(content)
-    trained = {key: part for key, part in encoder.named_parameters() if part.requires_grad}
+    trained = {key: weight for key, weight in encoder.named_parameters() if weight.requires_grad}
     gradients = []
     if trained:
         gradients = list(torch.autograd.grad(expected.values.sum(), list(trained.values())))
-    size = sum(part.numel() for part in encoder.parameters())
+    size = sum(weight.numel() for weight in encoder.parameters())
     encoder.drop_frozen_layers()
-    assert sum(part.numel() for part in encoder.parameters()) < size
-    remaining = {key: part for key, part in encoder.named_parameters() if part.requires_grad}
+    assert sum(weight.numel() for weight in encoder.parameters()) < size
+    remaining = {key: weight for key, weight in encoder.named_parameters() if weight.requires_grad}
     assert list(remaining) == list(trained)
     output = encoder.encode(saved)
     assert torch.equal(output.mask, expected.mask)

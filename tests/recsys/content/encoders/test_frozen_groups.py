@@ -45,7 +45,7 @@ def content_of(kind: str) -> ContentInput:
     return ContentInput(torch.where(mask, ids, 0), mask)
 
 
-def part_of(content: ContentInput, items: Tensor) -> ContentInput:
+def subset_of(content: ContentInput, items: Tensor) -> ContentInput:
     """Some items, padded to the longest of them, as a batch has them."""
     mask = content.mask[items]
     longest = max(int(mask.sum(dim=1).max()), 1)
@@ -58,14 +58,14 @@ def part_of(content: ContentInput, items: Tensor) -> ContentInput:
 @pytest.mark.parametrize("kind", ["text", "image"])
 def test_the_output_of_an_item_is_the_same_in_every_batch(kind: str, training: str) -> None:
     encoder, content = encoder_of(kind, training, "none"), content_of(kind)
-    whole = encoder.frozen_outputs(content)
+    full = encoder.frozen_outputs(content)
     random = np.random.default_rng(0)
     for size in (1, 3, 31, 33, NUM_ITEMS):
         items = torch.from_numpy(random.permutation(NUM_ITEMS)[:size])
-        part = encoder.frozen_outputs(part_of(content, items))
-        longest = part.mask.shape[1]
-        assert torch.equal(part.mask, whole.mask[items, :longest])
-        assert torch.equal(part.values, whole.values[items, :longest])
+        subset = encoder.frozen_outputs(subset_of(content, items))
+        longest = subset.mask.shape[1]
+        assert torch.equal(subset.mask, full.mask[items, :longest])
+        assert torch.equal(subset.values, full.values[items, :longest])
 
 
 def test_autocast_does_not_reach_the_frozen_part() -> None:

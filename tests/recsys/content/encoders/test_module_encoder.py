@@ -63,7 +63,7 @@ def test_a_trained_module_gets_gradient() -> None:
     encoder = ModuleEncoder(Convolution(tokens=False), trained=True, image_size=8).train()
     assert not encoder.caches
     encoder.encode(some_images()).values.square().sum().backward()
-    assert all(part.grad is not None and part.grad.any() for part in encoder.parameters())
+    assert all(weight.grad is not None and weight.grad.any() for weight in encoder.parameters())
 
 
 def test_a_module_of_another_output_shape_is_refused() -> None:

@@ -90,17 +90,17 @@ def test_outputs_are_those_of_the_whole_model(
     assert not output.mask[1].any()
     if training == "full":  # no parameter waits in vain for the gradient that all ranks sum
         output.values.sum().backward()
-        trained = [part for part in encoder.parameters() if part.requires_grad]
-        assert trained and all(part.grad is not None for part in trained)
+        trained = [weight for weight in encoder.parameters() if weight.requires_grad]
+        assert trained and all(weight.grad is not None for weight in trained)
 
 
-@pytest.mark.parametrize("where", ["top", "all"])
+@pytest.mark.parametrize("adapted_layers", ["top", "all"])
 @pytest.mark.parametrize("name", MODELS)
 def test_adapters_above_a_cut_equal_adapters_in_the_whole_model(
-    folders: dict[str, Path], name: str, where: str
+    folders: dict[str, Path], name: str, adapted_layers: str
 ) -> None:
     layers = len(encoder_of(folders, name, "frozen")._layers)
-    encoder = encoder_of(folders, name, "lora", 1 if where == "top" else layers)
+    encoder = encoder_of(folders, name, "lora", 1 if adapted_layers == "top" else layers)
     assert (encoder.split is not None) == encoder.caches == OTHER_CONFIGS[name][2]
     assert bool(encoder.notes) != encoder.caches
     output = encoder.encode(content_of(name))

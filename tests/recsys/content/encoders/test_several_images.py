@@ -24,7 +24,7 @@ from tests.recsys.data.items.item_content import rewrite
 
 NUM_ITEMS = 6
 COUNTS = [2, 1, 0, 3, 1, 4]  # images of each item; 4 are more than the settings below allow
-MOST = 3
+MAX_IMAGES = 3
 
 
 @pytest.fixture
@@ -37,8 +37,8 @@ def dataset(tmp_path: Path) -> Path:
     def with_lists(table: pa.Table) -> pa.Table:
         lists = [images[item] for item in table["item"].to_pylist()]
         lists = [[*row[:1], None, *row[1:]] if len(row) == 3 else row or None for row in lists]
-        place = table.column_names.index("poster")
-        return table.set_column(place, "poster", pa.array(lists, pa.list_(pa.binary())))
+        index = table.column_names.index("poster")
+        return table.set_column(index, "poster", pa.array(lists, pa.list_(pa.binary())))
 
     rewrite(dataset, with_lists)
     return dataset
@@ -53,7 +53,7 @@ def modality_of(training: Any = "frozen", pooling: Any = "mean") -> ModalitySett
         pooling=pooling,
         lora=LoraSettings(rank=2, targets=["q_proj", "v_proj"], top_layers=2),
         image_size=32,
-        max_images=MOST,
+        max_images=MAX_IMAGES,
     )
 
 
@@ -85,11 +85,11 @@ def by_hand(dataset: Path, modality: ModalitySettings, encoder: Encoder) -> dict
     tokens = {}
     for item in range(NUM_ITEMS):
         images = pixels.values[item][pixels.mask[item]]
-        parts = []
+        outputs = []
         for image in images:
             content = type(pixels)(image[None], torch.ones(1, 1, dtype=torch.bool))
-            parts.append(encoder.encode(content).values[0])
-        tokens[item] = torch.cat(parts) if parts else torch.zeros(0, encoder.output_dim)
+            outputs.append(encoder.encode(content).values[0])
+        tokens[item] = torch.cat(outputs) if outputs else torch.zeros(0, encoder.output_dim)
     return tokens
 
 
@@ -98,8 +98,8 @@ def test_the_first_images_of_each_item_are_kept_and_the_others_told(
 ) -> None:
     configure_logging()
     content = store_of(dataset, modality_of()).gather(np.arange(NUM_ITEMS))["it"]
-    assert content.values.shape == (NUM_ITEMS, MOST, 3, 32, 32)
-    assert content.mask.sum(dim=1).tolist() == [min(count, MOST) for count in COUNTS]
+    assert content.values.shape == (NUM_ITEMS, MAX_IMAGES, 3, 32, 32)
+    assert content.mask.sum(dim=1).tolist() == [min(count, MAX_IMAGES) for count in COUNTS]
     message = "column 'poster': 1 items have more than max_images 3 images; the first 3"
     assert message in capsys.readouterr().out
     one = store_of(dataset, single(modality_of())).gather(np.arange(NUM_ITEMS))["it"]
@@ -116,7 +116,7 @@ def test_each_image_is_encoded_by_itself(dataset: Path, training: str, pooling: 
     output = encoder.encode(content)
     expected = by_hand(dataset, modality, encoder_of(single(modality)))
     size = 5 if pooling == "none" else 1
-    assert output.mask.sum(dim=1).tolist() == [min(count, MOST) * size for count in COUNTS]
+    assert output.mask.sum(dim=1).tolist() == [min(count, MAX_IMAGES) * size for count in COUNTS]
     for item, tokens in expected.items():
         item_tokens = output.values[item][output.mask[item]]
         dtype = torch.float16 if (training, pooling) == ("frozen", "none") else torch.float32
@@ -127,8 +127,8 @@ def test_each_image_is_encoded_by_itself(dataset: Path, training: str, pooling: 
         )
     if training != "frozen":
         output.values[output.mask].square().sum().backward()
-        trained = [part for part in encoder.parameters() if part.requires_grad]
-        assert trained and all(part.grad is not None for part in trained)
+        trained = [weight for weight in encoder.parameters() if weight.requires_grad]
+        assert trained and all(weight.grad is not None for weight in trained)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "none"])
@@ -161,4 +161,4 @@ def test_a_batch_without_any_image_still_gives_gradient(
     output = encoder.encode(store.gather(np.array([2]))["it"])
     assert not output.mask.any()
     output.values.sum().backward()
-    assert all(part.grad is not None for part in encoder.parameters() if part.requires_grad)
+    assert all(weight.grad is not None for weight in encoder.parameters() if weight.requires_grad)

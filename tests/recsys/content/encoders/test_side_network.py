@@ -23,14 +23,14 @@ from tests.recsys.content.encoders.tiny_transformers import (
     tower_of,
 )
 
-OTHERS = {name: config for name, (config, _, _) in OTHER_CONFIGS.items()}
+OTHER_SEEDS = {name: config for name, (config, _, _) in OTHER_CONFIGS.items()}
 WITHOUT = ["swin", "convnext"]  # whose states have several widths
-MODELS = [name for name in (*CONFIGS, *OTHERS) if name not in WITHOUT]
+MODELS = [name for name in (*CONFIGS, *OTHER_SEEDS) if name not in WITHOUT]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return saved_models({**CONFIGS, **OTHERS}, tmp_path_factory, std=0.4)
+    return saved_models({**CONFIGS, **OTHER_SEEDS}, tmp_path_factory, std=0.4)
 
 
 def modality_of(path: str, name: str, **settings: Any) -> ModalitySettings:
@@ -81,7 +81,7 @@ def by_hand(states: list[Tensor], weights: dict[str, Tensor]) -> Tensor:  # [D]
     return states[-1] + weights["up.weight"] @ ladder
 
 
-def whole_model(folder: Path, name: str) -> Any:
+def full_model(folder: Path, name: str) -> Any:
     model = transformers.AutoModel.from_pretrained(folder).eval()
     return model.encoder if name == "t5" else tower_of(name, model)
 
@@ -99,8 +99,8 @@ def test_outputs_and_gradients_are_those_of_the_formula(
 ) -> None:
     encoder, content = encoder_of(str(folders[name]), name, pooling=pooling), content_of(name)
     side: Any = encoder.side
-    weights = {key: part.detach().clone().requires_grad_() for key, part in side.named_parameters()}
-    model, output = whole_model(folders[name], name), encoder.encode(content)
+    weights = {key: p.detach().clone().requires_grad_() for key, p in side.named_parameters()}
+    model, output = full_model(folders[name], name), encoder.encode(content)
     assert output.mask.tolist() == [[length > 0] for length in LENGTHS]
     items = [item for item, length in enumerate(LENGTHS) if length]
     expected = torch.stack(
@@ -115,10 +115,10 @@ def test_outputs_and_gradients_are_those_of_the_formula(
     factor = torch.randn(expected.shape, generator=torch.Generator().manual_seed(3))
     for result in (output.values[items, 0], expected):
         (factor * result).sum().backward()
-    trained = {key for key, part in encoder.named_parameters() if part.requires_grad}
+    trained = {key for key, p in encoder.named_parameters() if p.requires_grad}
     assert trained == {f"side.{key}" for key in weights}
-    for key, part in side.named_parameters():
-        torch.testing.assert_close(part.grad, weights[key].grad, atol=2e-2, rtol=1e-2, msg=key)
+    for key, p in side.named_parameters():
+        torch.testing.assert_close(p.grad, weights[key].grad, atol=2e-2, rtol=1e-2, msg=key)
 
 
 def test_a_batch_without_any_content_has_no_token() -> None:
@@ -135,8 +135,8 @@ def test_the_start_is_the_frozen_encoder_and_one_cache_serves_all_seeds() -> Non
     content = content_of("bert")
     tokens = [encoder.encode(content).values for encoder in (start, frozen)]
     torch.testing.assert_close(*tokens, atol=2e-3, rtol=1e-3)  # states are kept in float16
-    others = [encoder_of("random:bert", "bert", seed=seed) for seed in (1, 2)]
-    assert {encoder_key(encoder) for encoder in (start, *others)} == {encoder_key(start)}
+    encoders = [encoder_of("random:bert", "bert", seed=seed) for seed in (1, 2)]
+    assert {encoder_key(encoder) for encoder in (start, *encoders)} == {encoder_key(start)}
     assert encoder_key(start) != encoder_key(frozen)
 
 

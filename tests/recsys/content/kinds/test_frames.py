@@ -12,7 +12,7 @@ from recsys.cli import main
 from recsys.config import ModalitySettings
 from recsys.data.items.content_store import ContentStore
 from tests.datasets import write_dataset
-from tests.recsys.command_runs import train_words
+from tests.recsys.command_runs import train_argv
 from tests.recsys.data.items.item_content import rewrite, table_of
 
 NUM_ITEMS, MOST = 4, 3
@@ -36,8 +36,8 @@ def dataset(tmp_path: Path) -> Path:
 
     def with_videos(table: pa.Table) -> pa.Table:
         videos = [[frame(10 * f) for f in range(NUM_FRAMES[i])] for i in table["item"].to_pylist()]
-        place = table.column_names.index("poster")
-        return table.set_column(place, "poster", pa.array(videos, pa.list_(pa.binary())))
+        index = table.column_names.index("poster")
+        return table.set_column(index, "poster", pa.array(videos, pa.list_(pa.binary())))
 
     rewrite(dataset, with_videos)
     return dataset
@@ -58,6 +58,6 @@ def test_frames_stand_in_the_order_of_the_video(dataset: Path) -> None:
 
 def test_videos_train_by_one_line_of_yaml(dataset: Path) -> None:
     video = "{video: {kind: frames, column: poster, encoder: 'random:vit', image_size: 32, "
-    words = ["--content.modalities", video + "max_images: 3}}"]
-    assert main(train_words(dataset, dataset.parent / "run", *words)) == 0
+    argv = ["--content.modalities", video + "max_images: 3}}"]
+    assert main(train_argv(dataset, dataset.parent / "run", *argv)) == 0
     assert (dataset.parent / "run" / "metrics.json").is_file()

@@ -18,7 +18,7 @@ LOGS = Path(__file__).parents[5] / "shared"
 Row = dict[str, Any]
 HOUR = 3_600_000_000
 START = 1_793_440_000_000_000 // HOUR * HOUR  # around a change of summer time in Berlin
-NOW = START + 1000 * HOUR
+RECIPE_NOW = START + 1000 * HOUR
 EARLIEST = START - 24 * HOUR
 
 USERS = ["ann", "bob", "cy", "däwn"]
@@ -33,7 +33,7 @@ def events(actions: list[str], largest: int = 90) -> st.SearchStrategy[list[Row]
         {
             "uid": st.sampled_from([*4 * USERS, None]),
             "iid": st.sampled_from([*4 * list(range(5)), None]),
-            "ts": st.sampled_from([*HOURS, NOW + HOUR]),
+            "ts": st.sampled_from([*HOURS, RECIPE_NOW + HOUR]),
             "late": st.sampled_from([0, 0, 0, 0, -HOUR, HOUR, 3 * HOUR, 20 * HOUR]),
             "action": st.sampled_from(actions),
             "request": st.sampled_from(["r1", "r2"]),
@@ -112,15 +112,15 @@ SETTINGS = {
 
 def write_events(folder: Path, name: str, rows: list[Row], form: str, files: int = 2) -> Row:
     """Write rows as some files with one partition key, and return the settings of the table."""
-    for number, part in enumerate(parts(rows, files)):
+    for number, chunk in enumerate(chunks(rows, files)):
         columns = {
-            "user": pa.array([row["uid"] for row in part], pa.string()),
-            "item": pa.array([row["iid"] for row in part], pa.int64()),
-            "time": times(part, "ts", form),
-            "arrived": times(part, "arrived", form),
-            "type": pa.array([row["action"] for row in part], pa.string()),
-            "request": pa.array([row["request"] for row in part], pa.string()),
-            "price": pa.array([row["price"] for row in part], pa.float64()),
+            "user": pa.array([row["uid"] for row in chunk], pa.string()),
+            "item": pa.array([row["iid"] for row in chunk], pa.int64()),
+            "time": times(chunk, "ts", form),
+            "arrived": times(chunk, "arrived", form),
+            "type": pa.array([row["action"] for row in chunk], pa.string()),
+            "request": pa.array([row["request"] for row in chunk], pa.string()),
+            "price": pa.array([row["price"] for row in chunk], pa.float64()),
         }
         file = folder / name / f"day={number}" / "part.parquet"
         file.parent.mkdir(parents=True)
@@ -131,7 +131,7 @@ def write_events(folder: Path, name: str, rows: list[Row], form: str, files: int
     return {"path": name, "columns": ["price", "day"], **SETTINGS.get(form, {})}
 
 
-def parts(rows: list[Row], files: int) -> Iterator[list[Row]]:
+def chunks(rows: list[Row], files: int) -> Iterator[list[Row]]:
     size = max(1, -(-len(rows) // files))
     for first in range(0, len(rows), size):
         yield rows[first : first + size]

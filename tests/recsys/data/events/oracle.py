@@ -18,10 +18,10 @@ Row = dict[str, Any]
 
 def usable(config: EventsConfig, log: list[Row], latest: int, capped: bool = True) -> list[Row]:
     rows, keys = [], set()
-    for place, event in enumerate(log):
+    for index, event in enumerate(log):
         has_arrival = config.has_arrival and event["action"] != "impression"
         arrived = max(event["arrived"] if has_arrival else event["ts"], event["ts"])
-        rows.append({**event, "place": place, "arrived": arrived})
+        rows.append({**event, "place": index, "arrived": arrived})
     usable_rows = []
     for row in sorted(rows, key=lambda row: (row["arrived"], row["place"])):
         required = [row[name] for name in ("uid", "iid", "ts", "action")]
@@ -62,7 +62,7 @@ def labelled(config: EventsConfig, log: list[Row]) -> list[Row]:
         return max(
             other["ts"]
             for other in candidates
-            if other["ts"] < event["ts"] and all(other[part] == event[part] for part in pair)
+            if other["ts"] < event["ts"] and all(other[field] == event[field] for field in pair)
         )
 
     for row in candidates:
@@ -81,7 +81,7 @@ def labelled(config: EventsConfig, log: list[Row]) -> list[Row]:
                 labels[name] = float(
                     any(
                         event["action"] in label.action
-                        and all(event[part] == row[part] is not None for part in pair)
+                        and all(event[field] == row[field] is not None for field in pair)
                         and 0 < event["ts"] - row["ts"] <= duration(label.within)
                         and (config.attribute == "all" or row["ts"] == last(pair, event))
                         for event in log
@@ -129,11 +129,11 @@ def split_of(config: EventsConfig, rows: list[Row]) -> dict[str, list[str | None
     if split.by == "leave_last":
         names = []
         for number, row in enumerate(rows):
-            own = [n for n, other in enumerate(rows) if other["uid"] == row["uid"]]
-            own.sort(key=lambda n: (rows[n]["ts"], n))
-            place, total = own.index(number), len(own)
-            is_test = place >= max(total - split.last, 1)
-            is_valid = place >= max(total - 2 * split.last, 1)
+            user_rows = [n for n, other in enumerate(rows) if other["uid"] == row["uid"]]
+            user_rows.sort(key=lambda n: (rows[n]["ts"], n))
+            index, total = user_rows.index(number), len(user_rows)
+            is_test = index >= max(total - split.last, 1)
+            is_valid = index >= max(total - 2 * split.last, 1)
             names.append("test" if is_test else "valid" if is_valid else "train")
         return {"": without_embargo(config, rows, names, by_user=True)}
     if split.by == "windows":
@@ -168,22 +168,22 @@ def without_embargo(
     result: list[str | None] = []
     for row, name in zip(rows, names, strict=True):
         decided = row["ts"] + config.label_window
-        place = ("train", "valid", "test", None).index(name)
+        index = ("train", "valid", "test", None).index(name)
         if by_user:
             begins = [
                 other["ts"]
                 for other, split in zip(rows, names, strict=True)
                 if other["uid"] == row["uid"]
-                and ("train", "valid", "test").index(split or "train") > place
+                and ("train", "valid", "test").index(split or "train") > index
             ]
-            crosses = place < 2 and bool(begins) and decided >= min(begins)
+            crosses = index < 2 and bool(begins) and decided >= min(begins)
         else:
-            crosses = place < 2 and decided > ends[place]
+            crosses = index < 2 and decided > ends[index]
         result.append(None if crosses else name)
     return result
 
 
-def past(events: list[Row], row: Row, window: Any, actions: list[str] | None) -> list[Row]:
+def history_of(events: list[Row], row: Row, window: Any, actions: list[str] | None) -> list[Row]:
     cut = row["ts"] - (duration(window.delay) or 0)
     within = duration(getattr(window, "within", "all"))
     return [
@@ -199,7 +199,7 @@ def past(events: list[Row], row: Row, window: Any, actions: list[str] | None) ->
 def history(events: list[Row], row: Row, settings: History, items: list[Row]) -> Row:
     user_events = [
         event
-        for event in past(events, row, settings, settings.actions)
+        for event in history_of(events, row, settings, settings.actions)
         if event["uid"] == row["uid"]
     ]
     user_events = sorted(user_events, key=lambda e: (e["ts"], e["iid"], e["place"]))[
@@ -251,10 +251,10 @@ def ids_of(row: Row, items: list[Row]) -> Row:
 
 def number(matches: list[Row], row: Row, feature: Any) -> float:
     """A count of events, or a rate."""
-    events = len(past(matches, row, feature, feature.actions))
+    events = len(history_of(matches, row, feature, feature.actions))
     if feature.per is None:
         return float(events)
-    base = len(past(matches, row, feature, feature.per))
+    base = len(history_of(matches, row, feature, feature.per))
     return float(np.float32(events / base)) if base else 0.0
 
 
@@ -311,7 +311,7 @@ def datasets(
         sample = {"user": row["uid"], "item": row["iid"]}
         for name, settings in config.histories.items():
             lists = history(events, row, settings, items)
-            sample |= {part or name: values for part, values in lists.items()}
+            sample |= {parallel or name: values for parallel, values in lists.items()}
         sample |= {**row["context"], **item_features, **user_features}
         for name, settings in config.counts.items():
             sample[name] = count(config, events, row, settings, items)
@@ -329,13 +329,13 @@ def vocabulary(
     latest: int,
 ) -> dict[str, list[Any]]:
     """The ids of users and items, in order."""
-    until = max(row["time"] for row in train)
-    arrived_events = [event for event in usable(config, log, latest) if event["arrived"] <= until]
+    end = max(row["time"] for row in train)
+    arrived_events = [event for event in usable(config, log, latest) if event["arrived"] <= end]
     ids = {}
     for name, column in (("user", "uid"), ("item", "iid")):
         counts = Counter(event[column] for event in arrived_events)
-        least = config.vocabulary.min_count.get(name, 1)
-        frequent = {one for one, number in counts.items() if number >= least}
-        with_items = name == "item" and least == 1
+        min_count = config.vocabulary.min_count.get(name, 1)
+        frequent = {one for one, number in counts.items() if number >= min_count}
+        with_items = name == "item" and min_count == 1
         ids[name] = sorted(frequent | ({row["id"] for row in items} if with_items else set()))
     return ids

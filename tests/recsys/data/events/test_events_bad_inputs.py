@@ -55,7 +55,7 @@ class Bad:
 
     name: str
     spoil: Callable[[Path, Config], object]
-    words: tuple[str, ...]
+    messages: tuple[str, ...]
 
 
 def change(*keys: str, value: Any) -> Callable[[Path, Config], object]:
@@ -183,8 +183,8 @@ BAD = [
         )
     ),
     *(
-        Bad(f"negatives with {settings}", change("negatives", value=settings), words)
-        for settings, words in (
+        Bad(f"negatives with {settings}", change("negatives", value=settings), texts)
+        for settings, texts in (
             ({"available_from": "sold"}, ("items.parquet", "'sold'", "missing")),
             ({"available_from": "brand"}, ("items.parquet", "'brand'", "row 0", "'x'", "ISO")),
             ({"available_from": "cost"}, ("items.parquet", "'cost'", "double", "ISO")),
@@ -208,21 +208,21 @@ def test_an_error_names_what_is_wrong_and_nothing_is_written(bad: Bad, tmp_path:
     bad.spoil(tmp_path, config)
     with pytest.raises(ValueError, match=r"\w") as raised:
         prepare(tmp_path, config)
-    assert [name for name in bad.words if name not in str(raised.value)] == []
+    assert [name for name in bad.messages if name not in str(raised.value)] == []
     assert len(str(raised.value).splitlines()) <= 3
     assert [path.name for path in tmp_path.iterdir() if "data" in path.name] == []
 
 
 def test_a_full_disk_is_named_and_nothing_is_left(tmp_path: Path) -> None:
     config = write_inputs(tmp_path)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    old_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, old_limit[1]))
     try:
         (tmp_path / "events.yaml").write_text(yaml.safe_dump(config))
         with pytest.raises(ValueError, match="data"):
             prepare_events(tmp_path / "events.yaml", tmp_path / "data")
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        resource.setrlimit(resource.RLIMIT_FSIZE, old_limit)
     assert [path.name for path in tmp_path.iterdir() if "data" in path.name] == []
 
 

@@ -24,8 +24,8 @@ from recsys.storage.location import Location
 HOUR = 3_600
 DAY = 24 * HOUR
 START = 1_789_948_800  # 2026-09-21 in UTC
-KILL_AT = (3, 27, 36)  # steps of a call
-ALSO_KILL_AT = (15, 30, 33, 39)
+KILL_STEPS = (3, 27, 36)  # steps of a call
+KILL_STEPS_2 = (15, 30, 33, 39)
 DAYS = [f"2026-09-{day}" for day in range(21, 29)]
 CONTENT: dict[str, Any] = {
     "events": {
@@ -148,19 +148,19 @@ def items(day: int) -> pa.Table:
 
 
 def users(day: int) -> pa.Table:
-    since = START + day * DAY
+    start = START + day * DAY
     names = [f"u{day}", f"u{day + 3}"]
-    return pa.table({"id": names, "since": [since] * 2, "country": [f"c{day}", None]})
+    return pa.table({"id": names, "since": [start] * 2, "country": [f"c{day}", None]})
 
 
 def deliver(folder: Path, table: pa.Table, day: int) -> None:
     """Write what arrives on a day, and the snapshots of that day."""
     arrived = (table["arrived"].to_numpy() - START) // DAY
-    for part, name in ((0, "log"), (1, "more")):
-        is_part = np.arange(len(table)) % 2 == part
+    for number, name in ((0, "log"), (1, "more")):
+        is_selected = np.arange(len(table)) % 2 == number
         file = folder / name / f"part-{day}.parquet"
         file.parent.mkdir(exist_ok=True)
-        pq.write_table(table.filter(pa.array((arrived == day) & is_part)), file)
+        pq.write_table(table.filter(pa.array((arrived == day) & is_selected)), file)
     (folder / "users").mkdir(exist_ok=True)
     pq.write_table(users(day), folder / "users" / f"part-{day}.parquet")
     pq.write_table(items(day), folder / "items.parquet")
@@ -250,7 +250,7 @@ def test_a_clock_that_begins_before_1970_ends_no_call_that_merges_the_state(
         add_file(tmp_path / "log" / f"{number + 1}.parquet", events)
         prepare_events(config, tmp_path / "out", until=day)
     rows = content_of(tmp_path / "out")
-    train = [row for name, part in rows.items() if name.startswith("train") for row in part]
+    train = [row for name, lines in rows.items() if name.startswith("train") for row in lines]
     assert [row["item"] for row in train if row["user"] == "cy"] == [0, 9, 1, 2]
 
 
@@ -265,7 +265,7 @@ def test_without_late_events_the_rows_are_those_of_a_dataset_made_at_once(tmp_pa
     prepare_events(config, tmp_path / "at_once")
     at_once = pq.read_table(tmp_path / "at_once" / "train").to_pylist()
     rows = content_of(tmp_path / "days")
-    days = [row for name, part in rows.items() if name.startswith("train") for row in part]
+    days = [row for name, lines in rows.items() if name.startswith("train") for row in lines]
     end = (START + 4 * DAY) * 10**6
     assert ordered([row for row in days if row["time"] < end]) == ordered(at_once)
 
@@ -291,7 +291,7 @@ def ordered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "steps", [KILL_AT, pytest.param(ALSO_KILL_AT, marks=pytest.mark.long)], ids=["few", "others"]
+    "steps", [KILL_STEPS, pytest.param(KILL_STEPS_2, marks=pytest.mark.long)], ids=["few", "others"]
 )
 def test_a_call_that_was_killed_and_is_given_again_writes_the_same(
     steps: tuple[int, ...], tmp_path: Path
@@ -313,10 +313,10 @@ def test_a_call_that_was_killed_and_is_given_again_writes_the_same(
     assert len(killed) == len(steps)
     deliver(tmp_path / "data", table, 3)
     prepare_events(config, tmp_path / "whole", until=DAYS[3])
-    whole = content_of(tmp_path / "whole")
+    full = content_of(tmp_path / "whole")
     for out in killed:
         prepare_events(config, out, until=DAYS[3])
-        assert content_of(out) == whole, out
+        assert content_of(out) == full, out
         assert not list(out.glob(".ready*")) and not list(out.glob(".*.old"))
 
 
@@ -339,7 +339,7 @@ def write_small(folder: Path, **changes: Any) -> Path:
 
 def add_file(file: Path, rows: list[tuple[str, int, int]]) -> None:
     """Write rows of user, item, and seconds since the first day began."""
-    columns = {name: [row[place] for row in rows] for place, name in enumerate(("user", "item"))}
+    columns = {name: [row[index] for row in rows] for index, name in enumerate(("user", "item"))}
     pq.write_table(pa.table({**columns, "time": [START + row[2] for row in rows]}), file)
 
 
@@ -412,11 +412,11 @@ def test_actions_that_no_event_of_the_first_call_has_are_logged(
 def test_a_day_that_is_prepared_is_not_prepared_again(tmp_path: Path) -> None:
     config, out = write_small(tmp_path), tmp_path / "out"
     report = prepare_events(config, out, until=DAYS[1])
-    before = {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file()}
+    old_times = {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file()}
     add_file(tmp_path / "log" / "1.parquet", [("ann", 3, 2 * HOUR)])
     for day in DAYS[:2]:
         assert prepare_events(config, out, until=day) == report
-    assert before == {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file()}
+    assert old_times == {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file()}
 
 
 def test_tables_of_ids_grow_when_their_free_rows_are_used_up(tmp_path: Path) -> None:
@@ -440,29 +440,29 @@ def test_items_without_events_are_drawn_alike_in_one_call_and_many(by: str, tmp_
         counts={"views": {"of": "item", "actions": "view"}},
     )
     (tmp_path / "items").mkdir()
-    since = {1: START + HOUR, 2: START + 20 * HOUR}  # of the first file's events
+    starts = {1: START + HOUR, 2: START + 20 * HOUR}  # of the first file's events
     for number, day in enumerate(DAYS[:5]):
         # Of each day's items one is there from the next day on, one from its first event on.
         begin, ids = START + number * DAY, [100 + 4 * number + item for item in range(4)]
         moments = [begin, begin, begin + DAY, None]
         table = {"id": ids, "title": ["a title"] * 4, "published": moments}
         pq.write_table(pa.table(table), tmp_path / "items" / f"{number}.parquet")
-        since |= {item: moment for item, moment in zip(ids, moments, strict=True) if moment}
+        starts |= {item: moment for item, moment in zip(ids, moments, strict=True) if moment}
         events = [
             (f"u{hour % 7}", 100 + hour % (4 * number + 4), number * DAY + hour * HOUR)
             for hour in range(0, 24, 3)
         ]
         add_file(tmp_path / "log" / f"{number + 1}.parquet", events)
         for _, item, second in events:
-            since[item] = min(START + second, since.get(item, START + second))
+            starts[item] = min(START + second, starts.get(item, START + second))
         if number != 2:  # a call may make several days
             prepare_events(config, tmp_path / "calls", until=day)
     prepare_events(config, tmp_path / "once", until=DAYS[4])
     once = content_of(tmp_path / "once")
     assert content_of(tmp_path / "calls") == once
-    train = [row for name, part in once.items() if name.startswith("train") for row in part]
+    train = [row for name, lines in once.items() if name.startswith("train") for row in lines]
     drawn = [row for row in train if row["sampled"]]
-    assert all(row["time"] >= since[row["item"]] * 10**6 for row in drawn)
+    assert all(row["time"] >= starts[row["item"]] * 10**6 for row in drawn)
     assert sum(row["views"] == 0 for row in drawn) > 10
 
 
@@ -508,8 +508,8 @@ def test_labels_in_another_order_are_refused_as_the_first_decides_what_is_positi
     config.write_text(yaml.safe_dump({**SMALL, "labels": labels}))
     prepare_events(config, tmp_path / "out", until=DAYS[0])
     swapped = {name: labels[name] for name in ("b", "a")}
-    rest = yaml.safe_dump({**SMALL, "labels": {}}).replace("labels: {}\n", "")
-    config.write_text(rest + yaml.safe_dump({"labels": swapped}, sort_keys=False))
+    other_settings = yaml.safe_dump({**SMALL, "labels": {}}).replace("labels: {}\n", "")
+    config.write_text(other_settings + yaml.safe_dump({"labels": swapped}, sort_keys=False))
     with pytest.raises(ValueError, match=r'`labels` was {"a": .*, and is {"b": .* another order;'):
         prepare_events(config, tmp_path / "out", until=DAYS[1])
 
@@ -532,19 +532,19 @@ def kill_everywhere(config: Path, folder: Path, steps: list[int]) -> None:
         assert not in_child(config, out, None)
 
 
-def in_child(config: Path, out: Path, kill_at: int | None) -> bool:
+def in_child(config: Path, out: Path, kill_step: int | None) -> bool:
     """Return whether a process that gives the call was killed at a step."""
     daily_state.MIN_DROPPED = 0
     if (pid := os.fork()) == 0:
         steps = 0
 
         def counted(function: Any) -> Any:
-            def step(*arguments: Any, **named: Any) -> Any:
+            def step(*arguments: Any, **options: Any) -> Any:
                 nonlocal steps
-                if steps == kill_at:
+                if steps == kill_step:
                     os.kill(os.getpid(), signal.SIGKILL)
                 steps += 1
-                return function(*arguments, **named)
+                return function(*arguments, **options)
 
             return step
 
@@ -561,4 +561,4 @@ def in_child(config: Path, out: Path, kill_at: int | None) -> bool:
 
 
 if __name__ == "__main__":
-    kill_everywhere(Path(sys.argv[1]), Path(sys.argv[2]), [int(word) for word in sys.argv[3:]])
+    kill_everywhere(Path(sys.argv[1]), Path(sys.argv[2]), [int(step) for step in sys.argv[3:]])

@@ -39,8 +39,8 @@ HOURS = Calendar("Europe/Berlin", "hour")
 
 def _follow(config: Path, out: Path, clock: Path) -> None:
     follow.now = lambda: int(clock.read_text())  # type: ignore[assignment]
-    words = ["prepare", "events", "--config", str(config), "--out", str(out), "--follow", "0.05"]
-    run_rank(words, dict(os.environ), out.parent, out.parent / "output")
+    argv = ["prepare", "events", "--config", str(config), "--out", str(out), "--follow", "0.05"]
+    run_rank(argv, dict(os.environ), out.parent, out.parent / "output")
 
 
 @dataclass

@@ -49,7 +49,7 @@ def prepare(
     ]
 
 
-def write_parts(folder: Path, *tables: tuple[str, pa.Table]) -> None:
+def write_files(folder: Path, *tables: tuple[str, pa.Table]) -> None:
     """Write tables as files in `log/`."""
     for name, table in tables:
         file = folder / "log" / name
@@ -79,21 +79,21 @@ def test_values_of_folders_are_those_that_hive_wrote(
     folders: list[str], kind: str, values: list[Any], tmp_path: Path
 ) -> None:
     first, second = halves(log())
-    write_parts(tmp_path, (f"{folders[0]}/a.parquet", first), (f"{folders[1]}/b.parquet", second))
+    write_files(tmp_path, (f"{folders[0]}/a.parquet", first), (f"{folders[1]}/b.parquet", second))
     rows = prepare(tmp_path, "log", table=SHOP, context={"shop": kind})
     assert [row["shop"] for row in rows] == [value for value in values for _ in range(20)]
 
 
 @pytest.mark.parametrize("column", ["item", "price"])
-@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("number", [0, 1])
 def test_a_file_without_any_value_of_a_column_leaves_its_type_to_the_others(
-    column: str, place: int, tmp_path: Path
+    column: str, number: int, tmp_path: Path
 ) -> None:
     files = halves(log())
-    at = files[place].schema.get_field_index(column)
-    files[place] = files[place].set_column(at, column, pa.nulls(20))
+    index = files[number].schema.get_field_index(column)
+    files[number] = files[number].set_column(index, column, pa.nulls(20))
     empty = pa.table({name: pa.nulls(0) for name in log().column_names})
-    write_parts(
+    write_files(
         tmp_path, ("0.parquet", empty), *((f"{n + 1}.parquet", f) for n, f in enumerate(files))
     )
     rows = prepare(tmp_path, "log", split={"at": [0.5, 0.7]})
@@ -114,7 +114,7 @@ def write(name: str) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "word"),
+    ("spoil", "message"),
     [
         (write("b.PARQUET"), "b.PARQUET"),
         (write("b.csv.bz2"), "b.csv.bz2"),
@@ -123,11 +123,11 @@ def write(name: str) -> Callable[[Path], None]:
     ],
 )
 def test_files_that_would_be_left_out_or_never_end_are_named(
-    spoil: Callable[[Path], None], word: str, tmp_path: Path
+    spoil: Callable[[Path], None], message: str, tmp_path: Path
 ) -> None:
-    write_parts(tmp_path, ("a.parquet", log()))
+    write_files(tmp_path, ("a.parquet", log()))
     spoil(tmp_path)
-    with pytest.raises(ValueError, match=word):
+    with pytest.raises(ValueError, match=message):
         prepare(tmp_path, "log")
 
 
@@ -158,8 +158,8 @@ def test_numbers_and_truth_values_are_actions_and_values_of_rows(tmp_path: Path)
     kinds = pa.array([row // 2 % 2 for row in ROWS])
     user = pa.array([f"u{row % 4}" for row in ROWS]).cast(pa.string_view())
     pq.write_table(log(type=kinds, clicked=clicked, shop=shop, user=user), tmp_path / "log.parquet")
-    where = {"where": {"clicked": True, "shop": "a"}}
-    rows = prepare(tmp_path, table=where, labels={"bought": {"action": 1}})
+    settings = {"where": {"clicked": True, "shop": "a"}}
+    rows = prepare(tmp_path, table=settings, labels={"bought": {"action": 1}})
     assert [row["bought"] for row in rows] == [0.0, 1.0] * 9
 
 
@@ -183,21 +183,21 @@ def test_names_of_folders_above_the_output_are_no_values(tmp_path: Path, name: s
 
 
 @pytest.mark.parametrize(
-    ("settings", "word"),
+    ("settings", "text"),
     [
         ({"context": {"price": "dense", "Price": "dense"}}, "'Price' and 'price'"),
         ({"histories": {"past": {"parallel": {"past_age": "age"}}}}, "'age'"),
     ],
 )
-def test_names_that_mean_two_columns_are_refused(settings: Row, word: str, tmp_path: Path) -> None:
+def test_names_that_mean_two_columns_are_refused(settings: Row, text: str, tmp_path: Path) -> None:
     columns = ["price", "Price", "age"]
     pq.write_table(log(Price=[2.5] * 40, age=[33.0] * 40), tmp_path / "log.parquet")
-    with pytest.raises(ValueError, match=word):
+    with pytest.raises(ValueError, match=text):
         prepare(tmp_path, table={"columns": columns}, **settings)
 
 
 def test_a_file_is_read_once(tmp_path: Path) -> None:
-    write_parts(tmp_path, ("a.parquet", log()))
+    write_files(tmp_path, ("a.parquet", log()))
     with pytest.raises(ValueError, match=r"a\.parquet.*twice"):
         prepare(tmp_path, table={"path": ["log", "log/a.parquet"]})
 

@@ -101,20 +101,20 @@ def compare(open_engine: OpenEngine, case: str, data: st.DataObject) -> None:
     later = [row for row in log if row not in arrived]
     changed = [row for row in other_log if max(row["arrived"], row["ts"]) > moment]
     delay, options = CASES[case]
-    before, after = (
-        samples(open_engine, [*arrived, *rest], items, config(delay, **options))
-        for rest in (later, changed)
+    old, new = (
+        samples(open_engine, [*arrived, *events], items, config(delay, **options))
+        for events in (later, changed)
     )
-    held_out = {key for key in before if key[3] == 2}
-    for samples_read in (before, after):
+    held_out = {key for key in old if key[3] == 2}
+    for samples_read in (old, new):
         for key in [k for k in samples_read if k[2] > moment or k[4] >= len(arrived)]:
             del samples_read[key]
     # Draws of valid and test may change by later positives of that split; those of train may not.
-    assert {k for k in before if k[3] < 2} == {k for k in after if k[3] < 2}
-    common = before.keys() & after.keys()
+    assert {k for k in old if k[3] < 2} == {k for k in new if k[3] < 2}
+    common = old.keys() & new.keys()
     assume(common)
-    assert {key: before[key] for key in common} == {key: after[key] for key in common}
-    assert all(key in common for key in before if key not in held_out)
+    assert {key: old[key] for key in common} == {key: new[key] for key in common}
+    assert all(key in common for key in old if key not in held_out)
 
 
 def samples(open_engine: OpenEngine, log: list[Row], items: list[Row], content: Row) -> Any:
@@ -131,9 +131,9 @@ def samples(open_engine: OpenEngine, log: list[Row], items: list[Row], content: 
     for row in rows:
         drawn_as = row.get("drawn_as", 0)
         position = row.pop("position")
-        place = position if position >= 0 else (-position - 1) // 2 // DRAWN
+        position_index = position if position >= 0 else (-position - 1) // 2 // DRAWN
         values = {name: value for name, value in row.items() if not name.startswith("l_")}
-        by_key[(row["uid"], row["iid"], row["ts"], drawn_as, place)] = values
+        by_key[(row["uid"], row["iid"], row["ts"], drawn_as, position_index)] = values
     return by_key
 
 
@@ -146,8 +146,8 @@ def read_samples(open_engine: OpenEngine, folder: Path) -> list[Row]:
             return list(table.drop(MOMENT).to_pylist())
         names = [name for name in table.schema.names if "/" not in name]
         batches = table.combine_chunks().to_batches()
-        parts = [writer.files.with_lists(batch, [*names, *writer.lists]) for batch in batches]
-        return list(pa.Table.from_batches(parts).to_pylist())
+        tables = [writer.files.with_lists(batch, [*names, *writer.lists]) for batch in batches]
+        return list(pa.Table.from_batches(tables).to_pylist())
 
 
 @pytest.mark.parametrize("name", ["ifdb", "retail"])
@@ -162,10 +162,10 @@ def test_in_logs_of_people_what_comes_later_changes_no_row(name: str, tmp_path: 
     changed = changed.set_column(1, "item", later["item"].take(random.permutation(len(changed))))
     # In the order of time, so that a sample's position names the same row in both logs.
     samples_read = []
-    for number, rest in enumerate((later, changed)):
+    for number, events in enumerate((later, changed)):
         log_folder = tmp_path / str(number)
         log_folder.mkdir()
-        pq.write_table(pa.concat_tables([arrived, rest]), log_folder / "log.parquet")
+        pq.write_table(pa.concat_tables([arrived, events]), log_folder / "log.parquet")
         content = {
             "events": {"play": {"path": "log.parquet"}},
             "labels": {"played": {"action": "play"}},

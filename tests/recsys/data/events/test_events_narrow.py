@@ -48,7 +48,7 @@ def test_each_item_of_a_text_becomes_a_row_with_its_number() -> None:
 
 
 @pytest.mark.parametrize(
-    ("where", "expected"),
+    ("condition", "expected"),
     [
         ({"kind": "x"}, [0, 2]),
         ({"kind": ["x", "y"], "number": 1}, [0, 1]),
@@ -59,10 +59,10 @@ def test_each_item_of_a_text_becomes_a_row_with_its_number() -> None:
         ({"none": 1}, []),
     ],
 )
-def test_where_chooses_rows_of_all_its_columns(where: Any, expected: list[int]) -> None:
+def test_where_chooses_rows_of_all_its_columns(condition: Any, expected: list[int]) -> None:
     columns = {"kind": ["x", "y", "x", None], "number": [1, 1, 2, 1]}
     batch = pa.record_batch(columns | {"ok": [True, False, True, None], "none": pa.nulls(4)})
-    assert [position for position, _ in rows(batch, table(where=where))] == expected
+    assert [position for position, _ in rows(batch, table(where=condition))] == expected
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_where_chooses_files_by_the_names_of_their_folders(
 
 
 @pytest.mark.parametrize(
-    ("shown", "settings", "words"),
+    ("shown", "settings", "texts"),
     [
         (["a-1 b"], {"several": Several(column="clicked")}, ["'shown'", "row 0", "'b'"]),
         ([" ".join("a" * 4097)], {"several": Several()}, ["'shown'", "4096"]),
@@ -91,12 +91,12 @@ def test_where_chooses_files_by_the_names_of_their_folders(
     ],
 )
 def test_other_values_are_refused_by_file_and_column(
-    shown: list[Any], settings: dict[str, Any], words: list[str]
+    shown: list[Any], settings: dict[str, Any], texts: list[str]
 ) -> None:
     with pytest.raises(ValueError) as caught:
         selected_rows(pa.record_batch({"shown": shown}), table(**settings), FILE, 0, {})
-    for word in ["log.tsv", *words]:
-        assert word in str(caught.value)
+    for text in ["log.tsv", *texts]:
+        assert text in str(caught.value)
 
 
 def test_times_of_another_form_are_read_in_their_zone_and_others_named() -> None:
@@ -165,8 +165,8 @@ def test_times_of_a_form_are_no_other_times_though_they_look_like_them(
     content = {"events": {"view": view}, "labels": {"viewed": {"action": "view"}}}
     (tmp_path / "events.yaml").write_text(yaml.safe_dump(content))
     prepare_events(tmp_path / "events.yaml", tmp_path / "out")
-    parts = (pq.read_table(tmp_path / "out" / split) for split in ("train", "valid", "test"))
-    times = [time for part in parts for time in part["time"].to_pylist()]
+    tables = (pq.read_table(tmp_path / "out" / split) for split in ("train", "valid", "test"))
+    times = [time for split_rows in tables for time in split_rows["time"].to_pylist()]
     assert times == [day.timestamp() * 10**6 for day in days]
 
 
@@ -188,16 +188,16 @@ def test_text_files_may_have_the_first_value_or_fraction_late(
     monkeypatch.setattr(file_columns, "BLOCK", 128)
     seconds = [*range(20), *(second + 0.5 for second in range(20, 40))]
     times = [str(datetime.fromtimestamp(second, UTC).replace(tzinfo=None)) for second in seconds]
-    lines = [f"1,1,{time},{'' if place < 30 else 'b'}" for place, time in enumerate(times)]
+    lines = [f"1,1,{time},{'' if index < 30 else 'b'}" for index, time in enumerate(times)]
     (tmp_path / "log.csv").write_text("\n".join(["item,user,time,arm", *lines, ""]))
-    for arms, kept in ((None, seconds), ("b", seconds[30:])):
+    for arms, late in ((None, seconds), ("b", seconds[30:])):
         view = {"path": "log.csv", "where": {} if arms is None else {"arm": arms}}
         content = {"events": {"view": view}, "labels": {"viewed": {"action": "view"}}}
         (tmp_path / "events.yaml").write_text(yaml.safe_dump(content))
         out = tmp_path / f"out {arms}"
         prepare_events(tmp_path / "events.yaml", out)
-        parts = (pq.read_table(out / split) for split in ("train", "valid", "test"))
-        assert [time / 1e6 for part in parts for time in part["time"].to_pylist()] == kept
+        tables = (pq.read_table(out / split) for split in ("train", "valid", "test"))
+        assert [time / 1e6 for data in tables for time in data["time"].to_pylist()] == late
 
 
 def test_integers_beside_a_form_of_digits_alone_are_refused() -> None:

@@ -138,8 +138,8 @@ def test_in_valid_and_test_no_positive_of_the_user_in_that_split_is_drawn(tmp_pa
     split = {"by": "windows", "windows": 2}
     out = prepare("log.parquet", tmp_path, negatives={"per_positive": 3}, split=split)
     later_positives = 0
-    for place in ("window-1/valid", "window-1/test", "window-2/valid", "window-2/test"):
-        samples = pq.read_table(out / place).to_pylist()
+    for folder in ("window-1/valid", "window-1/test", "window-2/valid", "window-2/test"):
+        samples = pq.read_table(out / folder).to_pylist()
         positives = {(row["user"], row["item"]) for row in samples if row["sampled"] == 0}
         assert [r for r in samples if r["sampled"] and (r["user"], r["item"]) in positives] == []
     for window in ("window-1", "window-2"):
@@ -194,8 +194,8 @@ def test_an_item_is_drawn_from_its_moment_or_its_first_event_on_whichever_is_ear
     by: str, tmp_path: Path
 ) -> None:
     # At second s user s takes item 0, but at second 8 item 3 and at 10 item 4.
-    taken = {8: 3, 10: 4}
-    items = [taken.get(second, 0) for second in range(20)]
+    user_items = {8: 3, 10: 4}
+    items = [user_items.get(second, 0) for second in range(20)]
     log = pa.table({"user": range(20), "item": items, "time": range(START, START + 20)})
     pq.write_table(log, tmp_path / "log.parquet")
     moments = [
@@ -216,14 +216,14 @@ def test_an_item_is_drawn_from_its_moment_or_its_first_event_on_whichever_is_ear
         items={"path": "items.parquet"},
         counts={"plays": {"of": "item"}},
     )
-    since = {0: 0, 1: 5, 3: 8, 4: 10, 5: -1}
+    start = {0: 0, 1: 5, 3: 8, 4: 10, 5: -1}
     samples = rows(out)
     for second in range(20):
         drawn = {
             row["item"]: row["plays"] for row in samples if row["sampled"] and row["user"] == second
         }
-        left = {item for item, first in since.items() if first <= second} - {items[second]}
-        assert drawn == {item: items[:second].count(item) for item in left}
+        free = {item for item, first in start.items() if first <= second} - {items[second]}
+        assert drawn == {item: items[:second].count(item) for item in free}
 
 
 def test_the_snapshot_of_a_moment_says_whether_an_item_is_available(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_the_snapshot_of_a_moment_says_whether_an_item_is_available(tmp_path: Pa
     snapshots = [(0, 0, 0), (1, 0, 10), (1, 4, 6), (2, 7, 3), (3, 0, 5), (3, 4, 12), (4, 9, None)]
     table = {
         "id": [item for item, _, _ in snapshots],
-        "since": [START + since for _, since, _ in snapshots],
+        "since": [START + available_from for _, available_from, _ in snapshots],
         "sold": [None if sold is None else START + sold for _, _, sold in snapshots],
     }
     pq.write_table(pa.table(table), tmp_path / "items.parquet")
@@ -247,10 +247,10 @@ def test_the_snapshot_of_a_moment_says_whether_an_item_is_available(tmp_path: Pa
     assert first == {1: 6, 2: 7, 3: 12, 4: 9}
 
 
-@pytest.mark.parametrize("known_at_once", [True, False], ids=["exact", "open"])
+@pytest.mark.parametrize("is_known", [True, False], ids=["exact", "open"])
 @pytest.mark.parametrize(("smoothing", "weights"), [(None, (7, 3, 1, 1)), (0.25, (25, 9, 1, 1))])
 def test_smoothing_adds_events_to_each_item(
-    smoothing: float | None, weights: tuple[int, ...], known_at_once: bool, tmp_path: Path
+    smoothing: float | None, weights: tuple[int, ...], is_known: bool, tmp_path: Path
 ) -> None:
     # Item 0 has six events and item 1 two, 2 and 3 are there. Then each user takes item 9, whose
     # many events are refused, so that draws are made from what is left; or are not known yet.
@@ -259,9 +259,7 @@ def test_smoothing_adds_events_to_each_item(
     times = [*range(START, START + 8), *[START + 100] * number]
     times += [*[START + 101] * (number // 2), *[START + 102] * (number // 2)]
     table = {"user": users, "item": [0] * 6 + [1] * 2 + [9] * 2 * number, "time": times}
-    table["known"] = [
-        time if known_at_once or time < START + 100 else START + 999 for time in times
-    ]
+    table["known"] = [time if is_known or time < START + 100 else START + 999 for time in times]
     pq.write_table(pa.table(table), tmp_path / "log.parquet")
     moments = {"id": range(4), "published": ["1980-01-01"] * 4}
     pq.write_table(pa.table(moments), tmp_path / "items.parquet")
@@ -276,8 +274,8 @@ def test_smoothing_adds_events_to_each_item(
         split={"at": [0.5, 0.7]},
     )
     train = pq.read_table(out / "train").to_pylist()
-    at = (START + 100) * 10**6
-    drawn = Counter(row["item"] for row in train if row["sampled"] and row["time"] == at)
+    moment = (START + 100) * 10**6
+    drawn = Counter(row["item"] for row in train if row["sampled"] and row["time"] == moment)
     assert sum(drawn.values()) == number and sorted(drawn) == [0, 1, 2, 3]
     expected = number * np.array(weights) / sum(weights)
     observed = np.array([drawn[item] for item in range(4)])
@@ -334,9 +332,9 @@ def test_cold_and_unseen_count_rows_of_the_log_alone(
     assert 0 < expected["unseen"] < expected["cold"]
     report = json.loads((out / "report.json").read_text())["splits"]["test"]
     shares = summarize_dataset(str(out)).splits["test"].shares
-    for part, share in expected.items():
-        assert report[part] == pytest.approx(share)
-        assert shares[part] == pytest.approx(share)
+    for subset, share in expected.items():
+        assert report[subset] == pytest.approx(share)
+        assert shares[subset] == pytest.approx(share)
 
 
 @pytest.mark.long

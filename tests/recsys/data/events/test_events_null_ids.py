@@ -78,7 +78,7 @@ def test_null_ids_stay_null_and_are_read_as_unknown(tmp_path: Path) -> None:
     assert any(unknown in row["past_brand"] for row in read)
 
 
-def whole(log: dict[str, Any], items: dict[str, Any], content: dict[str, Any]) -> None:
+def use_row_ids(log: dict[str, Any], items: dict[str, Any], content: dict[str, Any]) -> None:
     """Give every item a brand and tags that are rows."""
     items |= {"id": list(range(ITEMS)), "brand": [0, 1, 2, 0, 1, 2, 9]}
     items["tags"] = [[number] for number in range(ITEMS)]
@@ -86,13 +86,13 @@ def whole(log: dict[str, Any], items: dict[str, Any], content: dict[str, Any]) -
 
 def only_before(log: dict[str, Any], items: dict[str, Any], content: dict[str, Any]) -> None:
     """Show an item's brand beside events alone: no sample is of the item."""
-    whole(log, items, content)
+    use_row_ids(log, items, content)
     log["kind"] = ["view" if item < 6 else "buy" for item in log["item"]]
     content["events"]["view"]["action"] = "kind"
     content["rows"] = "view"
 
 
-@pytest.mark.parametrize("change", [whole, only_before])
+@pytest.mark.parametrize("change", [use_row_ids, only_before])
 def test_a_table_has_the_rows_of_all_ids_of_its_column(tmp_path: Path, change: Change) -> None:
     prepare_events(write(tmp_path, change, "rows"), tmp_path / "out")
     schema = load_schema(Location.of(tmp_path / "out"))

@@ -19,7 +19,7 @@ from recsys.data.events.prepare import write_datasets
 from recsys.data.events.settings import EventsConfig
 from recsys.data.events.sql import DuckDBEngine, SqlEngine
 from tests.recsys.data.events import logs, oracle
-from tests.recsys.data.events.logs import NOW, Row
+from tests.recsys.data.events.logs import RECIPE_NOW, Row
 
 ONCE = settings(
     max_examples=4,
@@ -29,7 +29,7 @@ ONCE = settings(
     phases=[Phase.generate],  # without shrinking, which costs minutes
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-LATEST = datetime.fromtimestamp(NOW / 1e6, UTC).isoformat()
+LATEST = datetime.fromtimestamp(RECIPE_NOW / 1e6, UTC).isoformat()
 COMMON: Row = {
     "drop": {"later_than": LATEST},
     "split": {"at": [0.5, 0.75]},
@@ -164,8 +164,8 @@ def write_case(
 ) -> EventsConfig:
     """Write the files and return the settings; rows get the day of their file."""
     for table in (events, shown):
-        for number, part in enumerate(logs.parts(table, 2)):
-            for row in part:
+        for number, chunk in enumerate(logs.chunks(table, 2)):
+            for row in chunk:
                 row["day"] = number
     log = logs.write_events(folder, "log", events, form)
     content: Row = {**COMMON, **CASES[case]}
@@ -202,26 +202,26 @@ def check(
         event["price"] = None if event["price"] != event["price"] else event["price"]
     for row in users:
         row["country"] = row["brand"]
-    expected = oracle.datasets(config, log, items, users, NOW)
+    expected = oracle.datasets(config, log, items, users, RECIPE_NOW)
     assume(all(rows for dataset in expected.values() for rows in dataset.values()))
     engine = open_engine(folder / "stages")
     try:
         report = write_datasets(engine, config, folder / "out")
     finally:
         engine.close()
-    tables = oracle.last_features(config, log, items, users, NOW)
+    tables = oracle.last_features(config, log, items, users, RECIPE_NOW)
     for dataset, splits in expected.items():
         out = folder / "out" / dataset
         for name, rows in tables.items():
             assert differences(read_rows(out / "features" / name), rows) == []
         for split, rows in splits.items():
             assert differences(read_rows(out / split), rows) == []
-            figures = report["splits"][str(Path(dataset, split))]
+            counts = report["splits"][str(Path(dataset, split))]
             in_train = {row["item"] for row in splits["train"] if row.get("weight", 1) > 0}
             # Rows of weight 0 count for no item, and no figure of items counts them.
             unseen = [row["item"] not in in_train for row in rows if row.get("weight", 1) > 0]
-            assert (figures["rows"], figures["unseen"]) == (len(rows), np.mean(unseen or [0]))
-        ids = oracle.vocabulary(config, log, items, splits["train"], NOW)
+            assert (counts["rows"], counts["unseen"]) == (len(rows), np.mean(unseen or [0]))
+        ids = oracle.vocabulary(config, log, items, splits["train"], RECIPE_NOW)
         for name, values in ids.items():
             table = pq.read_table(out / "vocabulary" / f"{name}.parquet")
             assert table["id"].to_pylist() == values
@@ -232,8 +232,8 @@ def differences(actual: list[Row], expected: list[Row]) -> list[Any]:
     if len(actual) != len(expected):
         return [len(actual), len(expected)]
     return [
-        (place, name, actual_row.get(name), expected_row.get(name))
-        for place, (actual_row, expected_row) in enumerate(zip(actual, expected, strict=True))
+        (row, name, actual_row.get(name), expected_row.get(name))
+        for row, (actual_row, expected_row) in enumerate(zip(actual, expected, strict=True))
         for name in actual_row.keys() | expected_row.keys()
         if actual_row.get(name) != expected_row.get(name)
     ]

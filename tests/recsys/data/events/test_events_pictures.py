@@ -61,20 +61,20 @@ def test_files_become_bytes_in_the_order_of_items(
 
 
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("spoil", "texts"),
     [
         (lambda file: file.unlink(), ["0.png", "item 0", "'file'"]),
         (lambda file: file.write_text("no"), ["0.png", "item 0"]),
     ],
 )
 def test_a_missing_file_and_other_content_are_refused(
-    config: dict[str, Any], tmp_path: Path, spoil: Any, words: list[str]
+    config: dict[str, Any], tmp_path: Path, spoil: Any, texts: list[str]
 ) -> None:
     spoil(tmp_path / "shop/pictures/small/0.png")
     with pytest.raises(ValueError) as caught:
         prepare(tmp_path, config)
-    for word in words:
-        assert word in str(caught.value)
+    for text in texts:
+        assert text in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["shop"]
 
 

@@ -87,17 +87,17 @@ def log_with_texts(folder: Path, texts: Sequence[str]) -> None:
 
 def mind(folder: Path) -> None:
     """Rows of three shown items, of which one is clicked; news that both parts have."""
-    for place, part in enumerate(("MINDsmall_train", "MINDsmall_dev")):
-        (folder / part).mkdir()
-        half = ROWS[place * 30 : place * 30 + 30]
-        (folder / part / "behaviors.tsv").write_text(
+    for number, name in enumerate(("MINDsmall_train", "MINDsmall_dev")):
+        (folder / name).mkdir()
+        half = ROWS[number * 30 : number * 30 + 30]
+        (folder / name / "behaviors.tsv").write_text(
             "".join(
                 f"{n}\tU{n % 5}\t11/{11 + n // 12}/2019 {n % 12 + 1}:05:58 {'PA'[n % 2]}M"
                 f"\tN3 N4\tN{n % 4}-1 N{n % 4 + 1}-0 N{n % 4 + 2}-0\n"
                 for n in half
             )
         )
-        (folder / part / "news.tsv").write_text(
+        (folder / name / "news.tsv").write_text(
             "".join(
                 f'N{n}\tsports\tgolf\tThe "best{n}\tAn abstract\thttps://x/y.html\t[]\t[]\n'
                 for n in range(7)
@@ -167,8 +167,8 @@ SETTINGS = {
 
 
 def tiny_config() -> Config:
-    words = [word for name, value in SETTINGS.items() for word in (f"--{name}", value)]
-    return load_config(ROOT / "recsys" / "recipes" / "id_only.yaml", words)
+    argv = [argument for name, value in SETTINGS.items() for argument in (f"--{name}", value)]
+    return load_config(ROOT / "recsys" / "recipes" / "id_only.yaml", argv)
 
 
 def test_a_prepared_dataset_is_trained_predicted_exported_and_scored(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_rows_whose_labels_are_decided_after_the_next_split_begins_are_left_out(
     split = dict(CUTS[by])
     if by == "dates":
         split["at"] = [
-            datetime.fromtimestamp(int(at), ZoneInfo("UTC")).isoformat() for at in split["at"]
+            datetime.fromtimestamp(int(end), ZoneInfo("UTC")).isoformat() for end in split["at"]
         ]
     options = {"labels": {"bought": {"action": "buy", "within": "2d"}}, "rows": "view"}
     dataset = prepare(tmp_path, daily(20), split=split, unripe="keep", **options)

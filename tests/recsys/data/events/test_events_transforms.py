@@ -120,7 +120,7 @@ def test_rows_of_several_files_are_completed_and_in_order(
     with pq.ParquetFile(files[0]) as file:
         group = file.metadata.row_group(0)
         assert group.num_rows == 50
-        has = [group.column(place).has_dictionary_page for place in range(4)]
+        has = [group.column(column).has_dictionary_page for column in range(4)]
     assert (read.column_names, has) == (
         ["number", "noise", "same", "twice"],
         [False, False, True, False],

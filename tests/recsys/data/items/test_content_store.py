@@ -87,10 +87,10 @@ def test_a_feature_may_have_several_tokens(dataset: Path) -> None:
 
 def test_an_item_without_a_row_has_no_content(dataset: Path) -> None:
     write_items(dataset, text=pa.array(["a"]))
-    for name, part in store_of(dataset, *MODALITIES).gather(np.array([19, 3])).items():
-        assert not part.mask[0].any(), name
-        assert not part.values[0].any(), name
-        assert part.mask[1].any(), name
+    for name, content in store_of(dataset, *MODALITIES).gather(np.array([19, 3])).items():
+        assert not content.mask[0].any(), name
+        assert not content.values[0].any(), name
+        assert content.mask[1].any(), name
 
 
 def test_items_that_are_replaced_while_a_job_reads_them_are_refused(dataset: Path) -> None:

@@ -23,7 +23,7 @@ AUDIO = ModalitySettings(kind="feature", column="audio")
 
 
 @pytest.fixture(autouse=True)
-def pieces_of_three_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def blocks_of_three_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(item_table, "BYTES_PER_BLOCK", 3 * 4 * 5 * 2)
 
 
@@ -172,10 +172,10 @@ def test_a_value_that_is_not_finite_is_named_by_row_or_its_item_left_out(dataset
 
 def write(folder: Path, rows: list[list[int]]) -> RaggedArray:
     values = np.array([value for row in rows for value in row], np.int64)
-    return written(folder, np.array([len(row) for row in rows]), values)
+    return written_array(folder, np.array([len(row) for row in rows]), values)
 
 
-def written(folder: Path, lengths: np.ndarray, values: np.ndarray) -> RaggedArray:
+def written_array(folder: Path, lengths: np.ndarray, values: np.ndarray) -> RaggedArray:
     with closing(RaggedWriter(folder, values.shape[1:], values.dtype.name)) as writer:
         writer.add(lengths, values)
     return RaggedArray(folder)
@@ -219,21 +219,21 @@ def test_what_is_mapped_of_a_large_array_stays_within_bounds(
 ) -> None:
     lengths = np.full(2000, 4)
 
-    def most_mapped(folder: Path) -> int:
+    def max_mapped(folder: Path) -> int:
         with closing(RowWriter(folder, lengths, (1024,), "float32")) as writer:
             for row in range(2000):
                 writer.write(np.array([row]), np.full((4, 1024), row, np.float32))
         assert mapped_bytes(folder / "values.npy") < 2**18  # its header
-        array, most = RaggedArray(folder), 0
+        array, largest = RaggedArray(folder), 0
         for row in range(2000):
             assert (array.gather(np.array([row]))[0] == row).all()
             if row % 100 == 0:
-                most = max(most, mapped_bytes(folder / "values.npy"))
-        return most
+                largest = max(largest, mapped_bytes(folder / "values.npy"))
+        return largest
 
-    assert most_mapped(tmp_path / "small") > 28 * 2**20  # nearly the whole file of 31 MiB
+    assert max_mapped(tmp_path / "small") > 28 * 2**20  # nearly the whole file of 31 MiB
     monkeypatch.setattr(ragged_array, "RESIDENT_BYTES", 4 * 2**20)
-    assert most_mapped(tmp_path / "large") < 5 * 2**20
+    assert max_mapped(tmp_path / "large") < 5 * 2**20
 
 
 def test_rows_are_written_in_any_order(tmp_path: Path) -> None:

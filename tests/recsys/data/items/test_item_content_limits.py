@@ -28,7 +28,7 @@ def dataset(tmp_path: Path) -> Path:
     return write_dataset(tmp_path / "data", {}, num_items=8)
 
 
-def known(store: ContentStore, name: str, *items: int) -> list[bool]:
+def has_content(store: ContentStore, name: str, *items: int) -> list[bool]:
     """Which items have this content."""
     return store.gather(np.array(items))[name].mask.any(dim=1).tolist()
 
@@ -50,7 +50,7 @@ def test_a_long_text_cut_before_its_tokens_has_those_of_the_whole(text: str) -> 
 def test_columns_are_read_a_few_rows_at_a_time(
     dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = store_of(dataset, "text", "poster", "clip").gather(np.arange(8))
+    full = store_of(dataset, "text", "poster", "clip").gather(np.arange(8))
     monkeypatch.setattr(item_table, "ROWS_PER_CHUNK", 3)
     root = Location.of(dataset)
     items = ItemTable(root, load_schema(root))
@@ -58,9 +58,9 @@ def test_columns_are_read_a_few_rows_at_a_time(
     store = ContentStore(items, MODALITIES, dataset.parent / "other")
     for name in MODALITIES:
         store.build(name)
-        part = store.gather(np.arange(8))[name]
-        assert part.values.equal(whole[name].values)
-        assert part.mask.equal(whole[name].mask)
+        tokens = store.gather(np.arange(8))[name]
+        assert tokens.values.equal(full[name].values)
+        assert tokens.mask.equal(full[name].mask)
 
 
 def test_an_image_of_16_bits_keeps_its_shades() -> None:
@@ -108,9 +108,9 @@ def test_bad_content_is_skipped_as_missing_and_counted(dataset: Path) -> None:
     )
     for _ in range(2):
         store = store_of(dataset, "text", "poster", "clip", on_bad_row="skip")
-        assert known(store, "text", 8, 9, 10, 11) == [True, False, False, True]
-        assert known(store, "poster", 8, 9, 10, 11) == [False, True, False, False]
-        assert known(store, "clip", 8, 9, 10, 11) == [False, True, False, True]
+        assert has_content(store, "text", 8, 9, 10, 11) == [True, False, False, True]
+        assert has_content(store, "poster", 8, 9, 10, 11) == [False, True, False, False]
+        assert has_content(store, "clip", 8, 9, 10, 11) == [False, True, False, True]
         with joined_ranks("cpu") as ranks:
             summary = store.items.bad_rows.summary(ranks, "items")
         entries = {

@@ -48,16 +48,16 @@ def brute_force_history(
     ratings: Sequence[Rating], user: int, timestamp: int, length: int
 ) -> dict[str, list[Any]]:
     """The last ratings of the user before that moment, one by one."""
-    past = sorted(
+    rows = sorted(
         (t, movie, stars) for u, movie, stars, t in ratings if u == user and t < timestamp
     )
-    past = past[-length:]
+    rows = rows[-length:]
     return {
-        "history": [movie for _, movie, _ in past],
-        "history_liked": [float(stars >= 4) for *_, stars in past],
-        "history_stars": [pytest.approx(stars / 5) for *_, stars in past],
+        "history": [movie for _, movie, _ in rows],
+        "history_liked": [float(stars >= 4) for *_, stars in rows],
+        "history_stars": [pytest.approx(stars / 5) for *_, stars in rows],
         "history_days": [
-            pytest.approx(math.log10(1 + (timestamp - t) / 86_400) / 2, abs=1e-6) for t, *_ in past
+            pytest.approx(math.log10(1 + (timestamp - t) / 86_400) / 2, abs=1e-6) for t, *_ in rows
         ],
     }
 
@@ -80,15 +80,15 @@ def test_every_row_and_history_equals_brute_force_when_most_timestamps_are_ties(
     for split in ("train", "valid", "test"):
         expected = []
         for user, movie, rating, timestamp in ratings:
-            after, until = cuts[user][split]
-            if after < timestamp <= until:
-                past = brute_force_history(ratings, user, timestamp, length)
+            start, end = cuts[user][split]
+            if start < timestamp <= end:
+                history = brute_force_history(ratings, user, timestamp, length)
                 expected.append(
                     {
                         "user": users.index(user),
                         "item": (movie - 2) // 7,
-                        **past,
-                        "history": [(past_movie - 2) // 7 for past_movie in past["history"]],
+                        **history,
+                        "history": [(liked_movie - 2) // 7 for liked_movie in history["history"]],
                         "liked": float(rating >= 4),
                         "timestamp": timestamp,
                     }
@@ -116,8 +116,8 @@ def test_movies_in_any_order_become_items_in_order_of_id(tmp_path: Path) -> None
     for name, movies in {"a": MOVIES, "b": MOVIES[::-1]}.items():
         source = write_source(tmp_path / name, RATINGS, movies)
         prepare_movielens(source, tmp_path / f"out_{name}")
-    for part in ("items", "train", "test"):
-        assert read_split(tmp_path / "out_a", part) == read_split(tmp_path / "out_b", part)
+    for split in ("items", "train", "test"):
+        assert read_split(tmp_path / "out_a", split) == read_split(tmp_path / "out_b", split)
 
 
 def test_plots_join_the_text_and_posters_keep_their_bytes_and_nulls(
@@ -146,7 +146,7 @@ def replace_line(path: Path, number: int, line: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "number", "line", "words"),
+    ("file", "number", "line", "texts"),
     [
         ("ratings.csv", 3, "7,one,4.0,1", ["'movieId'", "Row #3", "'one'"]),
         ("ratings.csv", 6, "7,2,4.0,1", ["'movieId'", "row 6", "movie 2", "movies.csv", "add it"]),
@@ -158,13 +158,13 @@ def replace_line(path: Path, number: int, line: str) -> None:
     ],
 )
 def test_bad_input_is_named_by_file_column_and_row(
-    source: Path, tmp_path: Path, file: str, number: int, line: str, words: list[str]
+    source: Path, tmp_path: Path, file: str, number: int, line: str, texts: list[str]
 ) -> None:
     replace_line(source / file, number, line)
     with pytest.raises(ValueError) as caught:
         prepare_movielens(source, tmp_path / "out")
-    for word in [str(source / file), *words]:
-        assert word in str(caught.value)
+    for text in [str(source / file), *texts]:
+        assert text in str(caught.value)
 
 
 def as_dat(source: Path, folder: Path) -> Path:
@@ -185,24 +185,24 @@ def test_the_files_of_movielens_1m_and_10m_give_the_dataset_of_the_same_ratings(
     source = write_source(tmp_path / "source", RATINGS, movies)
     prepare_movielens(source, tmp_path / "csv")
     prepare_movielens(as_dat(source, tmp_path / "1m"), tmp_path / "dat")
-    for part in ("train", "valid", "test", "items"):
-        assert read_split(tmp_path / "dat", part) == read_split(tmp_path / "csv", part)
+    for split in ("train", "valid", "test", "items"):
+        assert read_split(tmp_path / "dat", split) == read_split(tmp_path / "csv", split)
 
 
 @pytest.mark.parametrize("file", ["ratings.csv", "movies.csv"])
 def test_a_missing_or_an_empty_file_is_named(source: Path, tmp_path: Path, file: str) -> None:
     header = (source / file).read_text().splitlines()[0]
-    for content, words in ((None, "such file"), ("", "empty"), (header + "\n", "no rows")):
+    for content, message in ((None, "such file"), ("", "empty"), (header + "\n", "no rows")):
         (source / file).unlink(missing_ok=True)
         if content is not None:
             (source / file).write_text(content)
-        with pytest.raises(ValueError, match=words) as caught:
+        with pytest.raises(ValueError, match=message) as caught:
             prepare_movielens(source, tmp_path / "out")
         assert str(source / file) in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("contents", "words"),
+    ("contents", "texts"),
     [
         ({"plot": ["a"]}, ["movieId", "exist"]),
         ({"movieId": [1]}, ["neither", "'plot'"]),
@@ -211,13 +211,13 @@ def test_a_missing_or_an_empty_file_is_named(source: Path, tmp_path: Path, file:
     ],
 )
 def test_bad_plots_and_posters_are_named_by_column_and_row(
-    source: Path, tmp_path: Path, contents: dict[str, list[Any]], words: list[str]
+    source: Path, tmp_path: Path, contents: dict[str, list[Any]], texts: list[str]
 ) -> None:
     pq.write_table(pa.table(contents), source / "items.parquet")
     with pytest.raises(ValueError) as caught:
         prepare_movielens(source, tmp_path / "out")
-    for word in [str(source / "items.parquet"), *words]:
-        assert word in str(caught.value)
+    for text in [str(source / "items.parquet"), *texts]:
+        assert text in str(caught.value)
 
 
 SPLITS = ("train", "valid", "test")
@@ -290,8 +290,8 @@ def test_no_train_row_of_a_window_is_as_late_as_a_row_it_is_judged_by(rolling: P
 def test_the_command_takes_protocol_and_history_length(
     tied_source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["prepare", "movielens", "--source", str(tied_source), "--out", str(tmp_path / "out")]
-    assert main([*words, "--split", "rolling", "--history_length", "3"]) == 0
+    argv = ["prepare", "movielens", "--source", str(tied_source), "--out", str(tmp_path / "out")]
+    assert main([*argv, "--split", "rolling", "--history_length", "3"]) == 0
     assert "window-1/train" in capsys.readouterr().out
     for window in WINDOWS:
         histories = [row["history"] for row in read_split(tmp_path / "out" / window, "test")]
@@ -299,7 +299,7 @@ def test_the_command_takes_protocol_and_history_length(
 
 
 @pytest.mark.parametrize(
-    ("split", "times", "words"),
+    ("split", "times", "texts"),
     [
         ("global", [5] * 9, ["split: valid", "timestamp"]),
         ("rolling", [5] * 9, ["split: valid of window-1", "timestamp"]),
@@ -309,13 +309,13 @@ def test_the_command_takes_protocol_and_history_length(
     ],
 )
 def test_a_split_without_rows_is_refused_with_the_fix(
-    tmp_path: Path, split: SplitProtocol, times: list[int], words: list[str]
+    tmp_path: Path, split: SplitProtocol, times: list[int], texts: list[str]
 ) -> None:
     ratings: list[Rating] = [(1, movie, 4.0, time) for movie, time in enumerate(times)]
     movies = [(movie, "Heat (1995)", "Drama") for movie in range(len(ratings))]
     source = write_source(tmp_path / "source", ratings, movies)
     with pytest.raises(ValueError) as caught:
         prepare_movielens(source, tmp_path / "out", split=split)
-    for word in words:
-        assert word in str(caught.value)
+    for text in texts:
+        assert text in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -23,7 +23,7 @@ def _first_page(data: Path, group: int) -> int:
 def damaged_page(data: Path) -> None:
     """The header of a page in the last row group."""
     start = _first_page(data, 2)
-    content(lambda whole: whole[:start] + b"\xff" * 40 + whole[start + 40 :])(data)
+    content(lambda old: old[:start] + b"\xff" * 40 + old[start + 40 :])(data)
 
 
 def flipped_bit_under_a_checksum(data: Path) -> None:
@@ -35,13 +35,13 @@ def flipped_bit_under_a_checksum(data: Path) -> None:
         chunk = parquet.metadata.row_group(0).column(0)
         last_user = chunk.data_page_offset + chunk.total_compressed_size - 8
 
-    def flip(whole: bytes) -> bytes:
-        return whole[:last_user] + bytes([whole[last_user] ^ 1]) + whole[last_user + 1 :]
+    def flip(old: bytes) -> bytes:
+        return old[:last_user] + bytes([old[last_user] ^ 1]) + old[last_user + 1 :]
 
     content(flip)(data)
 
 
-def beside(make: Spoil) -> Spoil:
+def in_extra_file(make: Spoil) -> Spoil:
     """Something else with the name of a data file."""
     return lambda data: make(data / "train" / "part-2.parquet")
 
@@ -61,7 +61,7 @@ FILES = {
         flipped_bit_under_a_checksum, [f"{FILE}: row group 0 (rows from 0)", "CRC"]
     ),
     "no rows": BadInput(table(lambda rows: rows.slice(0, 0)), [f"{FILE}: ", "no rows"]),
-    "a folder named like a file": BadInput(beside(Path.mkdir), ["train/part-2.parquet: "]),
+    "a folder named like a file": BadInput(in_extra_file(Path.mkdir), ["train/part-2.parquet: "]),
     "fewer rows than ranks": BadInput(one_row, ["1 training rows", "2 ranks"]),
     "no training files": BadInput(
         lambda data: shutil.rmtree(data / "train"),

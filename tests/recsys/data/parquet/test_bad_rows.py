@@ -58,8 +58,8 @@ def write_four(dataset: Path, row_group_size: int = 2, **replaced: list[Any]) ->
 
 
 def entry(file: Path, column: str, reason: str, rows: int, first_row: int) -> dict[str, Any]:
-    place = {"file": str(file), "column": column, "reason": reason}
-    return place | {"rows": rows, "first_row": first_row}
+    location = {"file": str(file), "column": column, "reason": reason}
+    return location | {"rows": rows, "first_row": first_row}
 
 
 def test_a_padding_row_stands_where_the_bad_one_was(dataset: Path) -> None:
@@ -136,8 +136,8 @@ def test_a_run_trains_on_the_other_rows_and_says_what_it_skipped(
     VALUES["NaN"].spoil(data)
     VALUES["bad row in validation"].spoil(data)
     run, out = tmp_path / "run", tmp_path / "predictions.parquet"
-    words = ["--batch_size", "16", "--content", "none", "--on_bad_row", "skip"]
-    metrics = train(load_config(TINY, words), str(data), run, alone)
+    argv = ["--batch_size", "16", "--content", "none", "--on_bad_row", "skip"]
+    metrics = train(load_config(TINY, argv), str(data), run, alone)
     skipped = metrics["skipped_rows"]
     assert [skipped[split]["rows"] for split in ("train", "valid", "test")] == [1, 1, 0]
     assert metrics["valid"]["num_samples"] == 24

@@ -68,7 +68,7 @@ def array_of(values: list[Any], kind: pa.DataType) -> pa.Array:
 
 
 @dataclass(frozen=True)
-class Written:
+class FileLayout:
     """How rows become files."""
 
     cuts: list[int]  # rows of each file but the last
@@ -85,9 +85,9 @@ class Written:
             *sorted({min(cut, len(rows)) for cut in self.cuts} - {0, len(rows)}),
             len(rows),
         ]
-        for file, (low, high) in enumerate(pairwise(bounds)):
+        for file, (first, last) in enumerate(pairwise(bounds)):
             columns = {
-                name: array_of([row[name] for row in rows[low:high]], kind)
+                name: array_of([row[name] for row in rows[first:last]], kind)
                 for name, kind in self.kinds.items()
             }
             path = folder / "train" / f"part-{file}.parquet"
@@ -96,7 +96,7 @@ class Written:
 
 
 @some.composite
-def ways_to_write(draw: some.DrawFn) -> Written:
+def ways_to_write(draw: some.DrawFn) -> FileLayout:
     integer, number, flavour = (some.sampled_from(kinds) for kinds in (INTEGERS, FLOATS, LISTS))
     kinds = {
         "user": draw(integer),
@@ -114,7 +114,7 @@ def ways_to_write(draw: some.DrawFn) -> Written:
         "compression": draw(some.sampled_from(["none", "snappy", "zstd"])),
     }
     cuts = draw(some.lists(some.integers(1, 30), max_size=2))
-    return Written(cuts, draw(some.integers(1, 9)), kinds, options)
+    return FileLayout(cuts, draw(some.integers(1, 9)), kinds, options)
 
 
 @dataclass(frozen=True)
@@ -166,15 +166,15 @@ def rows_of(batch: Batch) -> dict[int, dict[str, Any]]:
     assert batch.sequence_features["history"].values().equal(batch.history.items)
     rows_by_position = {}
     for row, position in enumerate(batch.rows.positions.tolist()):
-        low, high = ([0, *ends])[row], ends[row]
+        first, last = ([0, *ends])[row], ends[row]
         assert targets[row] == [target[row]]
         assert bags["user"][row] == [batch.rows.groups[row]] or position < 0
         if position >= 0:
             rows_by_position[position] = {
                 "user": int(batch.rows.groups[row]),
                 "item": int(target[row]),
-                "history": history[low:high],
-                "history_liked": liked[low:high],
+                "history": history[first:last],
+                "history_liked": liked[first:last],
                 "genres": bags["genres"][row],
                 "price": float(batch.dense_features[row, 0]),
                 "liked": int(batch.labels[row, 0]),
@@ -200,7 +200,7 @@ def read_back(batches: list[list[Batch]]) -> dict[int, dict[str, Any]]:
 @MANY
 @given(rows=tables, way=ways_to_write(), reading=readings)
 def test_every_row_is_in_one_batch_of_one_rank_as_it_was_written(
-    rows: list[dict[str, Any]], way: Written, reading: Reading
+    rows: list[dict[str, Any]], way: FileLayout, reading: Reading
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         actual = read_back(reading.batches(way.write(rows, Path(folder))))
@@ -240,7 +240,7 @@ def test_exactly_the_rows_with_bad_values_are_skipped(
     rows: list[tuple[dict[str, Any], dict[str, Any]]], row_group_size: int, reading: Reading
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        way = Written([5], row_group_size, WIDE, {})
+        way = FileLayout([5], row_group_size, WIDE, {})
         data = way.write([row | bad for row, bad in rows], Path(folder))
         actual = read_back(reading.batches(data, "skip"))
     assert actual == {index: without_nulls(row) for index, (row, bad) in enumerate(rows) if not bad}

@@ -52,9 +52,9 @@ def test_the_rest_of_a_share_is_what_an_uninterrupted_one_reads_after_it(
     rows: ParquetRows, world_size: int, num_read: int
 ) -> None:
     stage = Stage(world_size, 3, 0)
-    whole = read(rows, [stage])
-    assert len(whole[0]) >= 7
-    assert read(rows, [stage], num_read) == [batches[num_read:] for batches in whole]
+    full = read(rows, [stage])
+    assert len(full[0]) >= 7
+    assert read(rows, [stage], num_read) == [batches[num_read:] for batches in full]
 
 
 @pytest.mark.parametrize(
@@ -93,9 +93,9 @@ def test_loader_threads_continue_in_the_same_place(rows: ParquetRows) -> None:
 
 def test_parts_of_an_epoch_end_at_the_same_rows_whatever_was_done_before(rows: ParquetRows) -> None:
     fresh = share(rows, 0, Stage(1, 1, 0))
-    assert [fresh.batches_until(part, 4) for part in (1, 2, 3, 4)] == [15, 30, 45, 61]
+    assert [fresh.batches_until(segment, 4) for segment in (1, 2, 3, 4)] == [15, 30, 45, 61]
     fresh.begin(0, [Stage(1, 1, 20)])
-    assert [fresh.batches_until(part, 4) for part in (1, 2, 3, 4)] == [0, 10, 25, 41]
+    assert [fresh.batches_until(segment, 4) for segment in (1, 2, 3, 4)] == [0, 10, 25, 41]
 
 
 @pytest.mark.parametrize("seed", [None, 5])
@@ -113,7 +113,7 @@ def test_windows_end_where_long_histories_make_them_large(
     assert sum(map(len, by_bytes)) == len(by_rows[0])
     # No two row groups of about equal size fit together.
     assert max(map(len, by_bytes)) <= 11
-    counts = Counter(place for batches in read(rows, [stage]) for part in batches for place in part)
+    counts = Counter(row for batches in read(rows, [stage]) for batch in batches for row in batch)
     counts.pop(-1, None)
     assert counts == Counter(range(61))
 
@@ -205,14 +205,14 @@ def rows_of(root: Location) -> ParquetRows:
 
 
 def test_other_values_of_equal_size_have_another_fingerprint(root: Location) -> None:
-    before = rows_of(root)
+    old_rows = rows_of(root)
     again = rows_of(root).fingerprint()
     replace_values(root, "price")
-    after = rows_of(root)
-    assert [group.num_bytes for group in after.chunks] == [g.num_bytes for g in before.chunks]
-    assert before.fingerprint() == again != after.fingerprint()
+    new_rows = rows_of(root)
+    assert [group.num_bytes for group in new_rows.chunks] == [g.num_bytes for g in old_rows.chunks]
+    assert old_rows.fingerprint() == again != new_rows.fingerprint()
     with pytest.raises(ValueError, match="training data"):
-        check_equal("the training data", again, after.fingerprint(), "step-1")
+        check_equal("the training data", again, new_rows.fingerprint(), "step-1")
 
 
 def test_exchanged_labels_have_another_fingerprint_whatever_the_footer(root: Location) -> None:
@@ -223,9 +223,9 @@ def test_exchanged_labels_have_another_fingerprint_whatever_the_footer(root: Loc
     ones = [0.0, 1.0] * (len(table) // 2) + [0.0] * (len(table) % 2)
     digests, fingerprints = [], []
     for labels in (ones, [*ones[:2], *ones[3:], ones[2]]):
-        place = table.column_names.index(name)
+        index = table.column_names.index(name)
         with file.filesystem.open(file.path, "wb") as opened:
-            pq.write_table(table.set_column(place, name, pa.array(labels)), opened)
+            pq.write_table(table.set_column(index, name, pa.array(labels)), opened)
         with open_parquet(file) as parquet:
             digests.append(rows_digest(file, parquet))
         fingerprints.append(rows_of(root).fingerprint())

@@ -182,7 +182,7 @@ def test_equal_numbers_have_no_deviation_though_their_mean_is_rounded() -> None:
 def test_quantiles_of_many_values_are_those_of_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("recsys.data.transforms.steps.SAMPLED", 20_000)
     values, fit = np.random.default_rng(0).permutation(100_000) / 1e5, Quantiles(quantiles=4)
-    for part in np.array_split(values, 7):
-        fit.add(part)
+    for chunk in np.array_split(values, 7):
+        fit.add(chunk)
     assert len(fit.values) == 20_000
     np.testing.assert_allclose(fit.result()["boundaries"], [0.25, 0.5, 0.75], atol=0.01)

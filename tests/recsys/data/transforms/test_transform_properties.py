@@ -153,13 +153,13 @@ def reference(row: Row, schema: Schema) -> Row | None:
             if step.name == "cross":
                 continue
             if name == "words":
-                value = [one_value(step.name, step.settings, part) for part in value]
+                value = [one_value(step.name, step.settings, item) for item in value]
             else:
                 value = one_value(step.name, step.settings, value)
         if name == "town":
             columns["town_text"] = value
-            place = schema.vocabularies["town"].ids.to_pylist()
-            value = place.index(value) if value in place else EXACT - 1
+            towns = schema.vocabularies["town"].ids.to_pylist()
+            value = towns.index(value) if value in towns else EXACT - 1
         if name == "pair":  # null is an id of its own of a hash
             id_or_null = NULL_ID if value is None else value
             value = int(HashVocabulary(HASHED).rows_of(pa.array([id_or_null]))[0, 0])
@@ -191,8 +191,8 @@ def one_value(step: str, step_settings: Row, value: Any) -> Any:
     if step == "hash":
         return int(HashVocabulary(step_settings["buckets"]).rows_of(pa.array([value]))[0, 0])
     moment = datetime.fromtimestamp(value, UTC).astimezone(ZoneInfo(step_settings["zone"]))
-    parts = {"hour": moment.hour, "weekday": moment.weekday()}
-    return parts.get(step, moment.timetuple().tm_yday - 1)
+    fields = {"hour": moment.hour, "weekday": moment.weekday()}
+    return fields.get(step, moment.timetuple().tm_yday - 1)
 
 
 def read(rows: ParquetRows, names: list[str]) -> list[Row | None]:
@@ -201,7 +201,7 @@ def read(rows: ParquetRows, names: list[str]) -> list[Row | None]:
     return [row if ok else None for row, ok in zip(table.select(names).to_pylist(), is_row)]
 
 
-def asked(reader: RequestReader, row: Row) -> Row | None:
+def requested_row(reader: RequestReader, row: Row) -> Row | None:
     """What the scorer reads of a row in a request."""
     try:
         rows = reader({"user": 0} | row, (), [1])
@@ -244,7 +244,7 @@ def test_all_who_read_a_row_read_what_the_steps_say(
     pooled = ["user", *(name for name in names if name != "size")]
     reader = RequestReader(schema, pooled, {})
     assert predicted[: len(rows)] == trained
-    assert [asked(reader, row) for row in rows + new] == predicted
+    assert [requested_row(reader, row) for row in rows + new] == predicted
     for actual, row in zip(predicted, rows + new, strict=True):
         assert actual == reference(row, schema)
 
@@ -276,6 +276,6 @@ def test_fitted_values_are_those_of_all_training_rows(
             assert load_schema(Location.of(folder)).transforms == chains
     fitted = chains["mean"].steps[0].settings
     assert fitted == pytest.approx({"mean": np.mean(finite), "std": np.std(finite)}, rel=1e-6)
-    shares = [part / number for part in range(1, number)]
+    shares = [count / number for count in range(1, number)]
     boundaries = np.unique(np.quantile(finite, shares)).tolist()
     assert chains["bucket"].steps[0].settings["boundaries"] == boundaries

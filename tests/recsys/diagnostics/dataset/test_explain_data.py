@@ -44,9 +44,9 @@ def change(data: Path, split: str, **columns: Any) -> Path:
         file.unlink()
     for name, values in columns.items():
         array = values(table) if callable(values) else pa.array(values)
-        place = table.schema.get_field_index(name)
-        if place >= 0:
-            table = table.set_column(place, name, array)
+        index = table.schema.get_field_index(name)
+        if index >= 0:
+            table = table.set_column(index, name, array)
         else:
             table = table.append_column(name, array)
     return write_parquet(data / split / "part-0.parquet", table)
@@ -179,7 +179,7 @@ def test_items_without_impressions_and_impressions_without_items(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("split", "columns", "words"),
+    ("split", "columns", "message"),
     [
         ("train", {"liked": lambda t: pa.array([1.0] * len(t))}, "label 'liked' is 1 in all train"),
         ("train", {"price": lambda t: pa.array([2.0] * len(t))}, "'price' is 2 in all training"),
@@ -197,14 +197,14 @@ def test_items_without_impressions_and_impressions_without_items(tmp_path: Path)
         ("train", {"history": lambda t: as_history(t["item"], t)}, "have their own target"),
     ],
 )
-def test_findings(tmp_path: Path, split: str, columns: dict[str, Any], words: str) -> None:
+def test_findings(tmp_path: Path, split: str, columns: dict[str, Any], message: str) -> None:
     data = write_dataset(tmp_path / "data", num_items=40)
     for name, limit in (("user", 8), ("item", 38)):  # the last ones occur where they are put
         change(data, "train", **{name: lambda t, n=name, m=limit: pa.array(t[n].to_numpy() % m)})
-    assert words not in findings(data)
+    assert message not in findings(data)
     change(data, split, **columns)
 
-    assert words in findings(data)
+    assert message in findings(data)
 
 
 def test_a_label_that_a_split_lacks_has_no_mean_and_is_found(
@@ -317,8 +317,8 @@ def test_what_ends_training_ends_it_with_the_same_words(case: str, tmp_path: Pat
     BROKEN[case].spoil(data)
     with pytest.raises(ValueError) as raised:
         explain_data(str(data))
-    for word in BROKEN[case].words:
-        assert word.replace("DATA", str(data)) in str(raised.value)
+    for text in BROKEN[case].messages:
+        assert text.replace("DATA", str(data)) in str(raised.value)
 
 
 def test_bad_rows_are_all_told_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -328,15 +328,15 @@ def test_bad_rows_are_all_told_before(tmp_path: Path, capsys: pytest.CaptureFixt
 
     assert main(["explain-data", str(data)]) == 1
     printed = capsys.readouterr()
-    for words in ("null (first: row 1)", "not finite (first: row 0)", "id outside [0, 30)"):
-        assert "1 rows cannot" in printed.out and words in printed.out
+    for text in ("null (first: row 1)", "not finite (first: row 0)", "id outside [0, 30)"):
+        assert "1 rows cannot" in printed.out and text in printed.out
     assert f"{file}: column 'item', row 59: id 30 is outside [0, 30)" in printed.err
     assert main(["explain-data", str(data), "--on_bad_row", "skip"]) == 0
     assert summarize_dataset(str(data)).splits["train"].usable_rows == 57
 
 
 @pytest.mark.parametrize(
-    ("name", "values", "words"),
+    ("name", "values", "message"),
     [
         ("text", ["one title"] * 30, "items with a 'text' have the same"),
         ("text", [f"{'welcome to our shop ' * 5} {i}" for i in range(30)], "the same 101 char"),
@@ -344,17 +344,17 @@ def test_bad_rows_are_all_told_before(tmp_path: Path, capsys: pytest.CaptureFixt
     ],
 )
 def test_content_that_is_equal_for_most_items_is_named(
-    tmp_path: Path, name: str, values: list[Any], words: str
+    tmp_path: Path, name: str, values: list[Any], message: str
 ) -> None:
     data = write_dataset(tmp_path / "data")
-    assert words not in findings(data)
+    assert message not in findings(data)
     path = data / "items" / "part-0.parquet"
     table = pq.read_table(path)
-    place = table.schema.get_field_index(name)
+    index = table.schema.get_field_index(name)
     array = pa.array(values, table.schema.field(name).type)
-    write_parquet(path, table.set_column(place, name, array), row_group_size=7)
+    write_parquet(path, table.set_column(index, name, array), row_group_size=7)
 
-    assert words in findings(data)
+    assert message in findings(data)
 
 
 @pytest.mark.parametrize(

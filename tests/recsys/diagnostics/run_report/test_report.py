@@ -51,7 +51,7 @@ class Page(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.figures: list[str | None] = []
+        self.descriptions: list[str | None] = []
         self.titles: list[str] = []
         self.cells: list[str] = []
         self.addresses: list[str] = []
@@ -62,7 +62,7 @@ class Page(HTMLParser):
         self.open.append(tag)
         attributes = dict(attrs)
         if tag == "figure":
-            self.figures.append(attributes["id"])
+            self.descriptions.append(attributes["id"])
         self.addresses += [attributes[name] or "" for name in ("src", "href") if name in attributes]
 
     def handle_data(self, data: str) -> None:
@@ -88,8 +88,8 @@ def data(trained: TrainedRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pq.write_table(items.append_column("genres", pa.array(genres)), data / "items/part-0.parquet")
     for file in (data / "test").glob("*.parquet"):
         rows = pq.read_table(file)
-        place, unlike = rows.column_names.index("liked"), pc.subtract(1, rows["liked"])
-        pq.write_table(rows.set_column(place, "liked", unlike), file)
+        index, unlike = rows.column_names.index("liked"), pc.subtract(1, rows["liked"])
+        pq.write_table(rows.set_column(index, "liked", unlike), file)
     return data
 
 
@@ -97,15 +97,15 @@ def data(trained: TrainedRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def report(data: Path, trained: TrainedRun) -> Path:
     """The page of the tiny run, trained over two ranks."""
     out = data.parent / "page.html"
-    words = ["--run", str(trained.run), "--data", str(data), "--out", str(out)]
-    assert main(["report", *words, "--device", "cpu"]) == 0
+    argv = ["--run", str(trained.run), "--data", str(data), "--out", str(out)]
+    assert main(["report", *argv, "--device", "cpu"]) == 0
     return out
 
 
 def test_the_page_has_every_figure_and_fetches_nothing(report: Path) -> None:
     page = Page(report.read_text())
 
-    assert page.figures == FIGURES
+    assert page.descriptions == FIGURES
     assert page.titles == [
         "Verdict",
         "Test metrics",
@@ -241,8 +241,8 @@ def test_what_cannot_be_drawn_is_said_in_words(tmp_path: Path) -> None:
 
 def test_every_label_has_a_table_and_a_softmax_loss_no_probabilities() -> None:
     values = dict.fromkeys(("auc", "gauc", "logloss", "ne", "calibration"), 0.5)
-    part = values | {"num_samples": 3}
-    report = part | dict.fromkeys(("warm", "cold", "unseen"), part)
+    metrics = values | {"num_samples": 3}
+    report = metrics | dict.fromkeys(("warm", "cold", "unseen"), metrics)
     labels = {"labels": {"liked": report, "hated": report}}
 
     section = summary({"test": report | labels}, has_probabilities=True)
@@ -260,10 +260,10 @@ def test_every_label_has_a_table_and_a_softmax_loss_no_probabilities() -> None:
 
 def test_a_difference_that_rests_on_few_users_says_so() -> None:
     values = dict.fromkeys(("auc", "gauc", "logloss", "ne", "calibration"), 0.5)
-    part = values | {"num_samples": 90, "gauc_users": 20}
-    report = part | dict.fromkeys(("warm", "cold"), part)
+    metrics = values | {"num_samples": 90, "gauc_users": 20}
+    report = metrics | dict.fromkeys(("warm", "cold"), metrics)
     for num_users, says_so in ((3, True), (5, False)):
-        unseen = {"unseen": part | {"gauc_users": num_users}}
+        unseen = {"unseen": metrics | {"gauc_users": num_users}}
         section = summary({"test": report | unseen}, has_probabilities=True)
         assert any("rests on 3 users alone" in text for text in section.verdicts) == says_so
 
@@ -286,8 +286,8 @@ items:
 def items_of(folder: Path, *files: dict[str, pa.Array], row_group_size: int = 2) -> ItemTable:
     """Items in as many files."""
     (folder / "schema.yaml").write_text(SCHEMA)
-    for part, columns in enumerate(files):
-        write_parquet(folder / f"items/part-{part}.parquet", pa.table(columns), row_group_size)
+    for number, columns in enumerate(files):
+        write_parquet(folder / f"items/part-{number}.parquet", pa.table(columns), row_group_size)
     root = Location.of(folder)
     return ItemTable(root, load_schema(root))
 

@@ -50,7 +50,7 @@ from recsys.storage.location import Location
 from tests.recsys.weighted_data import table_of, write_weighted
 
 # Users of the items 0 to 4; the second has taken item 1 twice.
-TAKEN = [[0, 1, 2], [1, 1, 2], [0, 3], [2], [1, 2, 3]]
+TAKEN_ITEMS = [[0, 1, 2], [1, 1, 2], [0, 3], [2], [1, 2, 3]]
 TRANSITIONS = np.array(  # how much an item is followed by another
     [[0, 3, 1, 1, 0], [0, 0, 2, 1, 0], [1, 0, 0, 2, 0], [0, 0, 0, 0, 5], [1, 0, 0, 0, 0]],
     np.float32,
@@ -59,13 +59,13 @@ TEXTS = ["a red house", "red ink", "ink and a pen", "", "the house of ink"]
 
 
 def events() -> tuple[np.ndarray, np.ndarray]:
-    users = [user for user, items in enumerate(TAKEN) for _ in items]
-    return np.array(users) * 7, np.concatenate(TAKEN)
+    users = [user for user, items in enumerate(TAKEN_ITEMS) for _ in items]
+    return np.array(users) * 7, np.concatenate(TAKEN_ITEMS)
 
 
 def similarity(first: int, second: int) -> float:
     """The shrunk cosine, by sets of users."""
-    users = [{user for user, items in enumerate(TAKEN) if item in items} for item in range(5)]
+    users = [{user for user, items in enumerate(TAKEN_ITEMS) if item in items} for item in range(5)]
     common = len(users[first] & users[second])
     if first == second or not common:
         return 0.0
@@ -96,8 +96,8 @@ def catalogue() -> Catalogue:
         "near_text": near_texts,
         "repeat": identity(5, np.float32, "csr"),
     }
-    parts = {"model": vectors, "content": content, "text": texts}
-    return Catalogue(popularity, neighbours, parts)
+    components = {"model": vectors, "content": content, "text": texts}
+    return Catalogue(popularity, neighbours, components)
 
 
 @pytest.mark.parametrize("decay", [0.5, 1.0])
@@ -197,16 +197,16 @@ def test_no_part_and_no_other_weight_that_is_tried_ranks_validation_better(seed:
 
     best = choose_blend(items, valid, names, settings)
 
-    parts = items.scores(valid, best.decay, names)
-    highest = gain_of_all_ranks(best.scores(parts), valid, settings)
+    components = items.scores(valid, best.decay, names)
+    highest = gain_of_all_ranks(best.scores(components), valid, settings)
     assert min(best.weights.values()) >= 0 and max(best.weights.values()) > 0
-    for part in parts.values():
-        assert gain_of_all_ranks(np.array(part), valid, settings) <= highest
+    for component in components.values():
+        assert gain_of_all_ranks(np.array(component), valid, settings) <= highest
     for name, weight in best.weights.items():
         for factor in FACTORS:
             other = Blend(best.decay, {**best.weights, name: weight * factor})
             if any(other.weights.values()):
-                gain = gain_of_all_ranks(other.scores(parts), valid, settings)
+                gain = gain_of_all_ranks(other.scores(components), valid, settings)
                 assert gain <= highest + 1e-9
 
 
@@ -223,7 +223,7 @@ def test_a_part_that_orders_what_another_leaves_tied_joins_it() -> None:
 
 
 def test_an_ascent_from_all_parts_finds_what_one_from_the_best_part_misses() -> None:
-    parts = {
+    components = {
         "first": np.array([[3, 4, 4], [4, 0, 0], [3, 0, 0]], np.float32),
         "second": np.array([[3, 0, 3], [0, 3, 3], [0, 2, 0]], np.float32),
         "third": np.array([[4, 2, 0], [4, 3, 1], [1, 0, 2]], np.float32),
@@ -234,23 +234,23 @@ def test_an_ascent_from_all_parts_finds_what_one_from_the_best_part_misses() -> 
         return float((above + tied == 1).mean())  # the target is equal to itself
 
     alone = {"first": 0.0, "second": 0.0, "third": 1.0}
-    assert baselines._ascend(parts, share_of_rows, alone)[1] == pytest.approx(2 / 3)
+    assert baselines._ascend(components, share_of_rows, alone)[1] == pytest.approx(2 / 3)
 
-    weights, highest = best_weights(parts, share_of_rows)
+    weights, highest = best_weights(components, share_of_rows)
 
-    assert highest == share_of_rows(Blend(1.0, weights).scores(parts)) == 1
+    assert highest == share_of_rows(Blend(1.0, weights).scores(components)) == 1
 
 
 @pytest.mark.parametrize("names", [["item_cf", "content"], []])
 def test_a_part_that_is_constant_in_validation_has_no_weight(names: list[str]) -> None:
     valid = validation_rows(0)
-    parts = catalogue().scores(valid, 0.5, names)
-    parts["near_text"] = np.full((40, 5), 0.3, np.float32)
+    components = catalogue().scores(valid, 0.5, names)
+    components["near_text"] = np.full((40, 5), 0.3, np.float32)
 
     def ndcg(scores: np.ndarray) -> float:
         return gain_of_all_ranks(scores, valid, RetrievalSettings())
 
-    weights, _ = best_weights(parts, ndcg)
+    weights, _ = best_weights(components, ndcg)
 
     assert weights["near_text"] == (0 if names else 1)  # alone, it is the best part
 
@@ -328,15 +328,15 @@ def test_transitions_are_those_of_loops_over_the_training_rows(towers: Path) -> 
     with joined_ranks("cpu") as ranks:
         job = load_run(towers / "run", None, ranks, "cpu")
         items, _ = blend_to_serve(towers / "run", job)
-        place = {item: number for number, item in enumerate(raw_ids(job).to_pylist())}
-    pairs, counts = np.zeros((len(place), len(place))), np.zeros(len(place))
+        index_of = {item: number for number, item in enumerate(raw_ids(job).to_pylist())}
+    pairs, counts = np.zeros((len(index_of), len(index_of))), np.zeros(len(index_of))
     for row in pq.read_table(towers / "data" / "train").to_pylist():
-        if row["liked"] is None or row["liked"] <= 0 or row["item"] not in place:
+        if row["liked"] is None or row["liked"] <= 0 or row["item"] not in index_of:
             continue
-        counts[place[row["item"]]] += 1
+        counts[index_of[row["item"]]] += 1
         for step, earlier in enumerate(reversed(row["history"] or [])):
-            if step < MAX_STEPS and earlier in place and earlier != row["item"]:
-                pairs[place[earlier], place[row["item"]]] += 0.8**step
+            if step < MAX_STEPS and earlier in index_of and earlier != row["item"]:
+                pairs[index_of[earlier], index_of[row["item"]]] += 0.8**step
     shrunk = pairs**2 / (pairs + 3) / np.sqrt(np.outer(counts.clip(1), counts.clip(1)))
 
     assert (shrunk > 0).sum() > 20 and (shrunk != shrunk.T).any()
@@ -365,9 +365,9 @@ def test_events_are_of_all_partitions_that_a_run_has_learned_from(
     data, _ = write_weighted(tmp_path)
     rows, names = table_of(data, "train"), ["date=1", "date=2", "date=3"]
     shutil.rmtree(data / "train")
-    for place, name in enumerate(names):  # the run of the second was made before the third
+    for index, name in enumerate(names):  # the run of the second was made before the third
         (data / "train" / name).mkdir(parents=True)
-        pq.write_table(rows.slice(20 * place, 20), data / "train" / name / "part.parquet")
+        pq.write_table(rows.slice(20 * index, 20), data / "train" / name / "part.parquet")
     trained = tuple(TrainedPartition(name, 20, "") for name in names)
     ContinualFolder(tmp_path).write(RunState(trained))
     root = Location.of(str(data))
@@ -410,9 +410,9 @@ def test_the_command_compares_a_run_with_baselines(
     measured = json.loads((run / "metrics.json").read_text())["test"]["retrieval"]
     for name in ("recall@10", "ndcg@50"):
         assert reports["model"]["all"][name] == pytest.approx(measured[name], abs=1e-6)
-    mean, low, high = reports["model"]["gain over blend"]
+    mean, lower, upper = reports["model"]["gain over blend"]
     difference = reports["model"]["all"]["ndcg@10"] - reports["blend"]["all"]["ndcg@10"]
-    assert mean == pytest.approx(difference) and low <= mean <= high
+    assert mean == pytest.approx(difference) and lower <= mean <= upper
     table = capsys.readouterr().out.splitlines()
     assert table[-3].startswith("blend with model") and any(
         "recall@10 unseen" in line for line in table

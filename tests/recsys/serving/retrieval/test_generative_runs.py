@@ -29,7 +29,7 @@ from recsys.training.train import train
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
 from tests.recsys.command_runs import assert_same_metrics
-from tests.recsys.em3_runs import STEPS, ranks_of, train_configs, whole_table
+from tests.recsys.em3_runs import STEPS, full_table, ranks_of, train_configs
 from tests.recsys.ranking.backbone_runs import backbone_config
 from tests.recsys.serving.retrieval.retrieval_runs import NUM_ITEMS, liked_rows
 
@@ -84,11 +84,11 @@ def test_a_run_has_the_codes_of_its_semantic_ids(folder: Path) -> None:
         assert isinstance(job.em3.ranking, Generative)
         table, rows = job.em3.ranking.table, job.schema.vocabularies["item"]
         coded = pq.read_table(folder / "ids" / "items.parquet")
-        places = torch.from_numpy(rows.rows_of(coded["item"].combine_chunks()))
+        indices = torch.from_numpy(rows.rows_of(coded["item"].combine_chunks()))
         expected = torch.tensor(coded["semantic_ids"].to_pylist()) - torch.tensor([0, 16])
-        assert torch.equal(table[places][:, :2], expected)
-        assert len(table[places][:, :3].unique(dim=0)) == NUM_ITEMS - 1 == len(places)
-        is_other = torch.ones(len(table), dtype=torch.bool).index_fill(0, places, False)
+        assert torch.equal(table[indices][:, :2], expected)
+        assert len(table[indices][:, :3].unique(dim=0)) == NUM_ITEMS - 1 == len(indices)
+        is_other = torch.ones(len(table), dtype=torch.bool).index_fill(0, indices, False)
         assert is_other.any() and (table[is_other] == -1).all()
 
 
@@ -123,10 +123,10 @@ def test_the_evaluation_has_the_places_of_brute_force(folder: Path) -> None:
                 items != target
             )
             score_of_target = scores[items == target]
-            place = (
+            num_above = (
                 (scores[~is_seen] > score_of_target).sum() if len(score_of_target) else len(items)
             )
-            above.append(int(place))
+            above.append(int(num_above))
     expected = retrieval_metrics(torch.tensor(above), torch.zeros(len(above)), depths=[10, 50])
     report = json.loads((folder / "report.json").read_text())
     assert report["catalogue"] == NUM_ITEMS - 1
@@ -187,23 +187,23 @@ def test_items_added_later_are_found_at_once(
         export_semantic_ids(run, folder / "other_ids", 2, 9, ranks)
     retriever = Retriever.load(retriever.folder)  # that the others' does not change
     user, history, _ = next(row for row in liked_rows(folder) if row[1]["history"])
-    before = retriever.retrieve(user, history, NUM_ITEMS)
-    assert "item 3" not in before.items
+    old_result = retriever.retrieve(user, history, NUM_ITEMS)
+    assert "item 3" not in old_result.items
 
     assert retriever.add_items(folder / "ids_later") == 1
 
-    after = retriever.retrieve(user, history, NUM_ITEMS + 1)
-    assert set(after.items) == {*before.items, "item 3"}
-    assert (np.diff(after.scores) <= 0).all()
-    twin = rows["item"][0].as_py()  # of equal content: the last code alone tells them apart
-    scores = [dict(zip(result.items, result.scores)) for result in (before, after)]
-    changed = [item for item in before.items if scores[1][item] != scores[0][item]]
-    assert twin in changed and len(changed) < 10
+    new_result = retriever.retrieve(user, history, NUM_ITEMS + 1)
+    assert set(new_result.items) == {*old_result.items, "item 3"}
+    assert (np.diff(new_result.scores) <= 0).all()
+    duplicate = rows["item"][0].as_py()  # of equal content: the last code alone tells them apart
+    scores = [dict(zip(result.items, result.scores)) for result in (old_result, new_result)]
+    changed = [item for item in old_result.items if scores[1][item] != scores[0][item]]
+    assert duplicate in changed and len(changed) < 10
     with pytest.raises(ValueError, match="its codes are not those of"):
         retriever.add_items(folder / "other_ids")
-    words = ["--package", str(folder / "vectors"), "--top_k", str(NUM_ITEMS)]
-    words += ["--input", str(folder / "vectors" / "queries" / "request.json")]
-    assert main(["retrieve", *words, "--new_items", str(folder / "ids_later")]) == 0
+    argv = ["--package", str(folder / "vectors"), "--top_k", str(NUM_ITEMS)]
+    argv += ["--input", str(folder / "vectors" / "queries" / "request.json")]
+    assert main(["retrieve", *argv, "--new_items", str(folder / "ids_later")]) == 0
     assert "item 3" in json.loads(capsys.readouterr().out.splitlines()[-1])["items"]
 
 
@@ -252,5 +252,5 @@ def test_two_ranks_train_as_one(tmp_path: Path) -> None:
         torch.testing.assert_close(gradients, expected, atol=1e-5, rtol=1e-4)
         assert expected["ranking.decoder.codes"].any()
     for table in ("item", "user"):
-        pieces = whole_table(pair, STEPS, table), whole_table([single], STEPS, table)
-        torch.testing.assert_close(*pieces, atol=1e-5, rtol=1e-4)
+        tables = full_table(pair, STEPS, table), full_table([single], STEPS, table)
+        torch.testing.assert_close(*tables, atol=1e-5, rtol=1e-4)

@@ -89,8 +89,8 @@ def test_a_rare_word_counts_more_and_a_repeated_one_by_its_logarithm() -> None:
 def test_vectors_are_those_of_scikit_learn() -> None:
     text = pytest.importorskip("sklearn.feature_extraction.text")
     texts = ["a red house", "red ink red", "", "the house of ink"]
-    words = text.TfidfVectorizer(sublinear_tf=True)
-    expected = words.fit_transform(texts)
+    vectorizer = text.TfidfVectorizer(sublinear_tf=True)
+    expected = vectorizer.fit_transform(texts)
     np.testing.assert_allclose(
         (text_vectors(texts) @ text_vectors(texts).T).toarray(),
         (expected @ expected.T).toarray(),
@@ -104,6 +104,6 @@ def test_the_nearest_items_are_those_of_the_full_product(monkeypatch: pytest.Mon
     products = (vectors @ vectors.T).toarray()
     np.fill_diagonal(products, 0)
     for count in (1, 3, 7):
-        least = -np.sort(-products, axis=1)[:, [count - 1]]
-        expected = np.where(products >= least, products, 0)
+        lowest = -np.sort(-products, axis=1)[:, [count - 1]]
+        expected = np.where(products >= lowest, products, 0)
         np.testing.assert_allclose(nearest(vectors, count).toarray(), expected, rtol=1e-6)

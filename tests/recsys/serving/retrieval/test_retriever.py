@@ -66,8 +66,8 @@ def test_recall_of_a_flat_index_is_that_of_the_evaluation(
 def test_recall_of_a_blend_is_that_of_the_comparison(
     towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def equal_weights(parts: dict[str, np.ndarray], _: Any) -> tuple[dict[str, float], float]:
-        return {name: 1 / max(float(part.std()), 1e-6) for name, part in parts.items()}, 0.0
+    def equal_weights(scores: dict[str, np.ndarray], _: Any) -> tuple[dict[str, float], float]:
+        return {name: 1 / max(float(values.std()), 1e-6) for name, values in scores.items()}, 0.0
 
     # The best weights of so few rows leave out most parts, and items tie.
     monkeypatch.setattr(baselines, "best_weights", equal_weights)
@@ -112,12 +112,12 @@ def test_ids_are_those_of_the_items_files(towers: Path, retriever: Retriever) ->
     assert retriever.retrieve(user, history, 5, exclude=best).items == result.items[3:8]
 
 
-@pytest.mark.parametrize("part", [Retrieved, Retriever])
+@pytest.mark.parametrize("obj", [Retrieved, Retriever])
 def test_the_example_in_the_docstring_runs(
-    towers: Path, part: Any, monkeypatch: pytest.MonkeyPatch
+    towers: Path, obj: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(towers)
-    run_example(part, {})
+    run_example(obj, {})
 
 
 def test_content_vectors_are_those_of_the_bank(towers: Path, by_content: Retriever) -> None:
@@ -135,11 +135,11 @@ def test_content_vectors_are_those_of_the_bank(towers: Path, by_content: Retriev
 def test_content_is_searched_by_the_mean_of_the_history(by_content: Retriever) -> None:
     ids = by_content.ids.to_pylist()
     vectors = torch.nn.functional.normalize(torch.from_numpy(by_content.vectors.copy()), dim=1)
-    past = [ids[7], "never seen", ids[9]]
+    history = [ids[7], "never seen", ids[9]]
     query = (vectors[7] + vectors[9]) / 2
 
-    np.testing.assert_allclose(by_content.query({}, past), query, rtol=0, atol=1e-6)
-    result = by_content.retrieve({}, {"history": past}, 3)
+    np.testing.assert_allclose(by_content.query({}, history), query, rtol=0, atol=1e-6)
+    result = by_content.retrieve({}, {"history": history}, 3)
     expected = [vectors[ids.index(item)] @ query for item in result.items]
     np.testing.assert_allclose(result.scores, expected, atol=1e-6)
     with pytest.raises(ValueError, match="history"):
@@ -155,7 +155,7 @@ def test_lists_of_categories_are_read_from_several_row_groups(tmp_path: Path) ->
     pq.write_table(table, tmp_path / "rows.parquet", row_group_size=2)
     reader: Any = SimpleNamespace(columns=lambda names: ([], names))
     histories = [history for *_, history in _requests(str(tmp_path), reader)]
-    assert histories == [{"seen": seen} for seen in (["a", "b"], [], ["a"])]
+    assert histories == [{"seen": categories} for categories in (["a", "b"], [], ["a"])]
 
 
 def test_files_need_no_columns_that_are_looked_up(tmp_path: Path) -> None:
@@ -200,23 +200,23 @@ def test_requests_of_files_are_answered_in_their_order(
     towers: Path, retriever: Retriever, by_content: Retriever, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, queries = towers / "found.parquet", towers / "vectors" / "queries" / "request.json"
-    words = ["--package", str(towers / "vectors"), "--top_k", "4", "--log_level", "warning"]
+    argv = ["--package", str(towers / "vectors"), "--top_k", "4", "--log_level", "warning"]
     test_rows = ["--input", str(towers / "data" / "test"), "--out", str(out)]
-    assert main(["retrieve", *words, *test_rows]) == 0
+    assert main(["retrieve", *argv, *test_rows]) == 0
     items = pq.read_table(out)["items"]
     rows = pq.read_table(towers / "data" / "test").to_pylist()
     assert len(items) == len(rows) and items.type.value_type == pa.string()
-    for place in (0, len(rows) - 1):
-        history = {name: rows[place][name] for name in ("history", "history_liked")}
-        alone = retriever.retrieve(rows[place], history, 4)
-        assert items[place].as_py() == alone.items
+    for index in (0, len(rows) - 1):
+        history = {name: rows[index][name] for name in ("history", "history_liked")}
+        alone = retriever.retrieve(rows[index], history, 4)
+        assert items[index].as_py() == alone.items
 
     capsys.readouterr()
-    assert main(["retrieve", *words, "--input", str(queries)]) == 0
+    assert main(["retrieve", *argv, "--input", str(queries)]) == 0
     assert json.loads(capsys.readouterr().out)["items"] == items[0].as_py()
 
-    words[1] = str(towers / "content")  # some rows have no history
-    assert main(["retrieve", *words, *test_rows]) == 0
+    argv[1] = str(towers / "content")  # some rows have no history
+    assert main(["retrieve", *argv, *test_rows]) == 0
     lengths = [len(items) for items in pq.read_table(out)["items"].to_pylist()]
     assert lengths == [4 if row["history"] else 0 for row in rows]
 
@@ -236,8 +236,8 @@ def test_items_added_to_the_user_tower_are_in_the_histories_of_queries(
     copy = Path(shutil.copytree(towers / "vectors", tmp_path / "vectors"))
     items = pq.read_table(towers / "data" / "items")
     texts = [f"another {text}" if text else text for text in items["text"].to_pylist()]
-    place = items.column_names.index("text")
-    edited = items.set_column(place, "text", pa.array(texts, items.schema.field("text").type))
+    index = items.column_names.index("text")
+    edited = items.set_column(index, "text", pa.array(texts, items.schema.field("text").type))
     pq.write_table(edited, tmp_path / "items.parquet")
 
     assert add_items(copy / "queries", str(tmp_path / "items.parquet")).changed > 0
@@ -284,8 +284,8 @@ def test_an_approximate_index_of_few_items_finds_as_many_as_are_asked_for(
     vectors = unit(np.random.default_rng(0).standard_normal((num_items, 16)).astype(np.float32))
     exact = search_index(build_index(vectors, "flat"), vectors[:20], 100)[1]
 
-    places = search_index(build_index(vectors, kind), vectors[:20], 100)[1]
+    indices = search_index(build_index(vectors, kind), vectors[:20], 100)[1]
 
-    assert places.shape == (20, min(100, num_items)) and (places >= 0).all()
-    shared = [len(np.intersect1d(*pair)) for pair in zip(exact, places, strict=True)]
-    assert np.mean(shared) / places.shape[1] > 0.99
+    assert indices.shape == (20, min(100, num_items)) and (indices >= 0).all()
+    shared = [len(np.intersect1d(*pair)) for pair in zip(exact, indices, strict=True)]
+    assert np.mean(shared) / indices.shape[1] > 0.99

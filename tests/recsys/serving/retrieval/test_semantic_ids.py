@@ -42,11 +42,11 @@ def test_codes_are_the_nearest_centres_of_what_earlier_levels_leave() -> None:
     books = Codebooks(centres, np.zeros((2, 2)))
     codes = books.codes_of(vectors)
 
-    rest = unit(vectors)
+    residuals = unit(vectors)
     for level in range(2):
-        distances = np.linalg.norm(rest[:, None] - centres[level][None], axis=2)
+        distances = np.linalg.norm(residuals[:, None] - centres[level][None], axis=2)
         assert codes[:, level].tolist() == distances.argmin(axis=1).tolist()
-        rest = rest - centres[level][codes[:, level]]
+        residuals = residuals - centres[level][codes[:, level]]
     assert (
         Codebooks(centres, np.zeros((2, 2))).ids_of(vectors).tolist()
         == (codes + np.array([0, 2])).tolist()
@@ -58,10 +58,10 @@ def test_each_level_leaves_less_of_the_vectors() -> None:
     vectors = np.random.default_rng(0).standard_normal((400, 6)).astype(np.float32)
     books = Codebooks.fit(vectors, levels=3, codes=8)
 
-    rest, energy = unit(vectors), [1.0]
+    residuals, energy = unit(vectors), [1.0]
     for level, codes in enumerate(books.codes_of(vectors).T):
-        rest = rest - books.centres[level][codes]
-        energy.append(float((rest**2).sum(axis=1).mean()))
+        residuals = residuals - books.centres[level][codes]
+        energy.append(float((residuals**2).sum(axis=1).mean()))
     assert energy[1] < 0.6 and energy[2] < 0.8 * energy[1] and energy[3] < 0.8 * energy[2]
     assert books.codes_of(vectors[7:8]).tolist() == books.codes_of(vectors)[7:8].tolist()
     with pytest.raises(ValueError, match="--codes is 401"):
@@ -77,10 +77,10 @@ def test_balanced_codes_are_used_alike_and_keep_most_of_the_vectors() -> None:
         books = Codebooks.fit(vectors, levels=2, codes=8, balanced=balanced)
         codes = books.codes_of(vectors)
         usage[balanced] = np.bincount(codes[:, 0], minlength=8)
-        rest = unit(vectors)
+        residuals = unit(vectors)
         for level in range(2):
-            rest = rest - books.centres[level][codes[:, level]]
-        energy[balanced] = float((rest**2).sum(axis=1).mean())
+            residuals = residuals - books.centres[level][codes[:, level]]
+        energy[balanced] = float((residuals**2).sum(axis=1).mean())
     assert usage[False].max() > 120 and usage[True].max() < 75 and usage[True].min() > 25
     assert energy[True] < 0.35
     assert books.codes_of(vectors[5:6]).tolist() == codes[5:6].tolist()
@@ -102,9 +102,9 @@ def test_the_report_counts_items_that_share_all_codes() -> None:
 def semantic(towers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder `ids` of the run's items, and the dataset with them."""
     folder = tmp_path_factory.mktemp("semantic")
-    words = ["--run", str(towers / "run"), "--out", str(folder / "ids"), "--levels", "2"]
-    words += ["--codes", "5", "--dataset", str(folder / "data"), "--log_level", "warning"]
-    assert main(["semantic-ids", *words]) == 0
+    argv = ["--run", str(towers / "run"), "--out", str(folder / "ids"), "--levels", "2"]
+    argv += ["--codes", "5", "--dataset", str(folder / "data"), "--log_level", "warning"]
+    assert main(["semantic-ids", *argv]) == 0
     return folder
 
 
@@ -204,13 +204,13 @@ def test_items_added_later_leave_the_codes_of_others(towers: Path, semantic: Pat
         folder, run = semantic / "with_new", towers / "run"
         export_semantic_ids(run, folder, 3, 256, ranks, str(later), semantic / "ids")
 
-    before, after = (
-        dict(zip(*pq.read_table(place / "items.parquet").to_pydict().values(), strict=True))
-        for place in (semantic / "ids", folder)
+    old_codes, new_codes = (
+        dict(zip(*pq.read_table(location / "items.parquet").to_pydict().values(), strict=True))
+        for location in (semantic / "ids", folder)
     )
-    assert len(after) == len(before) + 1
-    assert {item: after[item] for item in before} == before
-    assert after["item 3"] == after[rows["item"][0].as_py()]  # equal content
+    assert len(new_codes) == len(old_codes) + 1
+    assert {item: new_codes[item] for item in old_codes} == old_codes
+    assert new_codes["item 3"] == new_codes[rows["item"][0].as_py()]  # equal content
     assert np.array_equal(load_codebooks(folder).centres, load_codebooks(semantic / "ids").centres)
 
 

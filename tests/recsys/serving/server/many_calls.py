@@ -23,7 +23,7 @@ from tests.recsys.em3_runs import em3_config
 from tests.recsys.serving.server.served_package import TOKEN, ServedPackage
 from tests.recsys.serving.serving_runs import exported
 
-MOST_GROWTH = 0.05
+MAX_GROWTH = 0.05
 BATCH_EVERY, ITEMS = 10, 30
 WARM_UP = 500  # rankings
 
@@ -36,9 +36,9 @@ def describe_calls(server: ServedPackage, folder: Path, calls: int) -> tuple[int
     """
     url = f"http://127.0.0.1:{server.port}/openapi.json"
     program = Path(sys.executable).with_name("schemathesis")
-    words = [str(program), "run", url, "-c", "not_a_server_error", "-n", str(calls)]
-    words += ["--phases", "examples,coverage,fuzzing", "-H", f"authorization: Bearer {TOKEN}"]
-    process = subprocess.run(words, cwd=folder, capture_output=True, text=True)
+    argv = [str(program), "run", url, "-c", "not_a_server_error", "-n", str(calls)]
+    argv += ["--phases", "examples,coverage,fuzzing", "-H", f"authorization: Bearer {TOKEN}"]
+    process = subprocess.run(argv, cwd=folder, capture_output=True, text=True)
     assert process.returncode == 0, process.stdout[-5000:]
     return int(re.findall(r"(\d+) generated", process.stdout)[0]), process.stdout
 
@@ -96,7 +96,7 @@ def main(calls: int = 10_000, requests: int = 50_000, per_route: int = 1_200) ->
         growth = memory[-1] / memory[0] - 1
         print(f"{number:,} calls without a server error; memory grows by {growth:.1%}")
         assert number >= calls, "raise --per_route"
-        assert growth < MOST_GROWTH
+        assert growth < MAX_GROWTH
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[4]
 TOKEN = "of the tests"
 
 
-class Answer(NamedTuple):
+class Response(NamedTuple):
     """Status, headers in lower case, and body of a response."""
 
     status: int
@@ -39,13 +39,13 @@ class ServedPackage:
 
     def __init__(self, package: Path, log: Path, *options: str) -> None:
         self.log = log
-        words = [sys.executable, "-W", "ignore", "-m", "recsys.cli", "serve", str(package)]
-        words += ["--name", "shop", "--port", "0", "--grpc_port", "0", "--threads", "1"]
-        words += ["--drain", "0", "--log_format", "json", *options]
+        argv = [sys.executable, "-W", "ignore", "-m", "recsys.cli", "serve", str(package)]
+        argv += ["--name", "shop", "--port", "0", "--grpc_port", "0", "--threads", "1"]
+        argv += ["--drain", "0", "--log_format", "json", *options]
         environment = {**os.environ, "RECSYS_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
         with log.open("wb") as file:
             self.process = subprocess.Popen(
-                words, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
+                argv, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
             )
         try:
             self._wait()
@@ -68,7 +68,7 @@ class ServedPackage:
 
     def call(
         self, path: str, body: Any = None, method: str | None = None, **headers: str
-    ) -> Answer:
+    ) -> Response:
         """Send one request; anything but bytes is sent as JSON."""
         all_headers = {"authorization": f"Bearer {TOKEN}"}
         all_headers |= {name.replace("_", "-"): value for name, value in headers.items()}
@@ -79,7 +79,7 @@ class ServedPackage:
             connection.request(method, path, content, all_headers)
             response = connection.getresponse()
             names = {name.lower(): value for name, value in response.getheaders()}
-            return Answer(response.status, names, response.read())
+            return Response(response.status, names, response.read())
         finally:
             connection.close()
 
@@ -89,8 +89,8 @@ class ServedPackage:
             received = b""
             with suppress(ConnectionError):  # bytes that the server has not read reset it
                 connection.sendall(sent)
-                while part := connection.recv(2**16):
-                    received += part
+                while chunk := connection.recv(2**16):
+                    received += chunk
             return received
 
     def is_listening(self) -> bool:

@@ -79,13 +79,13 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def test_requests_that_do_not_arrive_whole_are_answered_by_408(server: ServedPackage) -> None:
-    parts = [HEAD[:-5], HEAD + b"content-length: 100\r\n\r\n{", CHUNKED + b"5\r\nabcde\r\n"]
+    chunks = [HEAD[:-5], HEAD + b"content-length: 100\r\n\r\n{", CHUNKED + b"5\r\nabcde\r\n"]
     started = time.monotonic()
     with ThreadPoolExecutor() as clients:
-        answers = list(clients.map(server.send, parts))
+        responses = list(clients.map(server.send, chunks))
 
     assert READ <= time.monotonic() - started < READ + SLACK
-    for received in answers:
+    for received in responses:
         assert statuses(received)[-1] == 408
         assert json.loads(received.split(b"\r\n\r\n")[-1])["error"]
 
@@ -187,7 +187,7 @@ CALL = b"".join(
 
 
 def test_calls_of_grpc_that_do_not_arrive_whole_are_ended(server: ServedPackage) -> None:
-    answers = {
+    responses = {
         b"": b"handshake timeout|idle",
         HTTP2 + frame(1, 4, 1, CALL)[:30]: b"idle",
         HTTP2 + frame(1, 4, 1, CALL): b"grpc-status\x014",  # DEADLINE_EXCEEDED
@@ -195,15 +195,15 @@ def test_calls_of_grpc_that_do_not_arrive_whole_are_ended(server: ServedPackage)
     }
     started = time.monotonic()
     with ThreadPoolExecutor() as clients:
-        received = list(clients.map(lambda sent: server.send(sent, server.grpc_port), answers))
+        received = list(clients.map(lambda sent: server.send(sent, server.grpc_port), responses))
 
     assert time.monotonic() - started < READ + 2 * IDLE + SLACK
-    for answer, expected in zip(received, answers.values(), strict=True):
-        assert re.search(expected, answer)
+    for response, expected in zip(received, responses.values(), strict=True):
+        assert re.search(expected, response)
 
 
 READY = ("/v2/health/ready", "/v2/models/shop/ready")
-ANSWERED = ("/v2/health/live", "/v2", "/v2/models/shop", "/metrics")
+PATHS = ("/v2/health/live", "/v2", "/v2/models/shop", "/metrics")
 DRAIN = 5  # seconds
 
 
@@ -218,7 +218,7 @@ def test_a_server_that_ends_is_not_ready_but_answers_until_its_drain_is_over(
     grpc = tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
     with socket.create_connection(("127.0.0.1", server.port), HANG_SECONDS) as half_sent:
         try:
-            assert [server.call(path).status for path in READY + ANSWERED] == [200] * 6
+            assert [server.call(path).status for path in READY + PATHS] == [200] * 6
             assert grpc.is_server_ready()
             server.process.send_signal(signal.SIGTERM)
             server.wait_for(rf"(?s)(draining.*){{{workers}}}")
@@ -230,9 +230,9 @@ def test_a_server_that_ends_is_not_ready_but_answers_until_its_drain_is_over(
             rank = f"POST /v1/rank HTTP/1.1\r\nauthorization: Bearer {TOKEN}\r\n"
             half_sent.sendall(f"{rank}content-length: {len(body)}\r\n\r\n".encode())
             while time.monotonic() < ended - 3:
-                answers = [server.call("/v1/rank", json.loads(body)), *map(server.call, ANSWERED)]
-                assert {answer.status for answer in answers} == {200}
-                assert {answer.headers["connection"] for answer in answers} == {"close"}
+                responses = [server.call("/v1/rank", json.loads(body)), *map(server.call, PATHS)]
+                assert {response.status for response in responses} == {200}
+                assert {response.headers["connection"] for response in responses} == {"close"}
                 assert grpc.is_server_live()
             while server.is_listening():
                 assert time.monotonic() < ended + HANG_SECONDS

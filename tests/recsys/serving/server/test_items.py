@@ -61,16 +61,16 @@ def test_posted_items_score_as_those_that_the_command_adds(
     pq.write_table(items, tmp_path / "new.parquet")
     package = Path(shutil.copytree(run / "package", tmp_path / "by_command"))
     add_items(package, str(tmp_path / "new.parquet"))
-    before = server.call("/v2/models/shop").content["versions"]
-    answer = server.call("/v1/items", posted(items))
-    assert answer.status == 200, answer.body
-    assert {name: answer.content[name] for name in ("new", "changed", "unchanged")} == {
+    old_versions = server.call("/v2/models/shop").content["versions"]
+    response = server.call("/v1/items", posted(items))
+    assert response.status == 200, response.body
+    assert {name: response.content[name] for name in ("new", "changed", "unchanged")} == {
         "new": 3,
         "changed": 0,
         "unchanged": 0,
     }
-    assert [answer.content["model_version"]] == server.call("/v2/models/shop").content["versions"]
-    assert [answer.content["model_version"]] != before
+    assert [response.content["model_version"]] == server.call("/v2/models/shop").content["versions"]
+    assert [response.content["model_version"]] != old_versions
     request = next(r for r in requests(run / "data") if r["history"]["history"])
     request["candidates"] = NEW
     expected = Scorer.load(package).score(**request)[:, 0]
@@ -94,8 +94,8 @@ def test_an_item_answers_within_a_second_also_when_several_come_at_once(
     assert np.quantile(seconds, 0.95) < 1, np.quantile(seconds, [0.5, 0.95, 1])
     with ThreadPoolExecutor(8) as threads:
         bodies = [posted(table.slice(ADDITIONS + row, 1)) for row in range(8)]
-        answers = list(threads.map(lambda body: server.call("/v1/items", body), bodies))
-    assert [answer.content["new"] for answer in answers] == [1] * 8
+        responses = list(threads.map(lambda body: server.call("/v1/items", body), bodies))
+    assert [response.content["new"] for response in responses] == [1] * 8
 
 
 @pytest.mark.parametrize(
@@ -112,8 +112,8 @@ def test_an_item_answers_within_a_second_also_when_several_come_at_once(
 def test_items_that_cannot_be_used_are_refused(
     server: ServedPackage, body: dict[str, Any], problem: str
 ) -> None:
-    answer = server.call("/v1/items", body)
-    assert answer.status == 400 and problem in answer.content["error"]
+    response = server.call("/v1/items", body)
+    assert response.status == 400 and problem in response.content["error"]
     assert server.call("/v1/items", body, authorization="Bearer other").status == 401
 
 

@@ -23,7 +23,7 @@ from recsys.serving import Scorer
 from recsys.serving.package import MANIFEST, digest_of, read_manifest, write_manifest
 from tests.ranks import HANG_SECONDS
 from tests.recsys.serving.server.many_calls import describe_calls
-from tests.recsys.serving.server.served_package import TOKEN, Answer, ServedPackage
+from tests.recsys.serving.server.served_package import TOKEN, Response, ServedPackage
 from tests.recsys.serving.serving_runs import requests
 
 MODEL, RANK, INFER = "/v2/models/shop", "/v1/rank", "/v2/models/shop/infer"
@@ -98,24 +98,24 @@ def by_grpc(server: ServedPackage, request: dict[str, Any]) -> np.ndarray:
 
 def by_curl(server: ServedPackage, request: dict[str, Any]) -> np.ndarray:
     url = f"http://127.0.0.1:{server.port}{RANK}"
-    words = ["curl", "-s", url, "-H", f"authorization: {BEARER['authorization']}", "-d", "@-"]
-    process = subprocess.run(words, input=json.dumps(request), capture_output=True, text=True)
-    answer = json.loads(process.stdout)
-    assert answer["scores"]["liked"] == sorted(answer["scores"]["liked"], reverse=True)
-    places = np.argsort([request["candidates"].index(item) for item in answer["items"]])
-    return np.array(answer["scores"]["liked"])[places]
+    argv = ["curl", "-s", url, "-H", f"authorization: {BEARER['authorization']}", "-d", "@-"]
+    process = subprocess.run(argv, input=json.dumps(request), capture_output=True, text=True)
+    response = json.loads(process.stdout)
+    assert response["scores"]["liked"] == sorted(response["scores"]["liked"], reverse=True)
+    order = np.argsort([request["candidates"].index(item) for item in response["items"]])
+    return np.array(response["scores"]["liked"])[order]
 
 
-@pytest.mark.parametrize("by", [by_json, by_http, by_grpc, by_curl])
+@pytest.mark.parametrize("client", [by_json, by_http, by_grpc, by_curl])
 def test_each_client_gets_the_scores_of_the_scorer(
     server: ServedPackage,
     scorer: Scorer,
     request_of_user: dict[str, Any],
-    by: Callable[[ServedPackage, dict[str, Any]], np.ndarray],
+    client: Callable[[ServedPackage, dict[str, Any]], np.ndarray],
 ) -> None:
     expected = scorer.score(**request_of_user)[:, 0]
 
-    np.testing.assert_allclose(by(server, request_of_user), expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(client(server, request_of_user), expected, rtol=0, atol=1e-6)
 
 
 def test_the_first_of_all_items_are_ranked(
@@ -123,29 +123,29 @@ def test_the_first_of_all_items_are_ranked(
 ) -> None:
     scores = scorer.score(**request_of_user)[:, 0]
 
-    answer = server.call(RANK, request_of_user | {"candidates": "all", "top_k": 3}).content
+    response = server.call(RANK, request_of_user | {"candidates": "all", "top_k": 3}).content
 
-    assert answer["items"] == np.argsort(-scores)[:3].tolist()
-    assert answer["model_version"] == digest_of(scorer.manifest)[:12]
+    assert response["items"] == np.argsort(-scores)[:3].tolist()
+    assert response["model_version"] == digest_of(scorer.manifest)[:12]
 
 
 def test_clients_read_the_metadata(server: ServedPackage) -> None:
-    rest = tritonclient.http.InferenceServerClient(f"127.0.0.1:{server.port}")
+    http_client = tritonclient.http.InferenceServerClient(f"127.0.0.1:{server.port}")
     grpc = tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
 
-    assert rest.is_server_live() and rest.is_server_ready()
+    assert http_client.is_server_live() and http_client.is_server_ready()
     assert grpc.is_server_live() and grpc.is_server_ready()
-    metadata = rest.get_model_metadata("shop", headers=BEARER)
+    metadata = http_client.get_model_metadata("shop", headers=BEARER)
     assert metadata["outputs"] == [{"name": "liked", "datatype": "FP32", "shape": [-1]}]
     types = {column["name"]: column["datatype"] for column in metadata["inputs"]}
     assert (types["item"], types["city"], types["price"]) == ("INT64", "BYTES", "FP32")
     inputs = grpc.get_model_metadata("shop", headers=BEARER).inputs
     assert {column.name: column.datatype for column in inputs} == types
     version = metadata["versions"][0]
-    assert rest.is_model_ready("shop", version, headers=BEARER)
+    assert http_client.is_model_ready("shop", version, headers=BEARER)
     assert grpc.is_model_ready("shop", version, headers=BEARER)
-    assert not rest.is_model_ready("shop", "1", headers=BEARER)
-    assert rest.get_server_metadata(headers=BEARER)["name"] == "recsys"
+    assert not http_client.is_model_ready("shop", "1", headers=BEARER)
+    assert http_client.get_server_metadata(headers=BEARER)["name"] == "recsys"
 
 
 def tensor(name: str, datatype: str, shape: list[int], data: Any) -> dict[str, Any]:
@@ -172,11 +172,11 @@ def tensor(name: str, datatype: str, shape: list[int], data: Any) -> dict[str, A
 def test_a_bad_request_is_refused_with_what_is_wrong(
     server: ServedPackage, path: str, body: Any, status: int, message: str
 ) -> None:
-    answer: Answer = server.call(path, body)
+    response: Response = server.call(path, body)
 
-    assert answer.status == status, answer.body
-    assert list(answer.content) == ["error"]
-    assert re.search(message, answer.content["error"]), answer.content
+    assert response.status == status, response.body
+    assert list(response.content) == ["error"]
+    assert re.search(message, response.content["error"]), response.content
 
 
 def test_errors_of_grpc_have_the_codes_of_the_protocol(
@@ -200,30 +200,30 @@ def test_bytes_that_do_not_fit_their_tensors_are_refused(server: ServedPackage) 
     for size, sent in [(8, b"\x09\0\0\0Rome"), (9, b"\x04\0\0\0Rome"), (6, b"\x02\0\0\0\xff\xff")]:
         head = json.dumps({"inputs": [described | {"parameters": {"binary_data_size": size}}]})
         length = {"Inference_Header_Content_Length": str(len(head))}
-        answer = server.call(INFER, head.encode() + sent, **length)
-        assert answer.status == 400 and "city" in answer.content["error"], answer
+        response = server.call(INFER, head.encode() + sent, **length)
+        assert response.status == 400 and "city" in response.content["error"], response
     assert server.call(INFER, b"{}", Inference_Header_Content_Length="3").status == 400
 
 
 def test_a_server_without_encoders_takes_no_items(server: ServedPackage) -> None:
-    answer = server.call("/v1/items", {"items": [{"item": 7}]})
-    assert answer.status == 404 and "--encoders" in answer.content["error"]
+    response = server.call("/v1/items", {"items": [{"item": 7}]})
+    assert response.status == 404 and "--encoders" in response.content["error"]
 
 
 def test_requests_without_the_token_are_refused_but_for_probes(server: ServedPackage) -> None:
     assert server.call("/v2/health/ready", authorization="").status == 200
     for path, body in [(RANK, {}), (MODEL, None), ("/metrics", None), ("/openapi.json", None)]:
-        answer = server.call(path, body, authorization="Bearer else")
-        assert (answer.status, list(answer.content)) == (401, ["error"])
+        response = server.call(path, body, authorization="Bearer else")
+        assert (response.status, list(response.content)) == (401, ["error"])
 
 
 def test_a_request_keeps_its_id_in_response_and_log(
     server: ServedPackage, request_of_user: dict[str, Any]
 ) -> None:
-    answer = server.call(RANK, request_of_user, x_request_id="my-request.1")
+    response = server.call(RANK, request_of_user, x_request_id="my-request.1")
     other = server.call(RANK, request_of_user, x_request_id="two words")
 
-    assert answer.headers["x-request-id"] == answer.content["id"] == "my-request.1"
+    assert response.headers["x-request-id"] == response.content["id"] == "my-request.1"
     assert other.headers["x-request-id"] not in ("", "two words")
     server.wait_for("my-request.1")
     lines = [json.loads(line) for line in server.log.read_text().splitlines()]
@@ -235,12 +235,12 @@ def test_metrics_count_requests_and_candidates(
     server: ServedPackage, request_of_user: dict[str, Any]
 ) -> None:
     names = ("recsys_request_seconds_count", "recsys_request_candidates_sum")
-    before = [server.metric(name) for name in names]
+    old_values = [server.metric(name) for name in names]
 
     server.call(RANK, request_of_user)
 
-    after = [server.metric(name) for name in names]
-    assert after[0] - before[0] >= 2 and after[1] - before[1] == 30
+    new_values = [server.metric(name) for name in names]
+    assert new_values[0] - old_values[0] >= 2 and new_values[1] - old_values[1] == 30
     assert server.metric("recsys_package_workers") == 1
 
 
@@ -268,35 +268,35 @@ def test_a_package_is_exchanged_without_a_failed_or_a_mixed_response(
     package_run: tuple[Path, Path, np.ndarray],
     tmp_path: Path,
 ) -> None:
-    first, place = package_run[1], server.log.parent / "package"
+    first, location = package_run[1], server.log.parent / "package"
     second = changed_package(first, tmp_path / "second")
     expected = {}
     for package in (first, second):
         scorer = Scorer.load(package)
         version = digest_of(scorer.manifest)[:12]
         expected[version] = scorer.score(**request_of_user)[:, 0]
-    answers: list[Answer] = []
+    responses: list[Response] = []
     enough = threading.Event()
 
     def send() -> None:
         while not enough.wait(0.02):
-            answers.append(server.call(RANK, request_of_user))
+            responses.append(server.call(RANK, request_of_user))
 
     threads = [threading.Thread(target=send) for _ in range(2)]
     for thread in threads:
         thread.start()
     try:
         for version, package in reversed(list(zip(expected, (first, second)))):
-            link(place, package)
+            link(location, package)
             server.wait_for(f"serving version {version}")
     finally:
         enough.set()
         for thread in threads:
             thread.join()
 
-    assert {answer.status for answer in answers} == {200}
-    assert {answer.content["model_version"] for answer in answers} == set(expected)
-    for content in (answer.content for answer in answers):
+    assert {response.status for response in responses} == {200}
+    assert {response.content["model_version"] for response in responses} == set(expected)
+    for content in (response.content for response in responses):
         scores = expected[content["model_version"]][content["items"]]
         np.testing.assert_allclose(content["scores"]["liked"], scores, rtol=0, atol=1e-6)
 
@@ -307,18 +307,18 @@ def test_a_damaged_package_is_not_served(
     package_run: tuple[Path, Path, np.ndarray],
     tmp_path: Path,
 ) -> None:
-    place, before = server.log.parent / "package", server.call(RANK, request_of_user).content
+    path, old = server.log.parent / "package", server.call(RANK, request_of_user).content
     damaged = changed_package(package_run[1], tmp_path / "damaged")
     table = damaged / "tables" / "item.vectors"
     table.write_bytes(table.read_bytes()[::-1])
 
-    link(place, damaged)
+    link(path, damaged)
 
     server.wait_for(str(table))
-    after = server.call(RANK, request_of_user).content
-    assert (after["model_version"], after["scores"]) == (before["model_version"], before["scores"])
+    new = server.call(RANK, request_of_user).content
+    assert (new["model_version"], new["scores"]) == (old["model_version"], old["scores"])
     assert server.metric("recsys_reload_failures_total") >= 1
-    link(place, package_run[1])
+    link(path, package_run[1])
 
 
 @pytest.mark.long

@@ -74,9 +74,9 @@ def test_a_package_that_changes_while_it_is_loaded_is_loaded_anew(
 
     monkeypatch.setattr(LoadedPackage, "load", interrupted)
     os.utime(package / MANIFEST, (1, 1))
-    before = service.package
+    old_package = service.package
     assert asyncio.run(service._take_newest())
-    assert service.package is not before
+    assert service.package is not old_package
 
 
 def test_a_source_of_features_that_cannot_be_made_is_no_damaged_package(

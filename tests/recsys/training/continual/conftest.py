@@ -10,7 +10,7 @@ from filelock import FileLock
 from tests.recsys.training.continual.walk_runs import NAMES, WITHOUT_CONTENT, walk, write_walk
 
 
-def walked_in(factory: pytest.TempPathFactory, name: str, count: int, *words: str) -> Path:
+def walked_in(factory: pytest.TempPathFactory, name: str, count: int, *argv: str) -> Path:
     """A folder with `data` and the `run` that walked it, whichever worker asks first."""
     base = factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
@@ -18,7 +18,7 @@ def walked_in(factory: pytest.TempPathFactory, name: str, count: int, *words: st
     with FileLock(base / f"{name}.lock"):
         if not (folder / "done").exists():
             write_walk(folder / "data", count)
-            state = walk(folder, folder / "run", *words)
+            state = walk(folder, folder / "run", *argv)
             assert [trained.name for trained in state.trained] == NAMES[:count]
             (folder / "done").touch()
     return folder

@@ -23,9 +23,9 @@ from recsys.training.trainer import LossWatch
 from tests.ranks import HANG_SECONDS, forking_server
 from tests.recsys.command_runs import ROOT, TINY, rank_environment, run_rank
 from tests.recsys.training.continual.walk_runs import (
+    ARGV,
     NAMES,
     ROWS,
-    WORDS,
     assert_same_end,
     write_walk,
 )
@@ -36,54 +36,54 @@ READY = "ready"  # the file that a walk makes when it begins
 STEPS = [passes * ceil(ceil(rows / 2) / 8) for passes, rows in zip(PASSES, ROWS, strict=True)]
 
 
-def arguments_of(data: Path, place: Path) -> list[str]:
-    words = ["continual", "--config", str(TINY), "--data", str(data), "--out", str(place / "run")]
-    words += [*WORDS, "--cache", str(data.parent / "cache"), "--checkpoint.every_steps", "2"]
-    words += ["--continual.first_passes", str(PASSES[:1]), "--continual.passes", str(PASSES[-1])]
-    return [*words, "--continual.keep", "2"]
+def arguments_of(data: Path, path: Path) -> list[str]:
+    argv = ["continual", "--config", str(TINY), "--data", str(data), "--out", str(path / "run")]
+    argv += [*ARGV, "--cache", str(data.parent / "cache"), "--checkpoint.every_steps", "2"]
+    argv += ["--continual.first_passes", str(PASSES[:1]), "--continual.passes", str(PASSES[-1])]
+    return [*argv, "--continual.keep", "2"]
 
 
-def start(data: Path, place: Path, port: int) -> list[BaseProcess]:
+def start(data: Path, path: Path, port: int) -> list[BaseProcess]:
     """Two ranks of the walk."""
     processes = []
     for rank in range(2):
         env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", **rank_environment(rank, 2, port)}
-        arguments = (arguments_of(data, place), env, place, rank)
+        arguments = (arguments_of(data, path), env, path, rank)
         processes.append(forking_server().Process(target=traced_rank, args=arguments, daemon=True))
     for process in processes:
         process.start()
     return processes
 
 
-def traced_rank(words: list[str], env: dict[str, str], place: Path, rank: int) -> None:
+def traced_rank(argv: list[str], env: dict[str, str], path: Path, rank: int) -> None:
     """A rank that notes every step it makes, and when its walk begins."""
     step_before, list_before = LossWatch.step, walk_module.list_partitions
 
     def step(watch: Any, number: int, loss: Any, positions: Any) -> Any:
         name = watch.rows.chunks[0].place.split("/")[-2]
-        with (place / f"steps-{rank}.jsonl").open("a") as file:
+        with (path / f"steps-{rank}.jsonl").open("a") as file:
             file.write(json.dumps([name, number, float(loss), positions.tolist()]) + "\n")
         return step_before(watch, number, loss, positions)
 
     def list_partitions(root: Any) -> Any:
-        (place / READY).touch()
+        (path / READY).touch()
         return list_before(root)
 
     LossWatch.step = step  # type: ignore[method-assign]
     walk_module.list_partitions = list_partitions
-    run_rank(words, env, ROOT, place / f"output-{rank}")
+    run_rank(argv, env, ROOT, path / f"output-{rank}")
 
 
-def walk(data: Path, place: Path, kills: int, rng: random.Random, longest: float) -> int:
+def walk(data: Path, path: Path, kills: int, rng: random.Random, longest: float) -> int:
     """Walk with at most so many kills, each some seconds after a start; return how many."""
-    place.mkdir()
+    path.mkdir()
     count = 0
     while True:
-        (place / READY).unlink(missing_ok=True)
+        (path / READY).unlink(missing_ok=True)
         store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-        processes = start(data, place, store.port)
+        processes = start(data, path, store.port)
         may_kill = count < kills
-        if may_kill and not ends_within(processes, place / READY, rng.uniform(0.0, longest)):
+        if may_kill and not ends_within(processes, path / READY, rng.uniform(0.0, longest)):
             kill(processes, rng)
             count += 1
             continue
@@ -91,7 +91,7 @@ def walk(data: Path, place: Path, kills: int, rng: random.Random, longest: float
             process.join(HANG_SECONDS)
         codes = [process.exitcode for process in processes]
         if codes != [0, 0]:
-            raise SystemExit(f"{codes}: {(place / 'output-0.err').read_text()[-8000:]}")
+            raise SystemExit(f"{codes}: {(path / 'output-0.err').read_text()[-8000:]}")
         return count
 
 
@@ -117,12 +117,12 @@ def ends_within(processes: list[BaseProcess], ready: Path, seconds: float) -> bo
     return False
 
 
-def check_steps(place: Path) -> None:
+def check_steps(path: Path) -> None:
     """Every row once per pass, in the steps that led to the result."""
     counts = {name: Counter[int]() for name in NAMES}
     for rank in range(2):
         steps: dict[tuple[str, int], Any] = {}
-        for line in (place / f"steps-{rank}.jsonl").read_text().splitlines():
+        for line in (path / f"steps-{rank}.jsonl").read_text().splitlines():
             name, number, loss, positions = json.loads(line)
             again = steps.setdefault((name, number), [loss, positions])
             assert again == [loss, positions], f"rank {rank}, {name} step {number} differs"
@@ -142,7 +142,7 @@ def survive(folder: Path, kills: int, seed: int) -> None:
     seconds, killed = time.time() - begin, 0  # of three partitions
     check_steps(folder / "peaceful")
     while killed < kills:
-        place = folder / f"killed-{killed}"
-        killed += walk(data, place, kills - killed, rng, 0.7 * seconds)
-        check_steps(place)
-        assert_same_end(folder / "peaceful" / "run", place / "run")
+        path = folder / f"killed-{killed}"
+        killed += walk(data, path, kills - killed, rng, 0.7 * seconds)
+        check_steps(path)
+        assert_same_end(folder / "peaceful" / "run", path / "run")

@@ -20,9 +20,9 @@ from tests.ranks import HANG_SECONDS
 from tests.recsys.command_runs import TINY, program
 from tests.recsys.training.continual.kill_walks import survive
 from tests.recsys.training.continual.walk_runs import (
+    ARGV,
     NAMES,
     WITHOUT_CONTENT,
-    WORDS,
     files_of,
     lines_of,
     walk,
@@ -32,8 +32,8 @@ from tests.recsys.training.continual.walk_runs import (
 
 
 def arguments_of(folder: Path, *extra: str) -> list[str]:
-    words = ["continual", "--config", str(TINY), "--data", str(folder / "data")]
-    return [*words, "--out", str(folder / "run"), *WORDS, *WITHOUT_CONTENT, *extra]
+    argv = ["continual", "--config", str(TINY), "--data", str(folder / "data")]
+    return [*argv, "--out", str(folder / "run"), *ARGV, *WITHOUT_CONTENT, *extra]
 
 
 def names_of(run: Path) -> list[str]:
@@ -52,10 +52,10 @@ def test_a_walk_follows_partitions_until_it_is_asked_to_end(tmp_path: Path) -> N
 
     def write() -> None:
         wait_for(run, 1)
-        place = write_partition(tmp_path / "data", 1, is_whole=False)
+        partition = write_partition(tmp_path / "data", 1, is_complete=False)
         time.sleep(0.5)
         recorded.append(names_of(run))
-        (place / "_SUCCESS").touch()
+        (partition / "_SUCCESS").touch()
         wait_for(run, 2)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -74,11 +74,11 @@ def test_ranks_of_torchrun_follow_partitions_and_end_on_its_sigterm(tmp_path: Pa
     """SIGTERM comes once between partitions, and once while one is trained on."""
     write_walk(tmp_path / "data", 1)
     run = tmp_path / "run"
-    words = arguments_of(tmp_path, "--follow", "--continual.poll_seconds", "0.1")
-    words = ["--standalone", "--nproc-per-node", "2", "-m", "--", "recsys.cli", *words]
+    argv = arguments_of(tmp_path, "--follow", "--continual.poll_seconds", "0.1")
+    argv = ["--standalone", "--nproc-per-node", "2", "-m", "--", "recsys.cli", *argv]
     for number in (1, 2):
         with (tmp_path / "log").open("w") as log:
-            followed = subprocess.Popen(**program("torchrun", *words), stdout=log, stderr=log)
+            followed = subprocess.Popen(**program("torchrun", *argv), stdout=log, stderr=log)
             wait_until(lambda: "waiting for" in (tmp_path / "log").read_text(), followed)
             write_partition(tmp_path / "data", number)
             scores = ContinualFolder(run).scores_of(NAMES[number])
@@ -115,8 +115,8 @@ def test_a_package_and_its_deltas_are_the_newest_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_walk(tmp_path / "data", 3)
-    out, words = tmp_path / "packages", with_packages(tmp_path / "packages")
-    walk(tmp_path, tmp_path / "run", *words, last="2025-11-09")
+    out, argv = tmp_path / "packages", with_packages(tmp_path / "packages")
+    walk(tmp_path, tmp_path / "run", *argv, last="2025-11-09")
     assert sorted(files.name for files in out.iterdir()) == [
         *NAMES[:2],
         f"{NAMES[1]}.delta",
@@ -129,8 +129,8 @@ def test_a_package_and_its_deltas_are_the_newest_package(
     with monkeypatch.context() as failing:
         failing.setattr(walk_module, "_export", lambda *_: 1 / 0)  # as if it was killed
         with pytest.raises(ZeroDivisionError):
-            walk(tmp_path, tmp_path / "run", *words)
-    walk(tmp_path, tmp_path / "run", *words)  # nothing is left to train on
+            walk(tmp_path, tmp_path / "run", *argv)
+    walk(tmp_path, tmp_path / "run", *argv)  # nothing is left to train on
     assert sorted(trained.name for trained in out.iterdir() if trained.is_dir()) == [
         *NAMES[1:3],
         "newest",

@@ -233,10 +233,10 @@ def test_partitions_of_numbers_or_words_have_no_date(names: list[str]) -> None:
 
 @pytest.mark.parametrize("name", ["_temporary/0/a.parquet", "part-1.parquet.tmp"])
 def test_a_partition_that_is_being_written_is_refused(tmp_path: Path, name: str) -> None:
-    place = f"train/{DAYS[0].name}"
-    root = folder_with(tmp_path, f"{place}/part-0.parquet")
+    location = f"train/{DAYS[0].name}"
+    root = folder_with(tmp_path, f"{location}/part-0.parquet")
     check_complete(root, DAYS[0], DAYS[:1])
-    folder_with(tmp_path, f"{place}/{name}")
+    folder_with(tmp_path, f"{location}/{name}")
     with pytest.raises(ValueError, match=r"11-01/.*being written"):
         check_complete(root, DAYS[0], DAYS[:1])
 
@@ -265,15 +265,15 @@ def test_what_is_renamed_while_it_is_listed_is_a_change(
     renamed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = folder_with(tmp_path, f"train/{DAYS[0].name}/part-0.parquet.tmp")
-    place, list_folder = tmp_path / "train" / renamed, LocalFileSystem.ls
+    location, list_folder = tmp_path / "train" / renamed, LocalFileSystem.ls
 
     def list_then_rename(self: LocalFileSystem, path: str, **options: Any) -> Any:
         entries = list_folder(self, path, **options)
-        if path == str(place.parent) and place.exists():
-            place.rename(place.with_suffix(".whole"))
+        if path == str(location.parent) and location.exists():
+            location.rename(location.with_suffix(".whole"))
         return entries
 
     monkeypatch.setattr(LocalFileSystem, "ls", list_then_rename)
-    if place.is_dir():
+    if location.is_dir():
         list_partitions(root)
     assert waiting_for(root, DAYS[0], 3600.0) is not None

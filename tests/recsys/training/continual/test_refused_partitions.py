@@ -80,10 +80,10 @@ def test_a_partition_that_cannot_be_used_leaves_the_run_as_it_was(
 ) -> None:
     shutil.copytree(three / "data", tmp_path / "data")
     change(tmp_path / "data")
-    before = files_of(three / "run")
+    old_files = files_of(three / "run")
     with pytest.raises(ValueError, match=message):
         walk(three, three / "run", *WITHOUT_CONTENT, data=tmp_path / "data")
-    assert files_of(three / "run") == before
+    assert files_of(three / "run") == old_files
 
 
 def test_a_partition_whose_weights_are_all_0_is_refused_before_it_is_scored(tmp_path: Path) -> None:
@@ -122,15 +122,15 @@ def test_the_first_partition_begins_with_the_run_that_it_was_begun_from(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         (["--ranking.mlp_units", "[8]"], r"ranking\.mlp_units was .*--warm-start"),
         (["--continual.order", "time"], r"continual\.order was shuffled.*time"),
     ],
 )
-def test_another_model_or_order_is_refused(three: Path, words: list[str], message: str) -> None:
+def test_another_model_or_order_is_refused(three: Path, argv: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        walk(three, three / "run", *WITHOUT_CONTENT, *words)
+        walk(three, three / "run", *WITHOUT_CONTENT, *argv)
 
 
 def test_items_whose_ids_mean_others_are_refused_and_edited_ones_encoded(
@@ -149,8 +149,8 @@ def test_items_whose_ids_mean_others_are_refused_and_edited_ones_encoded(
 def test_folders_of_other_runs_are_refused(
     three: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--data", str(three / "data"), "--out", str(three / "run")]
-    assert main(["train", "--content", "none", *words]) == 1
+    argv = ["--data", str(three / "data"), "--out", str(three / "run")]
+    assert main(["train", "--content", "none", *argv]) == 1
     assert f"{three / 'run'}: " in capsys.readouterr().err
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ValueError, match="`recsys train`"):
@@ -166,19 +166,19 @@ LATE, FUTURE = "date=2025-11-07", "date=2062-11-09"
 
 def add(folder: Path, name: str) -> None:
     """Write the third partition under another name."""
-    place = write_partition(folder / "data", 2)
-    place.rename(place.with_name(name))
+    partition = write_partition(folder / "data", 2)
+    partition.rename(partition.with_name(name))
 
 
 def test_a_late_partition_is_trained_on_without_scores_where_that_is_asked(two: Path) -> None:
     """The next one is scored by the model that knows it, and counts its items."""
     add(two, LATE)
-    words = [*WITHOUT_CONTENT, "--continual.late", "train"]
-    walk(two, two / "run", *words)
+    argv = [*WITHOUT_CONTENT, "--continual.late", "train"]
+    walk(two, two / "run", *argv)
     assert names_of(two / "run") == [*NAMES[:2], LATE]
     assert [line["partition"] for line in lines_of(two / "run")] == [NAMES[1]]
     write_partition(two / "data", 3)
-    walk(two, two / "run", *words)
+    walk(two, two / "run", *argv)
     assert names_of(two / "run") == [*NAMES[:2], LATE, NAMES[3]]
     line = lines_of(two / "run")[-1]
     assert (line["partition"], line["model_of"]) == (NAMES[3], LATE)
@@ -200,14 +200,14 @@ def test_statistics_of_neighbours_are_of_the_latest_partitions_in_time(
         return gather(job, settings, names, starts)
 
     monkeypatch.setattr(neighbour_statistics, "gather_events", gather_events)
-    words = [*WITHOUT_CONTENT, "--neighbours", "{dim: 4, partitions: 1}"]
-    words += ["--continual.late", "train"]
+    argv = [*WITHOUT_CONTENT, "--neighbours", "{dim: 4, partitions: 1}"]
+    argv += ["--continual.late", "train"]
     write_walk(tmp_path / "data", 0)
     for number in (1, 2, 0, 3):  # the first day is late
         write_partition(tmp_path / "data", number)
-        walk(tmp_path, tmp_path / "run", *words)
-    before = [names[1:] for names in folders]
-    assert before == [[], [f"train/{NAMES[1]}"], *[[f"train/{NAMES[2]}"]] * 2]
+        walk(tmp_path, tmp_path / "run", *argv)
+    old_names = [names[1:] for names in folders]
+    assert old_names == [[], [f"train/{NAMES[1]}"], *[[f"train/{NAMES[2]}"]] * 2]
 
 
 def test_a_partition_that_would_block_all_later_ones_is_named_behind_the_others(two: Path) -> None:

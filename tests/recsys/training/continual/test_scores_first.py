@@ -24,7 +24,7 @@ from recsys.training.continual import partition_run
 from recsys.training.continual.partition_run import score_partition
 from recsys.training.train import train
 from tests.recsys.checkpoint.warm_start.warm_runs import state_of, stored_state
-from tests.recsys.training.changed_answers import change_answers, set_column
+from tests.recsys.training.changed_answers import set_column, shuffle_labels
 from tests.recsys.training.continual.walk_runs import (
     ITEMS,
     NAMES,
@@ -78,22 +78,22 @@ def three(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[str]]:
     """A walk over three days of a case, and its words."""
-    folder, words = tmp_path_factory.mktemp(request.param), CASES[request.param]
+    folder, argv = tmp_path_factory.mktemp(request.param), CASES[request.param]
     write_days(folder / "data", 3)
-    walk(folder, folder / "run", *words)
-    return folder, words
+    walk(folder, folder / "run", *argv)
+    return folder, argv
 
 
 def test_a_score_depends_on_no_label_and_on_no_other_row(
     three: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
-    walked, words = three
-    before = logits_of(walked / "run", 2)
-    unchanged = list(range(0, len(before), 2))
+    walked, argv = three
+    old_logits = logits_of(walked / "run", 2)
+    unchanged = list(range(0, len(old_logits), 2))
     rewound(walked, tmp_path)
-    change_answers(tmp_path / "data" / "train" / NAMES[2], seed=1, unchanged=unchanged)
-    walk(tmp_path, tmp_path / "run", *words)
-    assert np.array_equal(logits_of(tmp_path / "run", 2)[unchanged], before[unchanged])
+    shuffle_labels(tmp_path / "data" / "train" / NAMES[2], seed=1, unchanged=unchanged)
+    walk(tmp_path, tmp_path / "run", *argv)
+    assert np.array_equal(logits_of(tmp_path / "run", 2)[unchanged], old_logits[unchanged])
 
 
 def assert_predicted_alike(
@@ -101,21 +101,21 @@ def assert_predicted_alike(
     number: int,
     out: Path,
     line: dict[str, Any] | None = None,
-    before: Path | None = None,
+    base_run: Path | None = None,
 ) -> None:
     """The scores and metrics of a partition are those of `recsys predict` by the run before."""
     run, inputs = ContinualFolder(folder / "run"), folder / "data" / "train" / NAMES[number]
     with joined_ranks("cpu") as ranks:
-        before = before or run.run_of(NAMES[number - 1])
-        predict(before, [str(inputs)], out, str(folder / "data"), ranks, "cpu")
+        base_run = base_run or run.run_of(NAMES[number - 1])
+        predict(base_run, [str(inputs)], out, str(folder / "data"), ranks, "cpu")
     scores = read_scores(run.scores_of(NAMES[number]))
     predicted = pq.read_table(out)["prediction_liked"].to_numpy().astype(np.float64)
     scores.logits[:, 0] = np.log(predicted) - np.log1p(-predicted)
     report = scores_report(scores, {})
     line = line or lines_of(folder / "run")[number - 1]
-    for part in ("warm", "cold", "unseen"):
-        report |= {f"{part} {name}": value for name, value in report[part].items()}
-        line |= {f"{part} {name}": value for name, value in line[part].items()}
+    for subset in ("warm", "cold", "unseen"):
+        report |= {f"{subset} {name}": value for name, value in report[subset].items()}
+        line |= {f"{subset} {name}": value for name, value in line[subset].items()}
     numbers = {name: value for name, value in report.items() if isinstance(value, float)}
     assert len(numbers) > 5
     assert {name: line[name] for name in numbers} == pytest.approx(numbers, abs=1e-6)
@@ -128,12 +128,12 @@ def test_the_metrics_of_a_partition_are_those_of_predictions_before_it(
 
 
 # Of other backbones tests/recsys/test_schemas.py compares scores with predictions.
-@pytest.mark.parametrize("words", [["hstu", *VOTES], ["two_tower"]], ids=["hstu", "two_tower"])
+@pytest.mark.parametrize("argv", [["hstu", *VOTES], ["two_tower"]], ids=["hstu", "two_tower"])
 def test_the_metrics_of_other_backbones_are_those_of_predictions_before(
-    words: list[str], tmp_path: Path
+    argv: list[str], tmp_path: Path
 ) -> None:
     write_days(tmp_path / "data")
-    walk(tmp_path, tmp_path / "run", *WITHOUT_CONTENT, "--ranking.name", *words)
+    walk(tmp_path, tmp_path / "run", *WITHOUT_CONTENT, "--ranking.name", *argv)
     assert_predicted_alike(tmp_path, 1, tmp_path / "predicted.parquet")
 
 
@@ -157,22 +157,22 @@ def test_the_first_partition_of_a_walk_is_scored_as_the_run_that_it_was_begun_fr
     walk(tmp_path, tmp_path / "run", *CASES[case], first=DAYS[1], warm_start=walk_from)
     (line,) = lines_of(tmp_path / "run")
     out = tmp_path / "predicted.parquet"
-    assert_predicted_alike(tmp_path, 1, out, line, before=tmp_path / "trained")
+    assert_predicted_alike(tmp_path, 1, out, line, base_run=tmp_path / "trained")
 
 
 def test_a_refreshed_bank_is_encoded_by_the_averaged_weights_that_score(tmp_path: Path) -> None:
     data = write_days(tmp_path / "data", 1)
-    words = [*CASES["averages"], "--content.history.refresh_bank_every_epoch", "true"]
-    walk(tmp_path, tmp_path / "run", *words)
+    argv = [*CASES["averages"], "--content.history.refresh_bank_every_epoch", "true"]
+    walk(tmp_path, tmp_path / "run", *argv)
     with joined_ranks("cpu") as ranks:
         run = ContinualFolder(tmp_path / "run").run_of(NAMES[0])
         job = load_run(run, str(data), ranks, "cpu")
         assert job.em3.content is not None and job.em3.content.bank is not None
         bank = job.em3.content.bank
         items = torch.arange(job.schema.num_items)
-        kept = bank.lookup(items)[0].clone()
+        stored = bank.lookup(items)[0].clone()
         fill_bank(job)
-        torch.testing.assert_close(kept, bank.lookup(items)[0])
+        torch.testing.assert_close(stored, bank.lookup(items)[0])
 
 
 def test_new_items_in_a_table_that_grows_are_scored_by_the_rule_of_new_rows(
@@ -201,9 +201,9 @@ def test_a_day_without_averages_goes_on_from_the_averaged_model_of_the_day_befor
     tmp_path: Path,
 ) -> None:
     write_days(tmp_path / "data", 2)
-    words = [*WITHOUT_CONTENT, "--optimizer.ema_decay"]
-    walk(tmp_path, tmp_path / "run", *words, "0.9", last=DAYS[0])
-    walk(tmp_path, tmp_path / "run", *words, "null")
+    argv = [*WITHOUT_CONTENT, "--optimizer.ema_decay"]
+    walk(tmp_path, tmp_path / "run", *argv, "0.9", last=DAYS[0])
+    walk(tmp_path, tmp_path / "run", *argv, "null")
     assert_predicted_alike(tmp_path, 1, tmp_path / "predicted.parquet")
 
 

@@ -28,10 +28,10 @@ from recsys.training.trainer import LossWatch
 from tests.recsys.command_runs import TINY
 from tests.recsys.training.changed_answers import set_column
 from tests.recsys.training.continual.walk_runs import (
+    ARGV,
     NAMES,
     ROWS,
     WITHOUT_CONTENT,
-    WORDS,
     assert_same_end,
     change_labels,
     files_of,
@@ -55,8 +55,8 @@ def test_each_partition_but_the_first_is_scored_once(walked: Path) -> None:
 
 def test_cold_items_are_those_of_all_partitions_before(walked: Path) -> None:
     folder = ContinualFolder(walked / "run")
-    before = [pq.read_table(walked / "data" / "train" / name)["item"] for name in NAMES[:3]]
-    counts = Counter(pa.chunked_array([c for entry in before for c in entry.chunks]).to_pylist())
+    columns = [pq.read_table(walked / "data" / "train" / name)["item"] for name in NAMES[:3]]
+    counts = Counter(pa.chunked_array([c for entry in columns for c in entry.chunks]).to_pylist())
     items = pq.read_table(walked / "data" / "train" / NAMES[3])["item"].to_pylist()
     assert read_scores(folder.scores_of(NAMES[3])).counts.tolist() == [counts[i] for i in items]
 
@@ -68,11 +68,11 @@ def test_scores_do_not_depend_on_labels_and_are_whole_before_any_row_is_trained_
     file = rewound(walked, tmp_path).scores_of(NAMES[3])
     change_labels(tmp_path / "data" / "train" / NAMES[3])
     score_bytes: list[bytes] = []
-    before = PartitionTrainer.train
+    original = PartitionTrainer.train
 
     def train(trainer: PartitionTrainer) -> None:
         score_bytes.append(file.read_bytes())
-        before(trainer)
+        original(trainer)
 
     monkeypatch.setattr(PartitionTrainer, "train", train)
     walk(tmp_path, tmp_path / "run")
@@ -89,16 +89,16 @@ def test_a_walk_in_pieces_is_the_walk_at_once(walked: Path, tmp_path: Path) -> N
     walk(walked, tmp_path / "run", first="2025-11-10", last="2025-11-10")
     walk(walked, tmp_path / "run")
     assert assert_same_end(walked / "run", tmp_path / "run") > 50
-    before = files_of(tmp_path / "run")
+    old_files = files_of(tmp_path / "run")
     walk(walked, tmp_path / "run")  # nothing is new
-    assert files_of(tmp_path / "run") == before
+    assert files_of(tmp_path / "run") == old_files
 
 
 def test_items_and_ids_may_arrive_with_their_partitions(walked: Path, tmp_path: Path) -> None:
-    words = ("--continual.order", "time", "--continual.passes", "2")
+    argv = ("--continual.order", "time", "--continual.passes", "2")
     for number in range(2):
         write_walk(tmp_path / "data", number + 1)
-        walk(tmp_path, tmp_path / "run", *WITHOUT_CONTENT, *words)
+        walk(tmp_path, tmp_path / "run", *WITHOUT_CONTENT, *argv)
     assert [line["rows"] for line in lines_of(tmp_path / "run")] == ROWS[1:2]
     (last, *_) = folders_by_age(ContinualFolder(tmp_path / "run").run_of(NAMES[1]) / "checkpoints")
     progress = json.loads((last / "checkpoint.json").read_text())["progress"]
@@ -127,13 +127,13 @@ def test_first_passes_are_over_the_first_partitions_of_a_model_that_starts_from_
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Ask this process to end after so many steps."""
-    calls, before = [], LossWatch.step
+    calls, original = [], LossWatch.step
 
     def step(watch: LossWatch, *arguments: Any) -> Any:
         calls.append(0)
         if len(calls) == steps:
             os.kill(os.getpid(), signal.SIGTERM)
-        return before(watch, *arguments)
+        return original(watch, *arguments)
 
     monkeypatch.setattr(LossWatch, "step", step)
 
@@ -152,14 +152,14 @@ def test_commands_on_a_continual_run_take_its_last_partition(walked: Path, tmp_p
     run = str(walked / "run")
     tables, page = str(tmp_path / "tables.parquet"), tmp_path / "report.html"
     assert main(["export-tables", "--run", run, "--out", tables]) == 0
-    words = ["export", "--run", run, "--out", str(tmp_path / "package"), "--compile", "false"]
-    assert main(words) == 0
+    argv = ["export", "--run", run, "--out", str(tmp_path / "package"), "--compile", "false"]
+    assert main(argv) == 0
     assert main(["report", "--run", run, "--out", str(page)]) == 0
     text = page.read_text()
     assert all(name in text for name in NAMES[1:]) and "Run run" in text
-    words = ["--data", str(walked / "data"), "--out", str(tmp_path / "run")]
-    words += ["--cache", str(walked / "cache"), "--config", str(TINY), *WORDS]
-    command = ["continual", *words, "--from", "2025-11-11", "--warm-start", run]
+    argv = ["--data", str(walked / "data"), "--out", str(tmp_path / "run")]
+    argv += ["--cache", str(walked / "cache"), "--config", str(TINY), *ARGV]
+    command = ["continual", *argv, "--from", "2025-11-11", "--warm-start", run]
     assert main(command) == 0
     (line,) = lines_of(tmp_path / "run")
     assert line["partition"] == NAMES[3] and line["model_of"] == ""
@@ -172,14 +172,14 @@ RAW = ["--ranking.scale_inputs", "false"]
 def write_counts(folder: Path, *highest: float) -> Path:
     """A walk whose prices, and numbers beside the history, go from 0 to so much on each day."""
     write_walk(folder, len(highest))
-    for name, most in zip(NAMES, highest, strict=False):
+    for name, limit in zip(NAMES, highest, strict=False):
         for file in sorted((folder / "train" / name).glob("*.parquet")):
             table, rng = pq.read_table(file), np.random.default_rng(7)
-            counts = rng.integers(0, most + 1, table.num_rows).astype(np.float32)
-            counts[:2] = 0, most
+            counts = rng.integers(0, limit + 1, table.num_rows).astype(np.float32)
+            counts[:2] = 0, limit
             lists = [
-                None if answers is None else (np.array(answers) * most).tolist()
-                for answers in table["history_liked"].to_pylist()
+                None if liked is None else (np.array(liked) * limit).tolist()
+                for liked in table["history_liked"].to_pylist()
             ]
             table = set_column(table, "price", pa.array(counts))
             table = set_column(table, "history_liked", pa.array(lists, pa.list_(pa.float32())))
@@ -190,10 +190,10 @@ def write_counts(folder: Path, *highest: float) -> Path:
 @pytest.mark.parametrize("name", ["din_dcn", "two_tower"])
 def test_counts_are_standardized_by_default(name: str, tmp_path: Path) -> None:
     write_counts(tmp_path / "data", 340, 340)
-    words = [*WITHOUT_CONTENT, "--ranking.name", name]
+    argv = [*WITHOUT_CONTENT, "--ranking.name", name]
     if name == "two_tower":
-        words += ["--ranking.query_features", "[price]"]
-    walk(tmp_path, tmp_path / "run", *words)
+        argv += ["--ranking.query_features", "[price]"]
+    walk(tmp_path, tmp_path / "run", *argv)
     (line,) = lines_of(tmp_path / "run")
     assert line["logloss"] < 1
 
@@ -202,14 +202,14 @@ def test_useless_scores_end_the_walk_with_the_column_behind_what_is_written(
     tmp_path: Path,
 ) -> None:
     write_counts(tmp_path / "data", 340, 340, 340)
-    words = [*WITHOUT_CONTENT, *RAW]
+    argv = [*WITHOUT_CONTENT, *RAW]
     message = rf"{NAMES[1]}, scored by the model of {NAMES[0]}: .*'price' \(0 to 340\)"
     with pytest.raises(ValueError, match=message):
-        walk(tmp_path, tmp_path / "run", *words)
+        walk(tmp_path, tmp_path / "run", *argv)
     state = ContinualFolder(tmp_path / "run").read()
     assert [partition.name for partition in state.trained] == NAMES[:2] and state.begun is None
     with pytest.raises(ValueError, match=NAMES[2]):
-        walk(tmp_path, tmp_path / "run", *words)
+        walk(tmp_path, tmp_path / "run", *argv)
     assert [line["partition"] for line in lines_of(tmp_path / "run")] == NAMES[1:3]
 
 

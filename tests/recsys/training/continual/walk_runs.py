@@ -52,7 +52,7 @@ BOUNDED_ITEMS = {
     "num_embeddings": 20,
     "vocabulary": {"kind": "bounded", "half_life": 4.0},
 }
-WORDS = ["--device", "cpu", "--batch_size", "8", "--embedding.skip", "[]"]
+ARGV = ["--device", "cpu", "--batch_size", "8", "--embedding.skip", "[]"]
 WITHOUT_CONTENT = ["--content", "none", "--contrastive.weight", "0"]
 
 
@@ -67,7 +67,7 @@ def write_walk(folder: Path, count: int = len(NAMES), bounded_items: bool = Fals
     return folder
 
 
-def write_partition(folder: Path, number: int, is_whole: bool = True) -> Path:
+def write_partition(folder: Path, number: int, is_complete: bool = True) -> Path:
     """Write a partition in two files, and a file of items."""
     first_new = ITEMS[number - 1] if number else 0
     items = item_rows(max(ITEMS), np.random.default_rng(100))
@@ -75,22 +75,22 @@ def write_partition(folder: Path, number: int, is_whole: bool = True) -> Path:
     new = items.filter((ids >= first_new) & (ids < ITEMS[number])).select(["item", "text"])
     write_parquet(folder / "items" / f"part-{number}.parquet", new)
     table = impressions(ROWS[number], 10, ITEMS[number], np.random.default_rng(number))
-    place = folder / "train" / NAMES[number]
-    for part, rows in enumerate((table.slice(0, 20), table.slice(20))):
-        write_parquet(place / f"part-{part}.parquet", rows, row_group_size=11)
-    if is_whole:
-        (place / "_SUCCESS").touch()
-    return place
+    partition = folder / "train" / NAMES[number]
+    for file_number, rows in enumerate((table.slice(0, 20), table.slice(20))):
+        write_parquet(partition / f"part-{file_number}.parquet", rows, row_group_size=11)
+    if is_complete:
+        (partition / "_SUCCESS").touch()
+    return partition
 
 
-def config_of(folder: Path, *words: str) -> Config:
-    return tiny_config(folder / "cache", *WORDS, *words)
+def config_of(folder: Path, *argv: str) -> Config:
+    return tiny_config(folder / "cache", *ARGV, *argv)
 
 
 def walk(
     folder: Path,
     run: Path,
-    *words: str,
+    *argv: str,
     data: Path | None = None,
     first: str | None = None,
     last: str | None = None,
@@ -99,8 +99,8 @@ def walk(
     """Walk `folder`/data on one rank."""
     with joined_ranks("cpu") as ranks:
         walk = WalkOptions(PartitionRange(first, last), **options)
-        place = str(data or folder / "data")
-        return train_continually(config_of(folder, *words), place, run, ranks, walk)
+        data_path = str(data or folder / "data")
+        return train_continually(config_of(folder, *argv), data_path, run, ranks, walk)
 
 
 def rewound(walked: Path, out: Path) -> ContinualFolder:
@@ -116,9 +116,9 @@ def rewound(walked: Path, out: Path) -> ContinualFolder:
     return folder
 
 
-def change_labels(place: Path) -> None:
+def change_labels(partition: Path) -> None:
     """Turn the labels of a partition around."""
-    for file in sorted(place.glob("*.parquet")):
+    for file in sorted(partition.glob("*.parquet")):
         table = pq.read_table(file)
         turned = pc.subtract(pa.scalar(1.0, pa.float32()), table["liked"])
         index = table.column_names.index("liked")
@@ -151,9 +151,9 @@ def assert_same_end(one: Path, two: Path) -> int:
     assert names[0] == names[1]
     for name in names[0]:
         runs = [folder.partitions / name for folder in folders]
-        for name_of_part in ("schema.yaml", "item_counts.npy", "vocabulary"):
-            contents = [contents_of(run / name_of_part) for run in runs]
-            assert contents[0] == contents[1], name_of_part
+        for name_of_file in ("schema.yaml", "item_counts.npy", "vocabulary"):
+            contents = [contents_of(run / name_of_file) for run in runs]
+            assert contents[0] == contents[1], name_of_file
         checkpoints = [folders_by_age(run / "checkpoints")[0].name for run in runs]
         assert checkpoints[0] == checkpoints[1]
         for checkpoint in ("best", checkpoints[0]):
