@@ -41,7 +41,9 @@ PUBLISHED: Settings = {
     "contrastive.temperature": 0.1,
     "contrastive.normalize": True,
 }
+NO_NEIGHBOURS: Settings = {"neighbours": None}
 NO_SIMILARITY: Settings = {
+    **NO_NEIGHBOURS,  # they compare the modalities, as the features do
     "content.history.similarity_features": False,
     "content.history.simtier_bins": 0,
 }
@@ -64,7 +66,6 @@ STORED: Settings = {
 }
 SIMTIER: Settings = {**STORED, "content.history.simtier_bins": 20}
 STATISTICS_OF_USERS: Settings = {"neighbours.time": None}
-NO_NEIGHBOURS: Settings = {"neighbours": None}
 NO_AVERAGES: Settings = {"optimizer.ema_decay": None, "optimizer.ema_tables": False}
 RANDOM_ROWS: Settings = {"embedding.tables.item.new_rows": "random"}
 
@@ -140,7 +141,7 @@ ID_ONLY = Cell(
 )
 RECIPE = Cell(
     "recipe",
-    "the recipe as it stands: from ConcatFusion it differs by similarity features",
+    "the recipe as it stands: ConcatFusion lacks its similarity features and neighbours",
     {},
     "ID only",
 )
@@ -261,7 +262,7 @@ OTHER_CELLS = [
     *with_cic(
         "two towers",
         "the recipe as a model of retrieval: user and item meet in one product alone",
-        {"ranking.name": "two_tower"},
+        {"ranking.name": "two_tower", **NO_NEIGHBOURS},
         "recipe",
     )[:2],
     *(

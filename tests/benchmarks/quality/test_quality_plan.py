@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.quality.__main__ import quality
 from benchmarks.quality.grid import GRIDS, Cell, chosen_cells
-from benchmarks.quality.runs import finished, in_order, plan_runs
+from benchmarks.quality.runs import RECIPE, finished, in_order, plan_runs, resolved
 from tests.benchmarks.quality.quality_cells import use_small_grid, write_runs, write_windows
 from tests.recsys.command_runs import TINY
 
@@ -35,6 +35,12 @@ def test_a_seed_counts_once_it_is_finished_on_every_window(tmp_path: Path) -> No
 
     assert list(complete) == ["content"]
     assert [run.seed for run in complete["content"][0]] == [1, 1]
+
+
+@pytest.mark.parametrize("grid", list(GRIDS))
+def test_the_recipe_takes_the_settings_of_each_cell(grid: str) -> None:
+    recipe = RECIPE.with_name("implicit_content.yaml") if grid == "ifdb" else RECIPE
+    assert all(resolved(recipe, cell.settings) for cell in GRIDS[grid])
 
 
 def test_what_is_wrong_is_said_before_anything_is_trained(
