@@ -336,7 +336,7 @@ def test_figures_of_the_front_page_are_those_of_the_results() -> None:
     names = (
         "quality_recipe_parts",
         "peers_neighbours",
-        "neighbours_in_time",
+        "quality_ifdb_terms",
         "peers_ifdb_lightgbm",
         "peers_ifdb_legommenders",
         "peers_ifdb_din",
