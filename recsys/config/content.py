@@ -71,7 +71,8 @@ class ModalitySettings:
     max_length: PositiveInt = 32
     """Text tokens, or terms, per item."""
     separator: str | None = None
-    """Text between the terms of kind `terms`, such as a comma; null: terms are words."""
+    """Characters, each of which separates terms of kind `terms`, such as ",;"; null: terms are
+    words."""
     num_embeddings: PositiveInt = 16384
     """Embeddings of kind `terms`; a hash of a term chooses its own."""
     embedding_dim: PositiveInt = 256

@@ -43,6 +43,10 @@ class Terms(ModalityKind):
                 f"{self.where}: embeddings of terms are `training: frozen` or `full`, not "
                 f"{self.modality.training}"
             )
+        if self.modality.separator == "":
+            raise ValueError(
+                f"{self.where}: separator is empty; give characters, or null for words"
+            )
         super().check()
 
     def key(self) -> Any:
@@ -57,7 +61,10 @@ class Terms(ModalityKind):
     def terms(self, text: str) -> list[str]:
         """Return the distinct terms of a text in their order, at most `max_length`."""
         separator, text = self.modality.separator, text.lower()
-        raw_terms = WORD.findall(text) if separator is None else text.split(separator)
+        if separator is None:
+            raw_terms = WORD.findall(text)
+        else:
+            raw_terms = re.split(f"[{re.escape(separator)}]", text)
         distinct = dict.fromkeys(filter(None, map(str.strip, raw_terms)))
         return list(distinct)[: self.modality.max_length]
 

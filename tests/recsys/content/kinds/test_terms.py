@@ -18,7 +18,7 @@ from recsys.content.encoders.terms import TermEncoder
 from recsys.content.kinds.terms import Terms
 from recsys.data.items.kind import ContentInput
 from tests.datasets import write_dataset
-from tests.recsys.command_runs import train_words
+from tests.recsys.command_runs import train_argv
 
 TAGS = ModalitySettings("terms", "title", separator=",", max_length=3)
 TERMS = {"kind": "terms", "column": "title"}
@@ -35,7 +35,8 @@ def rows_of(*terms: str) -> list[int]:
         ("Time travel, Puzzle", ",", ["time travel", "puzzle"]),
         ("puzzle, , Puzzle ,sci-fi", ",", ["puzzle", "sci-fi"]),
         ("Sci-Fi puzzle", None, ["sci", "fi", "puzzle"]),
-        ("a|b|c|d", "|", ["a", "b", "c"]),  # max_length 3
+        ("a|b, c|d", ",|", ["a", "b", "c"]),  # max_length 3
+        ("a^b]c", "]^", ["a", "b", "c"]),
         (" ", ",", []),
         (None, None, []),
     ],
@@ -90,6 +91,7 @@ def test_two_builds_begin_with_the_same_embeddings() -> None:
     [
         ({"training": "lora"}, "`training: frozen` or `full`, not lora"),
         ({"encoder": "random:bert"}, "an embedding table in place of an encoder"),
+        ({"separator": ""}, "separator is empty"),
         ({"max_images": 2}, "max_images is of kind image"),
     ],
 )
@@ -102,7 +104,7 @@ def test_settings_of_other_kinds_are_refused(settings: dict[str, object], proble
 def test_a_run_scores_by_the_terms_that_it_trained_with(tmp_path: Path, training: str) -> None:
     data, run = write_dataset(tmp_path / "data"), tmp_path / "run"
     words = f"{{words: {{kind: terms, column: text, training: {training}, embedding_dim: 8}}}}"
-    assert main(train_words(data, run, "--content.modalities", words)) == 0
+    assert main(train_argv(data, run, "--content.modalities", words)) == 0
     trained = json.loads((run / "metrics.json").read_text())["test"]
     assert main(["evaluate", "--run", str(run), "--data", str(data), "--split", "test"]) == 0
     evaluated = json.loads((run / "evaluation_test.json").read_text())
