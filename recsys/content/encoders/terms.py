@@ -12,6 +12,8 @@ from embeddings.vocabulary.fixed import mix64
 from recsys.content.encoders.base import Encoder
 from recsys.data.items.kind import ContentInput
 
+ROWS_PER_BLOCK = 1024  # of the table, whose signs are hashed at a time
+
 
 class TermEncoder(Encoder):
     """Sum of the embeddings of an item's terms, of length 1: rows int64 [U, T] -> [U, 1, D].
@@ -47,6 +49,9 @@ class TermEncoder(Encoder):
 
 def random_signs(num_rows: int, dim: int) -> Tensor:  # float32 [R, D]
     """Return rows of length 1 whose signs depend on their position alone."""
-    bits = mix64(np.arange(num_rows * dim)) & np.uint64(1)
-    signs = (bits.astype(np.float32) * 2 - 1) / np.float32(dim**0.5)
-    return torch.as_tensor(signs, device=torch.get_default_device()).view(num_rows, dim)
+    signs = np.empty((num_rows, dim), np.float32)
+    for row in range(0, num_rows, ROWS_PER_BLOCK):
+        block = signs[row : row + ROWS_PER_BLOCK]
+        bits = mix64(np.arange(row * dim, row * dim + block.size)) & np.uint64(1)
+        block[:] = bits.reshape(block.shape) * np.float32(2) - np.float32(1)
+    return torch.as_tensor(signs / np.float32(dim**0.5), device=torch.get_default_device())
