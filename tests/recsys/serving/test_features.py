@@ -241,7 +241,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def scorer(folder: Path) -> Scorer:
+def base_scorer(folder: Path) -> Scorer:
     """The scorer of the package, whose graph others of the same run take over."""
     return Scorer.load(folder / "package")
 
@@ -256,13 +256,13 @@ def compare(scorer: Scorer, run: Path, shop: Shop, number: int, out: Path) -> No
 
 
 def test_ids_alone_are_scored_as_the_rows_of_loops_over_the_log(
-    folder: Path, scorer: Scorer, tmp_path: Path
+    folder: Path, base_scorer: Scorer, tmp_path: Path
 ) -> None:
-    compare(scorer, folder / "run", Shop.of_days(DAYS - 3), 1000, tmp_path / "first")
+    compare(base_scorer, folder / "run", Shop.of_days(DAYS - 3), 1000, tmp_path / "first")
 
 
 def test_after_each_day_features_are_those_of_the_longer_log(
-    folder: Path, scorer: Scorer, tmp_path: Path
+    folder: Path, base_scorer: Scorer, tmp_path: Path
 ) -> None:
     """A delta takes them from one package to the next."""
     previous = folder / "package"
@@ -273,16 +273,16 @@ def test_after_each_day_features_are_those_of_the_longer_log(
         write_delta(previous, newer, tmp_path / f"delta-{day}")
         apply_delta(previous, tmp_path / f"delta-{day}", applied)
         previous = applied
-        scorer = Scorer.load(applied, previous=scorer)
+        scorer = Scorer.load(applied, previous=base_scorer)
         compare(scorer, folder / "run", shop, 300, tmp_path / f"compared-{day}")
 
 
 FEW = {"user": "u1", "offer": 0.5, "when": 7}
 
 
-def test_values_of_candidates_override_those_that_are_looked_up(scorer: Scorer) -> None:
+def test_values_of_candidates_override_those_that_are_looked_up(base_scorer: Scorer) -> None:
     """One value for all candidates is refused, though it was taken in silence once."""
-    scorer, shop = scorer, Shop.of_days(DAYS - 3)
+    scorer, shop = base_scorer, Shop.of_days(DAYS - 3)
     items = ["i1", "i2", "i3"]
     expected = scorer.score(FEW, [], items)
     rows = [shop.row({"user": FEW, "history": {}}, item) for item in items]
@@ -299,15 +299,15 @@ def test_values_of_candidates_override_those_that_are_looked_up(scorer: Scorer) 
         scorer.score({"user": "u1", "when": 7}, [], items)
 
 
-def test_an_old_count_is_scored_as_none(folder: Path, scorer: Scorer, tmp_path: Path) -> None:
+def test_an_old_count_is_scored_as_none(folder: Path, base_scorer: Scorer, tmp_path: Path) -> None:
     package = shutil.copytree(folder / "package", tmp_path / "package")
     schema = package / "schema.yaml"
     schema.write_text(schema.read_text().replace("item_views: all", "item_views: 48h"))
-    scorer = Scorer.load(package, verify=False, previous=scorer)
+    scorer = Scorer.load(package, verify=False, previous=base_scorer)
     end = 1 + max(event["time"] for event in Shop.of_days(DAYS - 3).events) + 1e-6
     scorer.read.clock = lambda: end + 2 * DAY - 1
     fresh = scorer.score(FEW, [], ["i1"])
-    np.testing.assert_array_equal(fresh, scorer.score(FEW, [], ["i1"]))
+    np.testing.assert_array_equal(fresh, base_scorer.score(FEW, [], ["i1"]))
     scorer.read.clock = lambda: end + 2 * DAY + 1
     zero = scorer.score(FEW, [], {"item": ["i1"], "item_views": [0.0]})
     assert scorer.score(FEW, [], ["i1"]) == zero != fresh
@@ -321,7 +321,7 @@ def test_a_value_without_any_time_is_too_old() -> None:
         assert read == ([None, None] if times.null_count == 2 else [None, 6])
 
 
-def test_new_items_come_with_features(folder: Path, scorer: Scorer, tmp_path: Path) -> None:
+def test_new_items_come_with_features(folder: Path, base_scorer: Scorer, tmp_path: Path) -> None:
     """Columns that are not given stay as they are; bad values change nothing."""
     package = shutil.copytree(folder / "package", tmp_path / "package")
     new = {
@@ -332,12 +332,12 @@ def test_new_items_come_with_features(folder: Path, scorer: Scorer, tmp_path: Pa
     }
     pq.write_table(pa.table(new), tmp_path / "new.parquet")
     assert add_items(package, str(tmp_path / "new.parquet")).features == 2
-    scorer = Scorer.load(package, previous=scorer)
+    scorer = Scorer.load(package, previous=base_scorer)
     values = {name: column for name, column in new.items() if name != "item"}
     rows = [Shop.of_days(DAYS - 3).row({"user": FEW, "history": {}}, item) for item in ("i1", "x")]
     buys = [Shop.of_days(DAYS - 3).count("buy", DAYS, "user", "brand")["u1", b] for b in "ba"]
     request = {"item": new["item"], **values, "brand_buys": buys}
-    expected = scorer.score(FEW, [], request | {"maker": [row["maker"] for row in rows]})
+    expected = base_scorer.score(FEW, [], request | {"maker": [row["maker"] for row in rows]})
     np.testing.assert_array_equal(scorer.score(FEW, [], new["item"]), expected)
     pq.write_table(pa.table({"item": ["i2"], "cost": [float("inf")]}), tmp_path / "bad.parquet")
     with pytest.raises(ValueError, match=r"bad.parquet: column 'cost', item 'i2': .*inf"):
@@ -351,13 +351,13 @@ def test_new_items_come_with_features(folder: Path, scorer: Scorer, tmp_path: Pa
     assert scorer.score(FEW, [], []).shape == (0, 1)
     newer = tmp_path / "newer"
     refresh_features(package, str(folder / "shop" / "data"), newer)
-    again = Scorer.load(newer, previous=scorer)
+    again = Scorer.load(newer, previous=base_scorer)
     np.testing.assert_array_equal(again.score(FEW, [], ["new"]), expected[1:])
-    np.testing.assert_array_equal(again.score(FEW, [], ["i1"]), scorer.score(FEW, [], ["i1"]))
+    np.testing.assert_array_equal(again.score(FEW, [], ["i1"]), base_scorer.score(FEW, [], ["i1"]))
 
 
 def test_features_are_added_whatever_type_of_text_has_the_ids(
-    folder: Path, scorer: Scorer, tmp_path: Path
+    folder: Path, base_scorer: Scorer, tmp_path: Path
 ) -> None:
     package = shutil.copytree(folder / "package", tmp_path / "package")
     new = pa.array(["new"])
@@ -365,9 +365,9 @@ def test_features_are_added_whatever_type_of_text_has_the_ids(
     for cost, ids in enumerate(columns):
         pq.write_table(pa.table({"item": ids, "cost": [float(cost)]}), tmp_path / "new.parquet")
         assert add_items(package, str(tmp_path / "new.parquet")).features == 1
-    features = Scorer.load(package, previous=scorer).read.features
+    features = Scorer.load(package, previous=base_scorer).read.features
     assert features is not None
-    table = next(t for t in scorer.schema.features if t.by == ["item"])
+    table = next(part for part in base_scorer.schema.features if part.by == ["item"])
     costs = features.read(table, [pa.array(["new", "i1"])])["cost"].to_pylist()
     assert costs == [1.0, 2.0]
     pq.write_table(pa.table({"item": ["i1", None], "cost": [1.0, 2.0]}), tmp_path / "new.parquet")
@@ -382,8 +382,8 @@ def test_features_of_types_that_requests_cannot_read_are_refused(
     [file] = (tmp_path / "features" / "item").glob("*.parquet")
     table = pq.read_table(file, partitioning=None)
     for column, kind in (("item_views@", pa.timestamp("us")), ("cost", pa.string())):
-        index = table.column_names.index(column)
-        pq.write_table(table.set_column(index, column, table[column].cast(kind)), file)
+        place = table.column_names.index(column)
+        pq.write_table(table.set_column(place, column, table[column].cast(kind)), file)
         with pytest.raises(ValueError, match=rf"features/item: column '{column}'.* type "):
             refresh_features(folder / "package", str(tmp_path), tmp_path / "out")
     later = table.set_column(0, "item", table["item"].cast(pa.large_string()))
@@ -402,7 +402,7 @@ def test_features_by_ids_of_another_type_are_refused(folder: Path, tmp_path: Pat
 
 
 def test_features_of_added_items_take_the_types_of_a_later_day(
-    folder: Path, scorer: Scorer, tmp_path: Path
+    folder: Path, base_scorer: Scorer, tmp_path: Path
 ) -> None:
     package = shutil.copytree(folder / "package", tmp_path / "package")
     pq.write_table(pa.table({"item": ["new"], "tags": [["p", "q"]]}), tmp_path / "new.parquet")
@@ -411,11 +411,11 @@ def test_features_of_added_items_take_the_types_of_a_later_day(
     [file] = (tmp_path / "features" / "item").glob("*.parquet")
     table = pq.read_table(file, partitioning=None)
     tags = table["tags"].cast(pa.large_list(pa.large_string()))
-    index = table.column_names.index("tags")
-    pq.write_table(table.set_column(index, "tags", tags), file)
+    place = table.column_names.index("tags")
+    pq.write_table(table.set_column(place, "tags", tags), file)
     refresh_features(package, str(tmp_path), tmp_path / "newer")
     scores = [
-        Scorer.load(path, previous=scorer).score(FEW, [], ["new", "i1"])
+        Scorer.load(path, previous=base_scorer).score(FEW, [], ["new", "i1"])
         for path in (package, tmp_path / "newer")
     ]
     np.testing.assert_array_equal(*scores)
@@ -429,15 +429,15 @@ def server(folder: Path) -> Iterator[ServedPackage]:
     assert server.end() == 0
 
 
-def test_a_server_takes_ids_alone(scorer: Scorer, server: ServedPackage) -> None:
-    scorer = scorer
+def test_a_server_takes_ids_alone(base_scorer: Scorer, server: ServedPackage) -> None:
+    scorer = base_scorer
     for request in Shop.of_days(DAYS - 3).requests(20, 1):
         content = server.call("/v1/rank", request).content
         scores = np.sort(scorer.score(**request)[:, 0])[::-1]
         np.testing.assert_allclose(content["scores"]["bought"], scores, atol=1e-6)
         assert content["features_version"] == scorer.features_version != ""
-    response = server.call("/v1/rank", request | {"user": request["user"] | {"cost": 1.0}})
-    assert response.status == 400 and b"'cost' is a column of the items" in response.body
+    answer = server.call("/v1/rank", request | {"user": request["user"] | {"cost": 1.0}})
+    assert answer.status == 400 and b"'cost' is a column of the items" in answer.body
     inputs = [
         {"name": "item", "shape": [1], "datatype": "BYTES", "data": ["i1"]},
         {"name": "user", "shape": [1], "datatype": "BYTES", "data": ["u1"]},
@@ -456,15 +456,15 @@ def test_a_batch_answers_each_request_or_says_why_not(server: ServedPackage) -> 
     requests = list(Shop.of_days(DAYS - 3).requests(20, 3))
     alone = [server.call("/v1/rank", request).content for request in requests]
     bad = requests[0] | {"by": "loved"}
-    response = server.call("/v1/rank/batch", {"requests": [*requests, bad, bad | {"by": None}]})
-    assert response.headers["x-request-id"] == response.content["id"]
-    *results, refused, last = response.content["results"]
+    answer = server.call("/v1/rank/batch", {"requests": [*requests, bad, bad | {"by": None}]})
+    assert answer.headers["x-request-id"] == answer.content["id"]
+    *results, refused, last = answer.content["results"]
     for content, result in zip(alone, results, strict=True):
         assert result == {name: content[name] for name in ("by", "items", "scores")}
-        assert content["model_version"] == response.content["model_version"]
+        assert content["model_version"] == answer.content["model_version"]
     assert last == results[0] and "'loved' is none of the labels" in refused["error"]
-    response = server.call("/v1/rank/batch", {"requests": requests * 2})
-    assert response.status == 400 and "are 40; the limit is 30" in response.content["error"]
+    answer = server.call("/v1/rank/batch", {"requests": requests * 2})
+    assert answer.status == 400 and "are 40; the limit is 30" in answer.content["error"]
 
 
 def test_drift_is_counted_by_column_beside_the_shares_of_training(
@@ -478,16 +478,16 @@ def test_drift_is_counted_by_column_beside_the_shares_of_training(
 
     def change(column: str, kind: str) -> tuple[float, float]:
         names = [
-            f'recsys_column_{file}_total{{column="{column}",kind="{kind}"}}'
-            for file in ("values", "drift")
+            f'recsys_column_{part}_total{{column="{column}",kind="{kind}"}}'
+            for part in ("values", "drift")
         ]
-        numbers = [new_counts.get(name, 0) - old_counts.get(name, 0) for name in names]
+        numbers = [after.get(name, 0) - before.get(name, 0) for name in names]
         return numbers[0], numbers[1]
 
-    old_counts = counts("recsys_column")
+    before = counts("recsys_column")
     user = {"user": "nobody", "offer": None, "when": 10 * DAY}
     server.call("/v1/rank", {"user": user, "candidates": ["i1", "unseen", "i2"]})
-    new_counts = counts("recsys_column")
+    after = counts("recsys_column")
     assert change("user", "unknown") == (1, 1)
     assert change("item", "unknown") == (3, 1)
     assert change("offer", "null") == (1, 1)
@@ -502,7 +502,7 @@ def test_drift_is_counted_by_column_beside_the_shares_of_training(
 
 @pytest.fixture
 def redis(tmp_path: Path) -> Iterator[str]:
-    """The address of a Redis server of its own."""
+    """The address of a Redis server of its base_scorer."""
     pytest.importorskip("redis")
     if shutil.which("redis-server") is None:
         pytest.skip("redis-server is not installed")
@@ -521,20 +521,20 @@ class Hashes(dict[str, dict[str, str]]):
     """Stands for a pipeline of Redis: hashes by key."""
 
     def pipeline(self, transaction: bool) -> Hashes:
-        self.responses: list[Any] = []
+        self.answers: list[Any] = []
         return self
 
     def hset(self, key: str, name: str, value: str) -> None:
         self.setdefault(key, {})[name] = value
 
     def hmget(self, key: str, names: list[str]) -> None:
-        self.responses.append([dict.get(self, key, {}).get(name) for name in names])
+        self.answers.append([dict.get(self, key, {}).get(name) for name in names])
 
     def get(self, key: str) -> None:  # type: ignore[override]
-        self.responses.append(None)
+        self.answers.append(None)
 
     def execute(self) -> list[Any]:
-        return self.responses
+        return self.answers
 
 
 def test_the_empty_text_is_an_id_in_redis_and_null_is_none() -> None:
@@ -562,11 +562,11 @@ def test_redis_keeps_keys_of_several_ids_apart_and_returns_dates_and_times() -> 
     assert values.to_pydict() == {"day": days, "moment": moments}
 
 
-def test_features_come_from_redis(folder: Path, scorer: Scorer, redis: str) -> None:
+def test_features_come_from_redis(folder: Path, base_scorer: Scorer, redis: str) -> None:
     """They are those of the store alone, and a store that does not answer is no bad request."""
     package = folder / "package"
     settings = FeatureSettings("redis", {"url": redis, "timeout": 5.0})
-    scorer = Scorer.load(package, features=settings, previous=scorer)
+    scorer = Scorer.load(package, features=settings, previous=base_scorer)
     requests = list(Shop.of_days(DAYS - 3).requests(50, 2))
     store = scorer.read.features
     assert isinstance(store, RedisFeatures)
@@ -574,14 +574,14 @@ def test_features_come_from_redis(folder: Path, scorer: Scorer, redis: str) -> N
         with pa.memory_map(str(features_file(package, table))) as file:
             store.write(table, pa.ipc.open_file(file).read_all())
     for request in requests:
-        np.testing.assert_array_equal(scorer.score(**request), scorer.score(**request))
+        np.testing.assert_array_equal(scorer.score(**request), base_scorer.score(**request))
     [items] = [table for table in scorer.schema.features if table.by == ["item"]]
     assert scorer.features_version == ""
     import_module("redis").Redis.from_url(redis).set("recsys:version", "today")
     store.write(items, pa.table({"item": ["i1"], "cost": [99.0]}))
-    changed = scorer.score(FEW, [], {"item": ["i1"], "cost": [99.0]})
+    changed = base_scorer.score(FEW, [], {"item": ["i1"], "cost": [99.0]})
     np.testing.assert_array_equal(scorer.score(FEW, [], ["i1"]), changed)
     assert scorer.features_version == "today"
     missing_store = FeatureSettings("redis", {"url": redis + ".gone"})
     with pytest.raises(FeatureSourceError, match=r"Redis: .*send the request again"):
-        Scorer.load(package, features=missing_store, previous=scorer).score(FEW, [], ["i1"])
+        Scorer.load(package, features=missing_store, previous=base_scorer).score(FEW, [], ["i1"])
