@@ -82,11 +82,14 @@ def check_data(
     for split in splits:
         with ranks.raise_on_all_ranks():
             rows = (opened or {}).get(split) or job.rows(split)
-            queries = QueryPositions(job.schema, readers.get(split))
-            counts[split] = count_items(rows, ranks.rank, ranks.world_size, queries.read)
-            if split != "train" and isinstance(job.config.ranking, RetrievalSettings):
+            reader, settings = readers.get(split), job.config.ranking
+            if split == "train" or not isinstance(settings, RetrievalSettings):
+                counts[split] = count_items(rows, ranks.rank, ranks.world_size, reader)
+            else:
+                queries = QueryPositions(job.schema, reader)
+                counts[split] = count_items(rows, ranks.rank, ranks.world_size, queries.read)
                 # Unusable moments would end a search only after training.
-                later_items(job, job.config.ranking, rows, queries.positions())
+                later_items(job, settings, rows, queries.positions())
         if job.schema.weight and not sum(ranks.gather(int(counts[split].counts.sum()))):
             folder = job.train_folder if split == "train" else split
             raise _without_weight(job.root / folder, job.schema.weight)
