@@ -191,6 +191,9 @@ class TwoTowerSettings(QuerySettings):
     """Width of a tower's vector."""
     temperature: PositiveFloat = 0.1
     """Divisor of the dot products of the vectors, which have length one."""
+    history_in_item_tower: bool = False
+    """Whether the query also has the mean of the history's item vectors, and one weighted by each
+    list beside the history, with learned weights (FISM, Kabbur 2013; CORE, arXiv 2204.11067)."""
     target_positions: Literal["last", "all"] = "last"
     """Items that a softmax loss predicts, each from the items before it. last: the item of each
     row. all: also history items that are the user's earlier rows; these rows are then left out, so

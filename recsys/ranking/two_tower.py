@@ -105,6 +105,9 @@ class TwoTower(QueryTower):
             means = 1 + dimensions.num_parallel
             self.similarity = Similarity(1 + len(content.modalities), means)
         self.item_tower = multilayer_perceptron(item_width, units, settings.dropout, dim)
+        self.history_weights: nn.Parameter | None = None  # [C, 1 + P]
+        if settings.history_in_item_tower:
+            self.history_weights = self._history_weights(dimensions)
         # Softmax losses cancel a bias.
         is_pointwise = settings.loss == "pointwise"
         self.bias = nn.Parameter(torch.zeros(self.num_labels)) if is_pointwise else None
@@ -114,6 +117,8 @@ class TwoTower(QueryTower):
         content = content if self.reads_content else None
         query = self.user(ids, content, batch).unflatten(1, (self.num_labels, -1))
         query = F.normalize(query, dim=2)  # [B, C, D]
+        if self.history_weights is not None:
+            query = F.normalize(query + self._history_vectors(ids, content, batch), dim=2)
         item, negatives = self._item(ids.target, None if content is None else content.target), None
         if ids.negatives is not None:
             negatives = self._item(ids.negatives, None if content is None else content.negatives)
@@ -130,7 +135,33 @@ class TwoTower(QueryTower):
                 )
         return TowerVectors(query / self.temperature, item, negatives, self.bias)
 
-    def _item(self, id_vector: Tensor, content_vector: Tensor | None) -> Tensor:  # [B or S, D]
+    def _history_weights(self, dimensions: InputDimensions) -> nn.Parameter:
+        """Return weights of one for the mean of a history, and of zero for those of its lists."""
+        if not dimensions.has_history:
+            raise ValueError(
+                "ranking.history_in_item_tower is true, and schema.yaml has no column of kind "
+                "sequence; set it to false"
+            )
+        weights = torch.zeros(dimensions.num_labels, 1 + dimensions.num_parallel)
+        weights[:, 0] = 1
+        return nn.Parameter(weights)
+
+    def _history_vectors(
+        self, ids: IDVectors, content: ContentVectors | None, batch: Batch
+    ) -> Tensor:  # [B, C, D]
+        """Return weighted means of the history's item vectors. A collective with content."""
+        history, parallel = batch.history.jagged(), batch.history.values[:, : self.num_parallel]
+        content_vectors = None if content is None else content.read_history()[0].float()
+        if not ids.history_is_unique:
+            if content_vectors is not None:
+                content_vectors = history.gather(content_vectors)
+            history = history.unindexed()
+        assert self.history_weights is not None
+        items = self._item(ids.history.float(), content_vectors)
+        means = torch.stack(pooled_history(items, history, parallel), dim=1)  # [B, 1 + P, D]
+        return self.history_weights @ means
+
+    def _item(self, id_vector: Tensor, content_vector: Tensor | None) -> Tensor:
         vectors = [id_vector] if content_vector is None else [id_vector, content_vector]
         return F.normalize(self.item_tower(torch.cat(vectors, dim=1)), dim=1)
 

@@ -31,11 +31,16 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "hstu": {"recent_items": 2},
     "transformer": {"recent_items": 2},
     "two_tower": {"temperature": 1.0},  # unsure enough to pass the check of the log loss
-    "two_tower in_batch": {"loss": "in_batch_softmax", "all_ranks": True},
+    "two_tower in_batch": {
+        "loss": "in_batch_softmax",
+        "all_ranks": True,
+        "history_in_item_tower": True,
+    },
     "two_tower sampled": {"loss": "sampled_softmax", "num_negatives": 7, "all_ranks": True},
     "two_tower full transformer": {
         "loss": "full_softmax",
         "history_encoder": "transformer",
+        "history_in_item_tower": True,
         "exclude_seen": True,
     },
     "generative": {"code_levels": 2, "num_codes": 8, "beam_size": 50},

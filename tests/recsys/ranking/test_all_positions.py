@@ -188,14 +188,16 @@ def results(settings: TwoTowerSettings, batch: Batch) -> list[Tensor]:
 @pytest.mark.parametrize("loss", ["full_softmax", "sampled_softmax", "in_batch_softmax"])
 @pytest.mark.parametrize("encoder", ["transformer", "hstu", "mean"])
 @pytest.mark.parametrize("exclude_seen", [False, True])
+@pytest.mark.parametrize("in_item_tower", [False, True])
 def test_one_pass_has_the_loss_and_gradients_of_a_row_for_each_position(
-    encoder: str, loss: str, exclude_seen: bool
+    encoder: str, loss: str, exclude_seen: bool, in_item_tower: bool
 ) -> None:
     settings = TwoTowerSettings(
         dropout=0.0,
         loss=loss,  # type: ignore[arg-type]
         history_encoder=encoder,  # type: ignore[arg-type]
         exclude_seen=exclude_seen,
+        history_in_item_tower=in_item_tower,
         recent_items=LONGEST,
         sequence_dim=8,
         sequence_layers=3,

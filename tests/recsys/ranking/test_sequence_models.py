@@ -204,6 +204,41 @@ def test_the_query_of_two_towers_reads_a_token_behind_the_history(
     assert not torch.equal(towers(changed_ids, vectors, batch).item, item)
 
 
+@by_content
+@torch.no_grad()
+def test_the_query_adds_weighted_means_of_the_item_vectors_of_its_history(
+    content: ContentSettings | None,
+) -> None:
+    towers = model_of(
+        "two_tower", content, history_in_item_tower=True, tower_dim=8, temperature=1.0
+    )
+    assert towers.history_weights.tolist() == [[1.0, 0.0]]  # of the mean, and by `liked`
+    ids, vectors, batch = inputs(LENGTHS)
+    towers.history_weights.zero_()
+    without_history = towers(ids, vectors, batch).query[:, 0, :8]
+    towers.history_weights.copy_(torch.tensor([[2.0, -3.0]]))
+
+    items = ids.history
+    if content is not None:
+        items = torch.cat([items, vectors.read_history()[0]], dim=1)
+    item_vectors = F.normalize(towers.item_tower(items), dim=1)
+    expected, begin = without_history.clone(), 0
+    for row, length in enumerate(LENGTHS.tolist()):
+        for position in range(begin, begin + length):
+            weight = 2 - 3 * batch.history.values[position, 0]
+            expected[row] += weight * item_vectors[position] / length
+        begin += length
+    query = towers(ids, vectors, batch).query[:, 0, :8]  # directions of content follow
+    torch.testing.assert_close(query, F.normalize(expected, dim=1))
+    assert not torch.allclose(query, without_history)
+
+
+def test_a_query_without_a_history_in_the_schema_cannot_add_its_item_vectors() -> None:
+    no_history = replace(DIMENSIONS, has_history=False)
+    with pytest.raises(ValueError, match=r"history_in_item_tower is true, and schema.yaml has no"):
+        model_of("two_tower", None, no_history, history_in_item_tower=True)
+
+
 def test_times_between_events_do_not_depend_on_the_moment_of_the_row() -> None:
     ages = torch.tensor([[700.0, 60.0, 3.0]])
     later = times_between(ages + 1000)
