@@ -225,15 +225,17 @@ class Search:
     def _score_of(self, trial: Trial, log: IO[str]) -> float:
         """Train all runs of a trial and return their mean score; TrialPruned if it is pruned."""
         arguments, folder = arguments_of(self.space, trial.params), self._folder_of(trial.number)
-        load_config(self.out / RECIPE, arguments)
-        seeds = range(self.config.seed, self.config.seed + self.seeds)
+        config = load_config(self.out / RECIPE, arguments)
+        seeds = range(config.seed, config.seed + self.seeds)
+        # After the trial's own settings, which may name a seed or trackers.
+        arguments += ["--tracker", json.dumps([*config.tracker, TRACKER])]
         runs = [(data, seed) for seed in seeds for data in self.data]
         scores: list[float] = []
         for number, (data, seed) in enumerate(runs):
             run = folder / f"run-{number}"
             metrics = run / "metrics.json"
             if not metrics.exists():
-                command = [*self._command(run, data, seed), *arguments]
+                command = [*self._command(run, data), *arguments, "--seed", str(seed)]
                 self._train(command, log, trial, run, len(runs))
             if not metrics.exists():
                 raise ValueError(f"see {folder / 'log.txt'}")
@@ -242,15 +244,13 @@ class Search:
                 _report(trial, number, fmean(scores))
         return fmean(scores)
 
-    def _command(self, run: Path, data: str, seed: int) -> list[str]:
+    def _command(self, run: Path, data: str) -> list[str]:
         launcher = [sys.executable, "-m"]
         if self.nproc > 1:
             launcher += ["torch.distributed.run", "--standalone"]
             launcher += ["--nproc-per-node", str(self.nproc), "-m"]
-        trackers = json.dumps([*self.config.tracker, TRACKER])
         command = [*launcher, "recsys.cli", "train", "--config", str(self.out / RECIPE)]
-        command += ["--data", data, "--out", str(run), "--seed", str(seed)]
-        return [*command, "--tracker", trackers]
+        return [*command, "--data", data, "--out", str(run)]
 
     def _train(
         self, command: list[str], log: IO[str], trial: Trial, run: Path, num_runs: int

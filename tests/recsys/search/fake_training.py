@@ -1,7 +1,7 @@
 """Stands in for `recsys train`: makes validations of the learning rate alone, in milliseconds.
 
 `python fake_training.py train ... --out RUN --optimizer.learning_rate RATE` notes its start in
-`RUN/starts.txt`. It waits while a file `hold-TRIAL` lies beside the search's folder.
+`RUN/starts.txt`, with its seed. It waits while a file `hold-TRIAL` lies beside the search's folder.
 """
 
 import json
@@ -11,14 +11,15 @@ from pathlib import Path
 
 
 def option(name: str) -> str:
-    return sys.argv[sys.argv.index(name) + 1]
+    """The value of an option: the last one, as the command line of `recsys train` has it."""
+    return dict(zip(sys.argv, sys.argv[1:], strict=False))[name]
 
 
 def main() -> int:
     run, rate = Path(option("--out")), float(option("--optimizer.learning_rate"))
     run.mkdir(parents=True, exist_ok=True)
     with (run / "starts.txt").open("a") as starts:
-        starts.write("started\n")
+        starts.write(f"seed {option('--seed')}\n")
     while (run.parents[3] / f"hold-{int(run.parent.name)}").exists():
         time.sleep(0.01)
     if rate > 0.09:

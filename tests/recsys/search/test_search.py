@@ -57,7 +57,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def use_fake_training(setattr: Any = setattr) -> None:
-    def command(search: Search, run: Path, data: str, seed: int) -> list[str]:
+    def command(search: Search, run: Path, data: str) -> list[str]:
         # It needs no package: looking for them would take most of its time.
         return [sys.executable, "-S", fake_training.__file__, "train", "--out", str(run)]
 
@@ -196,6 +196,14 @@ def test_a_grid_is_tried_as_a_whole_and_no_further(tmp_path: Path) -> None:
 
     rates = [params["optimizer.learning_rate"] for _, _, params, _ in tried(search)]
     assert rates == ["0.01", "0.02", "0.03"]
+
+
+def test_runs_of_a_trial_begin_with_the_seed_that_it_tries(tmp_path: Path) -> None:
+    space = "optimizer.learning_rate: {choices: [0.01]}\nseed: {choices: [5]}\n"
+    search = search_in(tmp_path, 1, space, seeds=2)
+    search.run()
+    runs = sorted((search.out / "trials").glob("*/run-*/starts.txt"))
+    assert [run.read_text() for run in runs] == ["seed 5\n", "seed 6\n"]
 
 
 def test_equal_values_are_trained_once(tmp_path: Path) -> None:
