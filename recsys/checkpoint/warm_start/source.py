@@ -16,7 +16,7 @@ from recsys.checkpoint.reader import SafeFileSystemReader, StoredTensor
 from recsys.checkpoint.run_folder import encoder_identities
 from recsys.checkpoint.run_schema import FILE, changes, described_columns, load_run_schema
 from recsys.checkpoint.state import frozen_digest
-from recsys.config import Config, config_of_plain, content_settings
+from recsys.config import Config, ModalitySettings, config_of_plain, content_settings
 from recsys.config.parser import short
 from recsys.content.encoders.identity import check_identities
 from recsys.data.schema import Schema, load_schema, load_vocabularies
@@ -253,9 +253,11 @@ def compare_encoders(source: Source, job: Job, takes: Callable[[str], bool]) -> 
     settings = [name for name, *_ in differing_settings(source.config, job.config)]
     is_same = not any(name.startswith("content.") for name in settings)
     identities = encoder_identities(job)
-    for name in stored.modalities.keys() & current.modalities.keys() & identities.keys():
+    for name in stored.modalities.keys() & current.modalities.keys():
         try:
-            check_identities({name: identities[name]}, source.request.run)
+            _check_terms(stored.modalities[name], current.modalities[name])
+            if name in identities:
+                check_identities({name: identities[name]}, source.request.run)
         except ValueError as error:
             is_same = False
             prefixes = f"content.encoders.{name}.", f"content.projections.{name}."
@@ -267,3 +269,13 @@ def compare_encoders(source: Source, job: Job, takes: Callable[[str], bool]) -> 
         fix = "bring the run's encoders back, or train anew"
         source.differences.refuse("frozen weights", problem, fix)
     return is_same
+
+
+def _check_terms(stored: ModalitySettings, current: ModalitySettings) -> None:
+    """Raise a ValueError if terms have other embeddings, which the run's projection cannot read."""
+    sizes = stored.num_embeddings, current.num_embeddings
+    if stored.kind == current.kind == "terms" and sizes[0] != sizes[1]:
+        raise ValueError(
+            f"num_embeddings was {sizes[0]}, is {sizes[1]}, which gives each term another "
+            "embedding; set it back"
+        )

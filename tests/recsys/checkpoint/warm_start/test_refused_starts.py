@@ -135,6 +135,20 @@ def test_other_frozen_weights_are_refused(multimodal: Path, tmp_path: Path) -> N
         assert re.search(r"memory bank +.*encoders +all items", new.text)
 
 
+def test_terms_of_other_embeddings_are_refused(tmp_path: Path) -> None:
+    def words(num_embeddings: int) -> list[str]:
+        modality = f"{{kind: terms, column: text, num_embeddings: {num_embeddings}}}"
+        return ["--epochs", "1", "--content.modalities", f"{{words: {modality}}}"]
+
+    folder = write_run(tmp_path / "terms", *words(64))
+    message = r"content\.modalities\.words: num_embeddings was 64, is 65.*skip 'content\.\*\.words"
+    with pytest.raises(ValueError, match=message), start(folder, tmp_path / "new", *words(65)):
+        pass
+    skip = ("content.*.words.*",)
+    with start(folder, tmp_path / "new", *words(65), skip=skip) as new:
+        assert re.search(r"content\.projections\.words.* not asked for", new.text)
+
+
 def without_best(run: Path) -> None:
     shutil.rmtree(run / "checkpoints" / "best")
 
