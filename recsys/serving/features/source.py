@@ -11,8 +11,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from embeddings.vocabulary.fixed import is_id_type
 from recsys.config.named_parts import make_part
 from recsys.config.server import FeatureSettings
+from recsys.data.parquet.values import is_list
 from recsys.data.schema_columns import FeatureTable
 from recsys.data.transforms.steps import SEPARATOR
 
@@ -87,11 +89,24 @@ def table_of_rows(rows: list[dict[str, Any]], table: FeatureTable, types: Types)
     """Return rows of plain values, by column, in the types of the package."""
     fields = [types[table.name].field(name) for name in value_columns(table)]
     try:
+        for name, kind in ((field.name, field.type) for field in fields):
+            changed = [value for row in rows if _is_changed(value := row.get(name), kind)]
+            if changed:
+                raise TypeError(f"column '{name}' has the value {changed[0]!r}, expected {kind}")
         return pa.Table.from_pylist(rows, pa.schema(fields))
     except (pa.ArrowException, TypeError) as error:
         raise ValueError(
             f"features by {table.name}: {error}; write the types of the data"
         ) from error
+
+
+def _is_changed(value: Any, kind: pa.DataType) -> bool:
+    """Return whether Arrow would cut the fraction off a number, or take a text for its letters."""
+    if is_list(kind):
+        is_text = isinstance(value, str | bytes)
+        values = () if value is None else value
+        return is_text or any(_is_changed(element, kind.value_type) for element in values)
+    return isinstance(value, float) and not value.is_integer() and is_id_type(kind)
 
 
 def without_old_values(

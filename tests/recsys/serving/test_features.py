@@ -32,6 +32,7 @@ from recsys.serving.features.package_features import features_file, refresh_feat
 from recsys.serving.features.source import (
     FeatureSourceError,
     RedisFeatures,
+    table_of_rows,
     without_old_values,
 )
 from recsys.serving.new_items.add import add_items
@@ -560,6 +561,20 @@ def test_redis_keeps_keys_of_several_ids_apart_and_returns_dates_and_times() -> 
     store.write(table, pa.table(rows))
     values = store.read(table, [pa.array(ids) for ids in keys])
     assert values.to_pydict() == {"day": days, "moment": moments}
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [(pa.int64(), 1.5), (pa.list_(pa.string()), "red"), (pa.list_(pa.int8()), [1, 2.5])],
+)
+def test_values_of_a_store_that_another_type_would_change_are_refused(
+    kind: pa.DataType, value: object
+) -> None:
+    table = FeatureTable(["item"], ["tags"])
+    types = {table.name: pa.schema({"tags": kind})}
+    assert table_of_rows([{}, {"tags": None}], table, types)["tags"].null_count == 2
+    with pytest.raises(ValueError, match=r"features by item: column 'tags' has the value .*types"):
+        table_of_rows([{}, {"tags": value}], table, types)
 
 
 def test_features_come_from_redis(folder: Path, base_scorer: Scorer, redis: str) -> None:
