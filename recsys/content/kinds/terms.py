@@ -6,8 +6,11 @@ Shapes: n rows of a chunk.
 from __future__ import annotations
 
 import re
+import sys
+from functools import cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any
+from unicodedata import category, normalize
 
 import numpy as np
 import pyarrow as pa
@@ -20,11 +23,16 @@ from recsys.data.parquet.bad_rows import Report
 if TYPE_CHECKING:
     from recsys.content.encoders.base import Encoder
 
-WORD = re.compile(r"\w+")
+
+@cache
+def word_pattern() -> re.Pattern[str]:
+    r"""Return the pattern of a word: `\w` alone would end it before an accent or a vowel sign."""
+    marks = [char for char in map(chr, range(sys.maxunicode + 1)) if category(char)[0] == "M"]
+    return re.compile(rf"\w[\w{''.join(marks)}]*")
 
 
 class Terms(ModalityKind):
-    """Terms in lower case: an entry is a row of the table of embeddings, chosen by a hash.
+    """Terms in lower case and NFC: an entry is a row of the table of embeddings, by a hash.
 
     An item has at most `max_length` terms: the first ones, each once.
     """
@@ -50,7 +58,8 @@ class Terms(ModalityKind):
         super().check()
 
     def key(self) -> Any:
-        return self.modality.max_length, self.modality.separator, self.modality.num_embeddings
+        modality = self.modality
+        return modality.max_length, modality.separator, modality.num_embeddings, "NFC"
 
     def entries(self, chunk: pa.Array, where: str, report: Report) -> tuple[np.ndarray, np.ndarray]:
         texts = [self.terms(text or "") for text in texts_of(chunk, where, report)]
@@ -60,9 +69,9 @@ class Terms(ModalityKind):
 
     def terms(self, text: str) -> list[str]:
         """Return the distinct terms of a text in their order, at most `max_length`."""
-        separator, text = self.modality.separator, text.lower()
+        separator, text = self.modality.separator, normalize("NFC", text.lower())
         if separator is None:
-            raw_terms = WORD.findall(text)
+            raw_terms = word_pattern().findall(text)
         else:
             raw_terms = re.split(f"[{re.escape(separator)}]", text)
         distinct = dict.fromkeys(filter(None, map(str.strip, raw_terms)))

@@ -37,6 +37,8 @@ def rows_of(*terms: str) -> list[int]:
         ("Sci-Fi puzzle", None, ["sci", "fi", "puzzle"]),
         ("a|b, c|d", ",|", ["a", "b", "c"]),  # max_length 3
         ("a^b]c", "]^", ["a", "b", "c"]),
+        ("Cafe\u0301 हिन्दी ❤\ufe0f", None, ["caf\u00e9", "हिन्दी"]),
+        ("Cafe\u0301, caf\u00e9", ",", ["caf\u00e9"]),
         (" ", ",", []),
         (None, None, []),
     ],
