@@ -64,9 +64,9 @@ def report_run(
     has_probabilities = softmax_settings(job.config.ranking) is None
     split, scores = _of_partition(run) if is_partition else (SPLIT, _scores(job, run))
     tracked_run = run.parents[1] if is_partition else run
+    num_items = write_projector(projector, job, run, table, category)
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
-            num_items = write_projector(projector, job, run, table, category)
             sections = [
                 prequential(run.parents[1], has_probabilities)
                 if is_partition

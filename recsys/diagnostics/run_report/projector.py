@@ -180,15 +180,30 @@ def check_folder(folder: Path) -> None:
 def write_projector(
     folder: Path, job: Job, run: Path, table: ItemTable | None, category: str | None
 ) -> int:
-    """Write vectors of the items most frequent in training; return the number of items.
+    """Write vectors of the items most frequent in training; return their number. A collective.
 
     An earlier projector in `folder` is replaced. `category` is the column of `table` to colour by.
     """
-    counts = read_item_counts(run, job.schema.item_id_limit)
-    items = frequent_items(job, counts)
-    if not len(items):
-        return 0
-    vectors = item_vectors(job, run, items)
+    ranks = job.ranks
+    with ranks.raise_on_all_ranks():
+        counts = read_item_counts(run, job.schema.item_id_limit)
+        items = frequent_items(job, counts)
+    rows = table_rows(job, items)
+    with ranks.raise_on_all_ranks():
+        if ranks.is_first and len(items):
+            vectors = item_vectors(job, run, items, rows)
+            _write_embeddings(folder, vectors, items, counts, table, category)
+    return len(items)
+
+
+def _write_embeddings(
+    folder: Path,
+    vectors: dict[str, Tensor],
+    items: np.ndarray,
+    counts: ItemCounts,
+    table: ItemTable | None,
+    category: str | None,
+) -> None:
     columns = {
         "name": item_names(table, items),
         "impressions": [str(count) for count in counts.of(items).tolist()],
@@ -201,7 +216,6 @@ def write_projector(
         for kind, matrix in vectors.items():
             rows = [list(row) for row in zip(*columns.values())]
             writer.add_embedding(matrix, rows, pictures, tag=kind, metadata_header=[*columns])
-    return len(items)
 
 
 def frequent_items(job: Job, counts: ItemCounts) -> np.ndarray:  # int64 [I]
@@ -212,16 +226,21 @@ def frequent_items(job: Job, counts: ItemCounts) -> np.ndarray:  # int64 [I]
     return items[np.argsort(-counts.of(items), kind="stable")][:MAX_ITEMS]
 
 
+def table_rows(job: Job, items: np.ndarray) -> Tensor:  # int64 [I] -> int64 [I]
+    """Return the rows of items in the table of IDs. A collective, as ranks share a bounded map."""
+    rows = torch.from_numpy(items)
+    if (find := job.vocabularies.find_items) is None:
+        return rows
+    found_rows = find(rows)
+    return found_rows.where(found_rows >= 0, job.schema.num_items - 1)  # row of unknown ids
+
+
 @torch.no_grad()
-def item_vectors(job: Job, run: Path, items: np.ndarray) -> dict[str, Tensor]:
+def item_vectors(job: Job, run: Path, items: np.ndarray, rows: Tensor) -> dict[str, Tensor]:
     """Return the best model's vectors of items [I], by kind, before and after the CIC loss's maps.
 
-    With a content branch, all `items` must have content. Not a collective.
+    `rows` are those of `table_rows`. With a content branch, all `items` must have content.
     """
-    rows = torch.from_numpy(items)
-    if (find := job.vocabularies.find_items) is not None:
-        table_rows = find(rows)
-        rows = table_rows.where(table_rows >= 0, job.schema.num_items - 1)  # row of unknown ids
     table = stored_tables(run / "checkpoints" / "best")[job.schema.target_item]
     ids = torch.cat([table.rows(row, row + 1) for row in rows.tolist()])
     branch, store = job.em3.content, job.store

@@ -4,15 +4,19 @@ import base64
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from recsys.checkpoint.partitions import ContinualFolder, RunState, TrainedPartition
@@ -29,6 +33,7 @@ from recsys.diagnostics.run_report.projector import (
     column_values,
     item_names,
     item_pictures,
+    write_projector,
 )
 from recsys.diagnostics.run_report.quality import (
     metrics_by_count,
@@ -334,6 +339,25 @@ def test_the_first_of_several_categories_counts(tmp_path: Path, values: pa.Array
 
     assert category_column(table.files, None) == "genre"
     assert categories(table, "genre", np.arange(4)) == ["Comedy", "War", None, None]
+
+
+def test_all_ranks_look_up_the_rows_of_a_bounded_map(tmp_path: Path) -> None:
+    """Rank 0 alone waited for the others without end."""
+    np.save(tmp_path / "item_counts.npy", np.array([[4, 9], [1, 2]]))
+    calls = list[list[int]]()
+
+    def find(ids: torch.Tensor) -> torch.Tensor:
+        calls.append(ids.tolist())
+        return ids
+
+    job: Any = SimpleNamespace(
+        ranks=SimpleNamespace(is_first=False, raise_on_all_ranks=nullcontext),
+        schema=SimpleNamespace(item_id_limit=None, num_items=5),
+        vocabularies=SimpleNamespace(find_items=find),
+        store=None,
+    )
+    assert write_projector(tmp_path / "projector", job, tmp_path, None, None) == 2
+    assert calls == [[9, 4]] and not (tmp_path / "projector").exists()
 
 
 def test_pictures_lie_on_white_squares(tmp_path: Path) -> None:
