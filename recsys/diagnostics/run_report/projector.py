@@ -112,7 +112,8 @@ def categories(table: ItemTable, name: str, items: np.ndarray) -> list[str | Non
     """Return each item's category, the first of several in a list or separated by `|`, or None."""
     result: list[str | None] = []
     for value in column_values(table, name, items):
-        first = next(iter(value), None) if isinstance(value, list) else value
+        several = value if isinstance(value, list) else [value]
+        first = next((category for category in several if category is not None), None)
         text = "" if first is None else " ".join(str(first).split("|")[0].split())
         result.append(text or None)
     return result
@@ -209,7 +210,8 @@ def _write_embeddings(
         "impressions": [str(count) for count in counts.of(items).tolist()],
     }
     if table is not None and category is not None:
-        columns[category] = [value or "" for value in categories(table, category, items)]
+        title = f"item's {category}" if category in columns else category
+        columns[title] = [value or "" for value in categories(table, category, items)]
     pictures = item_pictures(table, items)
     shutil.rmtree(folder, ignore_errors=True)
     with SummaryWriter(str(folder)) as writer:

@@ -21,12 +21,14 @@ from torch.utils.tensorboard import SummaryWriter
 
 from recsys.checkpoint.partitions import ContinualFolder, RunState, TrainedPartition
 from recsys.cli import main
+from recsys.data.item_frequency import ItemCounts
 from recsys.data.items.item_table import ItemTable
 from recsys.data.schema import load_schema
 from recsys.diagnostics.run_report import quality
 from recsys.diagnostics.run_report.command import summary
 from recsys.diagnostics.run_report.page import Section, Table, html_page
 from recsys.diagnostics.run_report.projector import (
+    _write_embeddings,
     categories,
     category_column,
     check_folder,
@@ -332,6 +334,7 @@ def test_an_item_is_called_by_title_then_by_the_beginning_of_its_text_then_by_id
     [
         pa.array(["Comedy|Drama", " War ", "", None]),
         pa.array([["Comedy", "Drama"], ["War"], [], None]),
+        pa.array([[None, "Comedy"], ["War", None], [None], None]),
     ],
 )
 def test_the_first_of_several_categories_counts(tmp_path: Path, values: pa.Array) -> None:
@@ -339,6 +342,16 @@ def test_the_first_of_several_categories_counts(tmp_path: Path, values: pa.Array
 
     assert category_column(table.files, None) == "genre"
     assert categories(table, "genre", np.arange(4)) == ["Comedy", "War", None, None]
+
+
+def test_a_category_named_as_a_column_of_the_projector_replaces_none(tmp_path: Path) -> None:
+    columns = {"impressions": pa.array([70, 80]), "poster": pa.nulls(2, pa.binary())}
+    table = items_of(tmp_path, {"item": pa.arange(0, 2), **columns})
+    items, counts = np.arange(2), ItemCounts(np.arange(2), np.array([5, 3]))
+    vectors = {"ID": torch.eye(2)}
+    _write_embeddings(tmp_path / "projector", vectors, items, counts, table, "impressions")
+    lines = (tmp_path / "projector/00000/ID/metadata.tsv").read_text().splitlines()
+    assert lines == ["name\timpressions\titem's impressions", "item 0\t5\t70", "item 1\t3\t80"]
 
 
 def test_all_ranks_look_up_the_rows_of_a_bounded_map(tmp_path: Path) -> None:
