@@ -4,6 +4,7 @@ It refuses duplicate keys, `class_path`, which imports modules, and aliases, whi
 """
 
 import copy
+import math
 import re
 from collections.abc import Callable
 from functools import lru_cache, wraps
@@ -34,9 +35,26 @@ def load_plain_yaml(text: bytes) -> Any:
 
 
 def _load_value(text: str) -> Any:
-    """Check that a value is plain, then read it as jsonargparse does."""
+    """Check that a value is plain, then read it as jsonargparse does.
+
+    A value such as `#` or `~` stays text: a recipe has it in quotes, which are gone here.
+    """
     _require_plain(text)
-    return get_loader("yaml")(text)
+    value = get_loader("yaml")(text)
+    if value is None and text.strip() not in ("", "null"):
+        return text
+    # jsonargparse writes a nested setting as Python does, and reads it again.
+    return None if value == "None" else _Mapping(value) if isinstance(value, dict) else value
+
+
+class _Mapping(dict[str, Any]):
+    """A mapping whose text is YAML."""
+
+    __slots__ = ()  # jsonargparse would copy an object's `__dict__` in place of the mapping
+
+    def __str__(self) -> str:
+        text: str = yaml.safe_dump(dict(self), default_flow_style=True, width=math.inf)
+        return text
 
 
 @lru_cache(maxsize=1024)  # the parser checks the same defaults and values several times

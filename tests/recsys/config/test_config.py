@@ -55,8 +55,8 @@ def test_the_command_line_overrides_the_recipe_and_leaves_the_rest() -> None:
 
 
 def test_null_on_the_command_line_leaves_out_a_modality_of_the_recipe() -> None:
-    argv = ["--content.modalities.tags.column", "genres", "--content.modalities.title.encoder"]
-    argv += ["null", "--content.modalities.description"]  # an encoder is no modality
+    argv = ["--content.modalities.tags.column", "genres", "--content.modalities.title.revision"]
+    argv += ["null", "--content.modalities.description"]  # a revision is no modality
     for null in (["null"], ["null", "--epochs", "3"]):
         config = load_config("implicit_content", [*argv, *null])
         assert {name: m.column for name, m in content_of(config).modalities.items()} == {
@@ -64,7 +64,7 @@ def test_null_on_the_command_line_leaves_out_a_modality_of_the_recipe() -> None:
             "tags": "genres",
             "terms": "tags",
         }
-    assert config.epochs == 3
+    assert config.epochs == 3 and content_of(config).modalities["title"].revision is None
     message = "content.modalities.tagz is null, but the recipe has no such modality; did you mean"
     with pytest.raises(ValueError, match=message):
         load_config("implicit_content", ["--content.modalities.tagz=null"])

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, Literal, get_origin, get_type_hints
 
 import pytest
+import yaml
 
 from recsys.cli import main
 from recsys.commands.options import command_parser
-from recsys.config import Config, load_config
+from recsys.config import Config, ContentSettings, load_config
 from recsys.config.parser import (
     CHOSEN_BY_USERS,
     dataclass_in,
@@ -56,6 +57,36 @@ def test_a_file_that_is_more_than_data_is_refused_even_inside_a_recipe(
 def test_a_value_on_the_command_line_that_is_more_than_data_is_refused(value: str) -> None:
     with pytest.raises(ValueError, match=r"optimizer.options: .*(twice|alias)"):
         load_config(TINY, ["--optimizer.options", value])
+
+
+@pytest.mark.parametrize("separator", [None, "#", "#;", "~", "\t", "\\", "'\"", "é", "1"])
+@pytest.mark.parametrize("form", ["recipe", "option", "mapping"])
+def test_a_nested_text_or_null_has_its_value_in_recipes_options_and_mappings(
+    file: Path, separator: str | None, form: str
+) -> None:
+    words: dict[str, Any] = {"kind": "terms", "column": "text", "separator": separator}
+    argv = {
+        "recipe": [],
+        "option": ["--content.modalities.words.separator", separator or "null"],
+        "mapping": ["--content.modalities.words", yaml.safe_dump(words)],
+    }[form]
+    written = words if form == "recipe" else words | {"separator": ","}
+    file.write_text(yaml.safe_dump({"content": {"modalities": {"words": written}}}))
+    content = load_config(file, argv).content
+    assert isinstance(content, ContentSettings)
+    assert content.modalities["words"].separator == separator
+
+
+def test_options_of_a_class_of_your_own_have_their_types_on_the_command_line() -> None:
+    options = {"a": None, "b": ["\t", None], "c": {"d": float("inf")}, "e": True}
+    fusion = {"name": "my:Fusion", "options": options}
+    for argv in (
+        ["--content.fusion", yaml.safe_dump(fusion)],
+        ["--content.fusion.name", "my:Fusion", "--content.fusion.options", yaml.safe_dump(options)],
+    ):
+        content = load_config(TINY, argv).content
+        assert isinstance(content, ContentSettings)
+        assert content.fusion.options == options
 
 
 def test_the_command_line_overrides_the_recipe_in_any_order(
