@@ -119,9 +119,7 @@ class TwoTower(QueryTower):
         query = F.normalize(query, dim=2)  # [B, C, D]
         if self.history_weights is not None:
             query = F.normalize(query + self._history_vectors(ids, content, batch), dim=2)
-        item, negatives = self._item(ids.target, None if content is None else content.target), None
-        if ids.negatives is not None:
-            negatives = self._item(ids.negatives, None if content is None else content.negatives)
+        item, negatives = self._target_and_negatives(ids, content)
         if self.similarity is not None:
             assert content is not None
             history, parallel = batch.history.jagged(), batch.history.values[:, : self.num_parallel]
@@ -160,6 +158,19 @@ class TwoTower(QueryTower):
         items = self._item(ids.history.float(), content_vectors)
         means = torch.stack(pooled_history(items, history, parallel), dim=1)  # [B, 1 + P, D]
         return self.history_weights @ means
+
+    def _target_and_negatives(
+        self, ids: IDVectors, content: ContentVectors | None
+    ) -> tuple[Tensor, Tensor | None]:  # [B, D], [S, D]
+        """Return item vectors of targets and of negatives, if there are any, by one pass."""
+        content_vectors = None if content is None else content.target
+        if ids.negatives is None:
+            return self._item(ids.target, content_vectors), None
+        if content is not None:
+            assert content.negatives is not None
+            content_vectors = torch.cat([content.target, content.negatives])
+        items = self._item(torch.cat([ids.target, ids.negatives]), content_vectors)
+        return items[: len(ids.target)], items[len(ids.target) :]
 
     def _item(self, id_vector: Tensor, content_vector: Tensor | None) -> Tensor:
         vectors = [id_vector] if content_vector is None else [id_vector, content_vector]
