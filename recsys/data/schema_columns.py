@@ -31,7 +31,7 @@ MAX_ROWS = 2**48  # rows of a table: more than any cluster holds
 
 @dataclass
 class VocabularySettings:
-    """How raw ids of a table, integers or strings, map to its rows."""
+    """Mapping of raw ids of a table, integers or strings, to its rows."""
 
     # exact: by the file that `recsys prepare vocabulary` wrote; hash: by hash functions; bounded:
     # by a map that is learned in training.

@@ -210,7 +210,7 @@ class Drop:
 
 @dataclass
 class Vocabulary:
-    """How ids map to rows of tables."""
+    """Mapping of ids to rows of tables."""
 
     kind: Literal["exact", "rows"] = "exact"  # rows: ids are rows of tables already
     # By column: occurrences, up to the last training sample, for which an id gets its own row.

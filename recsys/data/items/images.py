@@ -24,7 +24,7 @@ BITS_16 = ("I;16", "I;16B", "I;16L", "I;16N")
 
 @dataclass(frozen=True)
 class ImagePreparation:
-    """How an image is prepared for its encoder; the defaults are those of ImageNet encoders."""
+    """Preparation of an image for its encoder; the defaults are those of ImageNet encoders."""
 
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of red, green and blue, from 0 to 1
     std: tuple[float, ...] = (0.229, 0.224, 0.225)

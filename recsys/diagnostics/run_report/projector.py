@@ -205,6 +205,7 @@ def _write_embeddings(
     table: ItemTable | None,
     category: str | None,
 ) -> None:
+    """Write vectors [I, D] of each kind, names, counts and pictures of items into `folder`."""
     columns = {
         "name": item_names(table, items),
         "impressions": [str(count) for count in counts.of(items).tolist()],
@@ -233,8 +234,8 @@ def table_rows(job: Job, items: np.ndarray) -> Tensor:  # int64 [I] -> int64 [I]
     rows = torch.from_numpy(items)
     if (find := job.vocabularies.find_items) is None:
         return rows
-    found_rows = find(rows)
-    return found_rows.where(found_rows >= 0, job.schema.num_items - 1)  # row of unknown ids
+    rows = find(rows)
+    return rows.where(rows >= 0, job.schema.num_items - 1)  # row of unknown ids
 
 
 @torch.no_grad()

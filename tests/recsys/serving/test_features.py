@@ -368,7 +368,7 @@ def test_features_are_added_whatever_type_of_text_has_the_ids(
         assert add_items(package, str(tmp_path / "new.parquet")).features == 1
     features = Scorer.load(package, previous=base_scorer).read.features
     assert features is not None
-    table = next(part for part in base_scorer.schema.features if part.by == ["item"])
+    table = next(table for table in base_scorer.schema.features if table.by == ["item"])
     costs = features.read(table, [pa.array(["new", "i1"])])["cost"].to_pylist()
     assert costs == [1.0, 2.0]
     pq.write_table(pa.table({"item": ["i1", None], "cost": [1.0, 2.0]}), tmp_path / "new.parquet")
@@ -383,8 +383,8 @@ def test_features_of_types_that_requests_cannot_read_are_refused(
     [file] = (tmp_path / "features" / "item").glob("*.parquet")
     table = pq.read_table(file, partitioning=None)
     for column, kind in (("item_views@", pa.timestamp("us")), ("cost", pa.string())):
-        place = table.column_names.index(column)
-        pq.write_table(table.set_column(place, column, table[column].cast(kind)), file)
+        index = table.column_names.index(column)
+        pq.write_table(table.set_column(index, column, table[column].cast(kind)), file)
         with pytest.raises(ValueError, match=rf"features/item: column '{column}'.* type "):
             refresh_features(folder / "package", str(tmp_path), tmp_path / "out")
     later = table.set_column(0, "item", table["item"].cast(pa.large_string()))
@@ -412,8 +412,8 @@ def test_features_of_added_items_take_the_types_of_a_later_day(
     [file] = (tmp_path / "features" / "item").glob("*.parquet")
     table = pq.read_table(file, partitioning=None)
     tags = table["tags"].cast(pa.large_list(pa.large_string()))
-    place = table.column_names.index("tags")
-    pq.write_table(table.set_column(place, "tags", tags), file)
+    index = table.column_names.index("tags")
+    pq.write_table(table.set_column(index, "tags", tags), file)
     refresh_features(package, str(tmp_path), tmp_path / "newer")
     scores = [
         Scorer.load(path, previous=base_scorer).score(FEW, [], ["new", "i1"])
@@ -479,16 +479,16 @@ def test_drift_is_counted_by_column_beside_the_shares_of_training(
 
     def change(column: str, kind: str) -> tuple[float, float]:
         names = [
-            f'recsys_column_{part}_total{{column="{column}",kind="{kind}"}}'
-            for part in ("values", "drift")
+            f'recsys_column_{counter}_total{{column="{column}",kind="{kind}"}}'
+            for counter in ("values", "drift")
         ]
-        numbers = [after.get(name, 0) - before.get(name, 0) for name in names]
+        numbers = [new_counts.get(name, 0) - old_counts.get(name, 0) for name in names]
         return numbers[0], numbers[1]
 
-    before = counts("recsys_column")
+    old_counts = counts("recsys_column")
     user = {"user": "nobody", "offer": None, "when": 10 * DAY}
     server.call("/v1/rank", {"user": user, "candidates": ["i1", "unseen", "i2"]})
-    after = counts("recsys_column")
+    new_counts = counts("recsys_column")
     assert change("user", "unknown") == (1, 1)
     assert change("item", "unknown") == (3, 1)
     assert change("offer", "null") == (1, 1)
@@ -503,7 +503,7 @@ def test_drift_is_counted_by_column_beside_the_shares_of_training(
 
 @pytest.fixture
 def redis(tmp_path: Path) -> Iterator[str]:
-    """The address of a Redis server of its base_scorer."""
+    """The address of a Redis server that this test starts."""
     pytest.importorskip("redis")
     if shutil.which("redis-server") is None:
         pytest.skip("redis-server is not installed")
