@@ -128,7 +128,7 @@ def case_config(folder: Path, case: SchemaCase, backbone: str) -> Config:
     """A small configuration of a ranking backbone for a case."""
     keys = set(keys_of(backbone)) - {"query_features"}
     small = {key: value for key, value in SMALL.items() if key in keys}
-    ranking = ranking_settings(backbone, dropout=0.0, **small, **BACKBONES[backbone])
+    ranking = ranking_settings(backbone, dropout=0.0, **(small | BACKBONES[backbone]))
     config = Config(
         content="none",
         contrastive=ContrastiveSettings(weight=0.0),

@@ -41,6 +41,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
         "loss": "full_softmax",
         "history_encoder": "transformer",
         "history_in_item_tower": True,
+        "mlp_units": [],
         "exclude_seen": True,
     },
     "generative": {"code_levels": 2, "num_codes": 8, "beam_size": 50},
@@ -75,7 +76,7 @@ def backbone_config(folder: Path, backbone: str, content: Content, **settings: A
     """The small EM3 with another backbone, and steps of 20 rows in all on two ranks."""
     name = backbone.split()[0]
     small = {key: value for key, value in SMALL.items() if key in keys_of(name)}
-    ranking = ranking_settings(name, **small, **BACKBONES[backbone])
+    ranking = ranking_settings(name, **(small | BACKBONES[backbone]))
     config = em3_config(folder, ranking=ranking, **settings)
     if content == "none":
         return replace(config, content="none")
