@@ -180,6 +180,9 @@ class QuerySettings(EncoderSettings, RetrievalSettings):
     state of a token appended to the history, after the layers of that backbone."""
     query_features: list[str] = field(default_factory=list)
     """Columns of the user besides the group's column; columns of the item do not belong here."""
+    history_half_lives: list[PositiveFloat] = field(default_factory=list)
+    """Half-lives, in newer items, of further means of the history: an item with k newer ones has
+    the weight 2^(-k / half-life). For logs in which the last few items say most."""
 
 
 @dataclass
@@ -192,8 +195,9 @@ class TwoTowerSettings(QuerySettings):
     temperature: PositiveFloat = 0.1
     """Divisor of the dot products of the vectors, which have length one."""
     history_in_item_tower: bool = False
-    """Whether the query also has the mean of the history's item vectors, and one weighted by each
-    list beside the history, with learned weights (FISM, Kabbur 2013; CORE, arXiv 2204.11067)."""
+    """Whether the query also has the mean of the history's item vectors, one weighted by each list
+    beside the history and one by each of `history_half_lives`, with learned weights (FISM, Kabbur
+    2013; CORE, arXiv 2204.11067)."""
     target_positions: Literal["last", "all"] = "last"
     """Items that a softmax loss predicts, each from the items before it. last: the item of each
     row. all: also history items that are the user's earlier rows; these rows are then left out, so

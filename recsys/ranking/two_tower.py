@@ -46,11 +46,17 @@ class QueryTower(nn.Module):
         self.pooled, self.dense = _query_columns(settings, dimensions)
         self.has_history, self.num_labels = dimensions.has_history, dimensions.num_labels
         self.reads_content = content is not None
-        self.num_parallel = dimensions.num_parallel
+        self.num_parallel, self.half_lives = dimensions.num_parallel, settings.history_half_lives
         width = sum(dimensions.pooled_dims[index] for index in self.pooled) + len(self.dense)
+        self.num_means = 1 + self.num_parallel + len(self.half_lives)
+        if self.half_lives and not self.has_history:
+            raise ValueError(
+                f"ranking.history_half_lives is {self.half_lives}, and schema.yaml has no column "
+                "of kind sequence; remove it"
+            )
         if self.has_history:
             dim = dimensions.id_dim + (0 if content is None else content.dim)
-            width += (1 + self.num_parallel) * dim + num_history_numbers(self.num_parallel)
+            width += self.num_means * dim + num_history_numbers(self.num_parallel)
         self.encoder: nn.Module | None = None
         if settings.history_encoder != "mean":
             if not self.has_history:
@@ -74,13 +80,17 @@ class QueryTower(nn.Module):
         if self.has_history:
             history, parallel = batch.history.jagged(), batch.history.values[:, : self.num_parallel]
             id_history = history if ids.history_is_unique else history.unindexed()
-            vectors += pooled_history(ids.history.float(), id_history, parallel)
+            vectors += self._means(ids.history.float(), id_history, parallel)
             vectors.append(history_numbers(history, parallel))
             if content is not None:
-                vectors += pooled_history(content.read_history()[0].float(), history, parallel)
+                vectors += self._means(content.read_history()[0].float(), history, parallel)
         if self.encoder is not None:
             vectors.append(self.encoder(ids, content, batch))
         return self.query_tower(torch.cat(vectors, dim=1))
+
+    def _means(self, items: Tensor, history: JaggedHistory, parallel: Tensor) -> list[Tensor]:
+        """Return `num_means` means of the history [B, D]."""
+        return pooled_history(items, history, parallel, self.half_lives)
 
 
 class TwoTower(QueryTower):
@@ -105,7 +115,7 @@ class TwoTower(QueryTower):
             means = 1 + dimensions.num_parallel
             self.similarity = Similarity(1 + len(content.modalities), means)
         self.item_tower = multilayer_perceptron(item_width, units, settings.dropout, dim)
-        self.history_weights: nn.Parameter | None = None  # [C, 1 + P]
+        self.history_weights: nn.Parameter | None = None  # [C, 1 + P + H]
         if settings.history_in_item_tower:
             self.history_weights = self._history_weights(dimensions)
         # Softmax losses cancel a bias.
@@ -134,14 +144,14 @@ class TwoTower(QueryTower):
         return TowerVectors(query / self.temperature, item, negatives, self.bias)
 
     def _history_weights(self, dimensions: InputDimensions) -> nn.Parameter:
-        """Return weights of one for the mean of a history, and of zero for those of its lists."""
+        """Return weights of zero for means by the history's lists, and of one for other means."""
         if not dimensions.has_history:
             raise ValueError(
                 "ranking.history_in_item_tower is true, and schema.yaml has no column of kind "
                 "sequence; set it to false"
             )
-        weights = torch.zeros(dimensions.num_labels, 1 + dimensions.num_parallel)
-        weights[:, 0] = 1
+        weights = torch.ones(dimensions.num_labels, self.num_means)
+        weights[:, 1 : 1 + self.num_parallel] = 0
         return nn.Parameter(weights)
 
     def _history_vectors(
@@ -156,7 +166,7 @@ class TwoTower(QueryTower):
             history = history.unindexed()
         assert self.history_weights is not None
         items = self._item(ids.history.float(), content_vectors)
-        means = torch.stack(pooled_history(items, history, parallel), dim=1)  # [B, 1 + P, D]
+        means = torch.stack(self._means(items, history, parallel), dim=1)  # [B, 1 + P + H, D]
         return self.history_weights @ means
 
     def _target_and_negatives(

@@ -4,6 +4,7 @@ Shapes: B batch, F fields, D dimension of the ID vectors, N history items of the
 lists, H half-lives (in newer items), U unique history items, S similarities, X dense numbers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,11 +26,7 @@ def history_numbers(history: JaggedHistory, parallel: Tensor) -> Tensor:  # [B, 
     if history.is_shared:
         history, parallel = history.one_row(), history.of_one_row(parallel)
     lengths = history.lengths.unsqueeze(1)
-    # Filled on the device: to copy Python numbers to a GPU would make the host wait.
-    fills = [torch.full((1,), life, device=lengths.device) for life in HALF_LIVES]
-    half_lives = torch.cat(fills)
-    # Denormal weights of very old items would be slow, so they are clamped.
-    weights = torch.exp2(-history.ages.unsqueeze(1) / half_lives).clamp(min=1e-30)  # [N, H]
+    weights = _half_life_weights(history, HALF_LIVES)
     weights = torch.cat([torch.ones_like(weights[:, :1]), weights], dim=1)
     weighted = (parallel.unsqueeze(2) * weights.unsqueeze(1)).flatten(1)  # [N, P * (1 + H)]
     totals = history.sum(weights).clamp(min=1)  # only an empty history has less than 1
@@ -43,11 +40,29 @@ def num_history_numbers(num_parallel: int) -> int:
     return num_parallel * (1 + len(HALF_LIVES)) + 1
 
 
-def pooled_history(items: Tensor, history: JaggedHistory, parallel: Tensor) -> list[Tensor]:
-    """Return histories' mean [B, D], and one weighted by each of P lists; zeros if empty."""
+def pooled_history(
+    items: Tensor, history: JaggedHistory, parallel: Tensor, half_lives: Sequence[float] = ()
+) -> list[Tensor]:
+    """Return histories' mean [B, D], one weighted by each of P lists, and one by each half-life.
+
+    They are zeros if a history is empty. Half-lives are numbers of newer items.
+    """
     share = history.spread(1 / history.lengths.clamp(min=1).to(items.dtype).unsqueeze(1))
-    weights = torch.cat([share, share * parallel], dim=1)
-    return [history.weighted_sum(column.contiguous(), items) for column in weights.unbind(dim=1)]
+    weights = [share, share * parallel]
+    if half_lives:
+        recent = _half_life_weights(history, half_lives)
+        weights.append(recent / history.spread(history.sum(recent)))
+    columns = torch.cat(weights, dim=1).unbind(dim=1)
+    return [history.weighted_sum(column.contiguous(), items) for column in columns]
+
+
+def _half_life_weights(history: JaggedHistory, half_lives: Sequence[float]) -> Tensor:  # [N, H]
+    """Return 1 for each history's newest item, and half as much with each half-life of age."""
+    ages = history.ages.unsqueeze(1)
+    # Filled on the device: to copy Python numbers to a GPU would make the host wait.
+    lives = torch.cat([torch.full((1,), life, device=ages.device) for life in half_lives])
+    # Denormal weights of very old items would be slow, so they are clamped.
+    return torch.exp2(-ages / lives).clamp(min=1e-30)
 
 
 @dataclass

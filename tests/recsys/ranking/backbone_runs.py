@@ -41,6 +41,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
         "loss": "full_softmax",
         "history_encoder": "transformer",
         "history_in_item_tower": True,
+        "history_half_lives": [0.5],
         "mlp_units": [],
         "exclude_seen": True,
     },

@@ -198,6 +198,7 @@ def test_one_pass_has_the_loss_and_gradients_of_a_row_for_each_position(
         history_encoder=encoder,  # type: ignore[arg-type]
         exclude_seen=exclude_seen,
         history_in_item_tower=in_item_tower,
+        history_half_lives=[2.0] if in_item_tower else [],
         recent_items=LONGEST,
         sequence_dim=8,
         sequence_layers=3,

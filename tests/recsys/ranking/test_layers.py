@@ -22,7 +22,12 @@ from recsys.model.build import build_ranking
 from recsys.model.losses import RankingLoss
 from recsys.ranking.dlrm import DotInteraction
 from recsys.ranking.layers.content_interest import ContentInterest
-from recsys.ranking.layers.fields import HALF_LIVES, history_numbers, num_history_numbers
+from recsys.ranking.layers.fields import (
+    HALF_LIVES,
+    history_numbers,
+    num_history_numbers,
+    pooled_history,
+)
 from recsys.ranking.layers.heads import (
     EnsembleHead,
     EnsembleLinear,
@@ -88,6 +93,19 @@ def test_numbers_are_means_by_each_half_life_and_the_length(num_parallel: int) -
     numbers = history_numbers(HISTORY, parallel)
     assert numbers.shape == (3, num_history_numbers(num_parallel))
     torch.testing.assert_close(numbers, torch.tensor(rows))
+
+
+def test_a_history_is_pooled_by_its_mean_its_lists_and_half_lives() -> None:
+    items = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]])  # histories: 0 1 0, none, 2
+    liked = torch.tensor([[1.0], [0.0], [3.0], [5.0]])
+    means = pooled_history(items, HISTORY, liked, half_lives=[1.0, 1e-3])
+    expected = [
+        [[2 / 3, 1 / 3], [0.0, 0.0], [2.0, 2.0]],
+        [[4 / 3, 0.0], [0.0, 0.0], [10.0, 10.0]],
+        [[5 / 7, 2 / 7], [0.0, 0.0], [2.0, 2.0]],
+        [[1.0, 0.0], [0.0, 0.0], [2.0, 2.0]],  # the newest item alone
+    ]
+    torch.testing.assert_close(torch.stack(means), torch.tensor(expected))
 
 
 def test_a_very_long_history_has_finite_numbers() -> None:

@@ -210,13 +210,19 @@ def test_the_query_adds_weighted_means_of_the_item_vectors_of_its_history(
     content: ContentSettings | None,
 ) -> None:
     towers = model_of(
-        "two_tower", content, history_in_item_tower=True, tower_dim=8, temperature=1.0
+        "two_tower",
+        content,
+        history_in_item_tower=True,
+        history_half_lives=[2.0],
+        tower_dim=8,
+        temperature=1.0,
     )
-    assert towers.history_weights.tolist() == [[1.0, 0.0]]  # of the mean, and by `liked`
+    # Of the mean, by `liked`, and by the half-life.
+    assert towers.history_weights.tolist() == [[1.0, 0.0, 1.0]]
     ids, vectors, batch = inputs(LENGTHS)
     towers.history_weights.zero_()
     without_history = towers(ids, vectors, batch).query[:, 0, :8]
-    towers.history_weights.copy_(torch.tensor([[2.0, -3.0]]))
+    towers.history_weights.copy_(torch.tensor([[2.0, -3.0, 5.0]]))
 
     items = ids.history
     if content is not None:
@@ -224,9 +230,11 @@ def test_the_query_adds_weighted_means_of_the_item_vectors_of_its_history(
     item_vectors = F.normalize(towers.item_tower(items), dim=1)
     expected, begin = without_history.clone(), 0
     for row, length in enumerate(LENGTHS.tolist()):
+        recent = [0.5 ** (age / 2) for age in reversed(range(length))]
         for position in range(begin, begin + length):
-            weight = 2 - 3 * batch.history.values[position, 0]
-            expected[row] += weight * item_vectors[position] / length
+            weight = (2 - 3 * batch.history.values[position, 0]) / length
+            weight += 5 * recent[position - begin] / sum(recent)
+            expected[row] += weight * item_vectors[position]
         begin += length
     query = towers(ids, vectors, batch).query[:, 0, :8]  # directions of content follow
     torch.testing.assert_close(query, F.normalize(expected, dim=1))
@@ -237,6 +245,8 @@ def test_a_query_without_a_history_in_the_schema_cannot_add_its_item_vectors() -
     no_history = replace(DIMENSIONS, has_history=False)
     with pytest.raises(ValueError, match=r"history_in_item_tower is true, and schema.yaml has no"):
         model_of("two_tower", None, no_history, history_in_item_tower=True)
+    with pytest.raises(ValueError, match=r"history_half_lives is \[1.0\], and schema.yaml has no"):
+        model_of("two_tower", None, no_history, history_half_lives=[1.0])
 
 
 def test_times_between_events_do_not_depend_on_the_moment_of_the_row() -> None:
