@@ -18,7 +18,12 @@ from recsys.content.vectors import ContentVectors
 from recsys.data.batch import Batch
 from recsys.data.jagged_history import JaggedHistory
 from recsys.ranking.layers.causal_layers import HstuEncoder, TransformerEncoder
-from recsys.ranking.layers.fields import history_numbers, num_history_numbers, pooled_history
+from recsys.ranking.layers.fields import (
+    history_numbers,
+    num_history_numbers,
+    pooled_history,
+    pooling_weights,
+)
 from recsys.ranking.layers.heads import multilayer_perceptron
 from recsys.ranking.settings import QuerySettings, TwoTowerSettings
 from recsys.ranking.vectors import IDVectors, InputDimensions, TowerVectors
@@ -78,19 +83,21 @@ class QueryTower(nn.Module):
         vectors = [ids.pooled[index] for index in self.pooled]
         vectors.append(batch.dense_features[:, self.dense])
         if self.has_history:
-            history, parallel = batch.history.jagged(), batch.history.values[:, : self.num_parallel]
+            history, parallel, weights = self._pooling(batch)
             id_history = history if ids.history_is_unique else history.unindexed()
-            vectors += self._means(ids.history.float(), id_history, parallel)
+            vectors += pooled_history(ids.history.float(), id_history, weights)
             vectors.append(history_numbers(history, parallel))
             if content is not None:
-                vectors += self._means(content.read_history()[0].float(), history, parallel)
+                items = content.read_history()[0].float()
+                vectors += pooled_history(items, history, weights)
         if self.encoder is not None:
             vectors.append(self.encoder(ids, content, batch))
         return self.query_tower(torch.cat(vectors, dim=1))
 
-    def _means(self, items: Tensor, history: JaggedHistory, parallel: Tensor) -> list[Tensor]:
-        """Return `num_means` means of the history [B, D]."""
-        return pooled_history(items, history, parallel, self.half_lives)
+    def _pooling(self, batch: Batch) -> tuple[JaggedHistory, Tensor, list[Tensor]]:
+        """Return the history, its lists [N, P] and the weights of its means, 1 + P + H of [N]."""
+        history, parallel = batch.history.jagged(), batch.history.values[:, : self.num_parallel]
+        return history, parallel, pooling_weights(history, parallel, self.half_lives)
 
 
 class TwoTower(QueryTower):
@@ -132,8 +139,8 @@ class TwoTower(QueryTower):
         item, negatives = self._target_and_negatives(ids, content)
         if self.similarity is not None:
             assert content is not None
-            history, parallel = batch.history.jagged(), batch.history.values[:, : self.num_parallel]
-            direction = self.similarity.query(content, history, parallel)
+            history, _, weights = self._pooling(batch)
+            direction = self.similarity.query(content, history, weights[: 1 + self.num_parallel])
             direction = direction.unsqueeze(1).expand(-1, self.num_labels, -1)
             query = torch.cat([query, direction.to(query.dtype)], dim=2)
             item = self.similarity.item(item, content.target, content.target_modalities)
@@ -158,7 +165,7 @@ class TwoTower(QueryTower):
         self, ids: IDVectors, content: ContentVectors | None, batch: Batch
     ) -> Tensor:  # [B, C, D]
         """Return weighted means of the history's item vectors. A collective with content."""
-        history, parallel = batch.history.jagged(), batch.history.values[:, : self.num_parallel]
+        history, _, weights = self._pooling(batch)
         content_vectors = None if content is None else content.read_history()[0].float()
         if not ids.history_is_unique:
             if content_vectors is not None:
@@ -166,7 +173,7 @@ class TwoTower(QueryTower):
             history = history.unindexed()
         assert self.history_weights is not None
         items = self._item(ids.history.float(), content_vectors)
-        means = torch.stack(self._means(items, history, parallel), dim=1)  # [B, 1 + P + H, D]
+        means = torch.stack(pooled_history(items, history, weights), dim=1)  # [B, 1 + P + H, D]
         return self.history_weights @ means
 
     def _target_and_negatives(
@@ -197,13 +204,18 @@ class Similarity(nn.Module):
         super().__init__()
         self.weights = nn.Parameter(torch.zeros(num_spaces, num_means))
 
-    def query(self, content: ContentVectors, history: JaggedHistory, parallel: Tensor) -> Tensor:
-        """Return weighted mean directions of the items, [B, (1 + M) * E]. A collective."""
+    def query(
+        self, content: ContentVectors, history: JaggedHistory, pooling: list[Tensor]
+    ) -> Tensor:
+        """Return weighted mean directions of the items, [B, (1 + M) * E]. A collective.
+
+        `pooling` has the weights of each mean, 1 + P of [N].
+        """
         items, modalities = content.read_history()
         spaces = [items, *modalities.unbind(dim=1)]
         directions = []
         for vectors, weights in zip(spaces, self.weights, strict=True):
-            means = pooled_history(F.normalize(vectors.float(), dim=1), history, parallel)
+            means = pooled_history(F.normalize(vectors.float(), dim=1), history, pooling)
             directions.append(torch.stack(means, dim=2) @ weights)
         return torch.cat(directions, dim=1)
 

@@ -40,20 +40,21 @@ def num_history_numbers(num_parallel: int) -> int:
     return num_parallel * (1 + len(HALF_LIVES)) + 1
 
 
-def pooled_history(
-    items: Tensor, history: JaggedHistory, parallel: Tensor, half_lives: Sequence[float] = ()
-) -> list[Tensor]:
-    """Return histories' mean [B, D], one weighted by each of P lists, and one by each half-life.
-
-    They are zeros if a history is empty. Half-lives are numbers of newer items.
-    """
-    share = history.spread(1 / history.lengths.clamp(min=1).to(items.dtype).unsqueeze(1))
+def pooling_weights(
+    history: JaggedHistory, parallel: Tensor, half_lives: Sequence[float] = ()
+) -> list[Tensor]:  # 1 + P + H of [N]
+    """Return the weights of means: of all items, by each of P lists, and by each half-life."""
+    share = history.spread(1 / history.lengths.clamp(min=1).to(parallel.dtype).unsqueeze(1))
     weights = [share, share * parallel]
     if half_lives:
         recent = _half_life_weights(history, half_lives)
         weights.append(recent / history.spread(history.sum(recent)))
-    columns = torch.cat(weights, dim=1).unbind(dim=1)
-    return [history.weighted_sum(column.contiguous(), items) for column in columns]
+    return list(torch.cat(weights, dim=1).T.contiguous().unbind())
+
+
+def pooled_history(items: Tensor, history: JaggedHistory, weights: list[Tensor]) -> list[Tensor]:
+    """Return the weighted sums of each history's items [B, D]; zeros for an empty history."""
+    return [history.weighted_sum(column.to(items.dtype), items) for column in weights]
 
 
 def _half_life_weights(history: JaggedHistory, half_lives: Sequence[float]) -> Tensor:  # [N, H]
@@ -117,7 +118,7 @@ class Fields(nn.Module):
         history, parallel = batch.history.jagged(), batch.history.values
         if self.has_history:
             id_history = history if ids.history_is_unique else history.unindexed()
-            vectors += pooled_history(ids.history, id_history, parallel)
+            vectors += pooled_history(ids.history, id_history, pooling_weights(history, parallel))
             numbers.append(history_numbers(history, parallel))
         if self.content_interest is not None:
             assert content is not None

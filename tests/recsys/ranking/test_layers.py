@@ -27,6 +27,7 @@ from recsys.ranking.layers.fields import (
     history_numbers,
     num_history_numbers,
     pooled_history,
+    pooling_weights,
 )
 from recsys.ranking.layers.heads import (
     EnsembleHead,
@@ -98,7 +99,7 @@ def test_numbers_are_means_by_each_half_life_and_the_length(num_parallel: int) -
 def test_a_history_is_pooled_by_its_mean_its_lists_and_half_lives() -> None:
     items = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]])  # histories: 0 1 0, none, 2
     liked = torch.tensor([[1.0], [0.0], [3.0], [5.0]])
-    means = pooled_history(items, HISTORY, liked, half_lives=[1.0, 1e-3])
+    means = pooled_history(items, HISTORY, pooling_weights(HISTORY, liked, [1.0, 1e-3]))
     expected = [
         [[2 / 3, 1 / 3], [0.0, 0.0], [2.0, 2.0]],
         [[4 / 3, 0.0], [0.0, 0.0], [10.0, 10.0]],
