@@ -4,7 +4,7 @@ With content both vectors also carry directions of content: the mean cosine of a
 history is the dot product of its direction with the mean of their directions.
 Shapes: B batch, S sampled negatives, C labels, D width of a tower's vector, V width of both vectors
 with the directions, I width of ID vectors, E content dimension, M modalities, P parallel lists,
-N history items of the batch.
+H half-lives, N history items of the batch.
 """
 
 from dataclasses import replace
