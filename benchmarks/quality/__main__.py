@@ -37,7 +37,7 @@ def quality(
         data: a dataset, or a folder of its windows, which are pooled.
         out: folder of the runs.
         seeds: runs per cell and dataset.
-        grid: parts, history, text, backbones, full, or ifdb (with the recipe implicit_content).
+        grid: parts, history, text, backbones, full, or ifdb (with the recipe ifdb).
         only: cells of the grid by name; default: all.
         jobs: how many runs train side by side, one thread each.
         cache: folder of encoded items; default: the usual one.

@@ -287,7 +287,8 @@ OTHER_CELLS = [
         "recipe",
     ),
 ]
-TEXTS = ("title", "tags", "description")  # of recsys/recipes/implicit_content.yaml
+TEXTS = ("title", "tags", "description")  # of recsys/recipes/ifdb.yaml
+OTHER_TERMS = ("author", "genre", "system")  # beside tags
 
 
 def encoders(training: str, top_layers: int = 0, share: float = 1.0) -> Settings:
@@ -306,13 +307,24 @@ def encoders(training: str, top_layers: int = 0, share: float = 1.0) -> Settings
     return settings
 
 
+def without(*modalities: str) -> Settings:
+    """Return the settings that leave out modalities of the recipe."""
+    return {f"content.modalities.{name}": None for name in modalities}
+
+
 FROZEN = Cell(
     "frozen", "the recipe: frozen encoders, their mean tokens, a linear map", {}, "ID only"
 )
 IMPLICIT = [
     ID_ONLY,
     FROZEN,
-    Cell("no terms", "without the bag of tags", {"content.modalities.terms": None}, "frozen"),
+    Cell("no terms", "without bags of terms", without("terms", *OTHER_TERMS), "frozen"),
+    Cell(
+        "tags alone",
+        "without the bags of author, genre and system",
+        without(*OTHER_TERMS),
+        "frozen",
+    ),
     Cell(
         "trained terms",
         "embeddings of tags train",

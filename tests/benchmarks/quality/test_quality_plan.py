@@ -39,7 +39,7 @@ def test_a_seed_counts_once_it_is_finished_on_every_window(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("grid", list(GRIDS))
 def test_the_recipe_takes_the_settings_of_each_cell(grid: str) -> None:
-    recipe = RECIPE.with_name("implicit_content.yaml") if grid == "ifdb" else RECIPE
+    recipe = RECIPE.with_name("ifdb.yaml") if grid == "ifdb" else RECIPE
     assert all(resolved(recipe, cell.settings) for cell in GRIDS[grid])
 
 
