@@ -87,7 +87,7 @@ EXCHANGED = (
     (r"^torchrun --nproc-per-node 2 dlrm\.py$", "recsys --ranks 2 dlrm.py"),
     (r"--source IFDB", "--source few_of_ifdb"),
     (
-        r"--config implicit_content (.*)",
+        r"--config ifdb (.*)",
         rf"--config {FEW_STEPS} \1 --content.modalities.text.column tags",
     ),
     (

@@ -2,7 +2,7 @@ r"""Measure what content gains by the share of unseen items among positives, in 
 
     python -m benchmarks quality unseen-shares --out runs/shares \
         --data '{"MovieLens": "data/movielens_windows", "IFDB": "data/ifdb_windows"}' \
-        --recipes '{"IFDB": "recsys/recipes/implicit_content.yaml"}'
+        --recipes '{"IFDB": "recsys/recipes/ifdb.yaml"}'
 
 Trains the recipe, and the recipe without content, on each window. Finished runs are read.
 """

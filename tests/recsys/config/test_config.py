@@ -70,6 +70,12 @@ def test_null_on_the_command_line_leaves_out_a_modality_of_the_recipe() -> None:
         load_config("implicit_content", ["--content.modalities.tagz=null"])
 
 
+def test_the_recipe_of_ifdb_is_the_general_one_with_three_more_bags_of_terms() -> None:
+    bags = ["author", "genre", "system"]
+    argv = [text for name in bags for text in (f"--content.modalities.{name}", "null")]
+    assert load_config("ifdb", argv) == load_config("implicit_content")
+
+
 def test_installed_recipes_are_found_from_any_folder_by_the_name_on_the_pages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -130,7 +130,9 @@ FORMATS: dict[str, Callable[[Path], None]] = {
         ),
     ),
     "yambda": yambda,
-    "ifdb": partial(log_with_texts, texts=("title", "tags", "description")),
+    "ifdb": partial(
+        log_with_texts, texts=("title", "tags", "description", "author", "genre", "system")
+    ),
     "ifdb_next_item": partial(log_with_texts, texts=("title", "tags", "description")),
     "retail": partial(log_with_texts, texts=("description",)),
 }
