@@ -22,13 +22,8 @@ from recsys.distributed.job import environment_without_rank
 from recsys.training.continual import walk
 from tests.ranks import HANG_SECONDS, forking_server
 from tests.recsys.command_runs import TINY, run_rank, run_recsys
-from tests.recsys.data.events.test_events_daily import (
-    DAYS,
-    content_of,
-    deliver,
-    log,
-    write_settings,
-)
+from tests.recsys.data.events.daily_logs import DAYS, content_of
+from tests.recsys.data.events.test_events_daily import deliver, log, write_settings
 from tests.recsys.training.continual.walk_runs import assert_same_end, files_of
 
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink"}

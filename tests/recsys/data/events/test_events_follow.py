@@ -24,15 +24,8 @@ from recsys.data.events.times import Calendar, moment
 from recsys.storage.files import atomic_write, read_json
 from tests.ranks import HANG_SECONDS, forking_server
 from tests.recsys.command_runs import run_rank
-from tests.recsys.data.events.test_events_daily import (
-    DAYS,
-    add_file,
-    content_of,
-    deliver,
-    log,
-    write_settings,
-    write_small,
-)
+from tests.recsys.data.events.daily_logs import DAYS, add_file, content_of, write_small
+from tests.recsys.data.events.test_events_daily import deliver, log, write_settings
 
 HOURS = Calendar("Europe/Berlin", "hour")
 
