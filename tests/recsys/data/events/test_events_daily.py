@@ -291,7 +291,8 @@ def test_a_call_that_was_killed_and_is_given_again_writes_the_same(
             if number == 0:
                 shutil.copytree(tmp_path / "start", tmp_path / "whole")
     process = subprocess.run(
-        [sys.executable, __file__, str(config), str(tmp_path), *map(str, steps)],
+        [sys.executable, "-m", __name__, str(config), str(tmp_path), *map(str, steps)],
+        cwd=Path(__file__).parents[4],
         capture_output=True,
         text=True,
     )
