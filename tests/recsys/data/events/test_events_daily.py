@@ -30,6 +30,7 @@ from tests.recsys.data.events.daily_logs import (
     write_small,
 )
 
+CHILD = "tests.recsys.data.events.test_events_daily"  # this module, run as a process
 KILL_STEPS = (3, 27, 36)  # steps of a call
 KILL_STEPS_2 = (15, 30, 33, 39)
 CONTENT: dict[str, Any] = {
@@ -291,7 +292,7 @@ def test_a_call_that_was_killed_and_is_given_again_writes_the_same(
             if number == 0:
                 shutil.copytree(tmp_path / "start", tmp_path / "whole")
     process = subprocess.run(
-        [sys.executable, "-m", __name__, str(config), str(tmp_path), *map(str, steps)],
+        [sys.executable, "-m", CHILD, str(config), str(tmp_path), *map(str, steps)],
         cwd=Path(__file__).parents[4],
         capture_output=True,
         text=True,
