@@ -173,7 +173,7 @@ class Generative(QueryTower):
         self.table[torch.from_numpy(rows).to(device)] = torch.from_numpy(table).to(device)
 
     def forward(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> CodeLogits:
-        states = self.user(ids, content, batch).float()  # [B, D]
+        states = self.user(ids, content, batch, self.means(batch)).float()  # [B, D]
         items = batch.target.items.clamp(min=0, max=self.table.shape[0] - 1)
         table = self.table[items]  # [B, T + 1]
         has_codes = (table[:, -1] > 0) & (items == batch.target.items)

@@ -7,7 +7,7 @@ with the directions, I width of ID vectors, E content dimension, M modalities, P
 H half-lives, N history items of the batch.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,15 @@ from recsys.ranking.settings import QuerySettings, TwoTowerSettings
 from recsys.ranking.vectors import IDVectors, InputDimensions, TowerVectors
 
 ENCODERS = {"hstu": HstuEncoder, "transformer": TransformerEncoder}
+
+
+@dataclass(frozen=True)
+class HistoryMeans:
+    """The history of a batch, and how its items are weighted in each of 1 + P + H means."""
+
+    history: JaggedHistory
+    parallel: Tensor  # [N, P]
+    weights: list[Tensor]  # 1 + P + H of [N]
 
 
 class QueryTower(nn.Module):
@@ -77,27 +86,36 @@ class QueryTower(nn.Module):
         units, dropout = settings.mlp_units, settings.dropout
         self.query_tower = multilayer_perceptron(width, units, dropout, outputs)
 
-    def user(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> Tensor:
+    def means(self, batch: Batch) -> HistoryMeans | None:
+        """Return the means of the history, if there is one."""
+        if not self.has_history:
+            return None
+        history, parallel = batch.history.jagged(), batch.history.values[:, : self.num_parallel]
+        weights = pooling_weights(history, parallel, self.half_lives)
+        return HistoryMeans(history, parallel, weights)
+
+    def user(
+        self,
+        ids: IDVectors,
+        content: ContentVectors | None,
+        batch: Batch,
+        means: HistoryMeans | None,  # the result of `means`
+    ) -> Tensor:
         """Return the tower's output for each row [B, outputs]. A collective with content."""
         content = content if self.reads_content else None
         vectors = [ids.pooled[index] for index in self.pooled]
         vectors.append(batch.dense_features[:, self.dense])
-        if self.has_history:
-            history, parallel, weights = self._pooling(batch)
+        if means is not None:
+            history, weights = means.history, means.weights
             id_history = history if ids.history_is_unique else history.unindexed()
             vectors += pooled_history(ids.history.float(), id_history, weights)
-            vectors.append(history_numbers(history, parallel))
+            vectors.append(history_numbers(history, means.parallel))
             if content is not None:
                 items = content.read_history()[0].float()
                 vectors += pooled_history(items, history, weights)
         if self.encoder is not None:
             vectors.append(self.encoder(ids, content, batch))
         return self.query_tower(torch.cat(vectors, dim=1))
-
-    def _pooling(self, batch: Batch) -> tuple[JaggedHistory, Tensor, list[Tensor]]:
-        """Return the history, its lists [N, P] and the weights of its means, 1 + P + H of [N]."""
-        history, parallel = batch.history.jagged(), batch.history.values[:, : self.num_parallel]
-        return history, parallel, pooling_weights(history, parallel, self.half_lives)
 
 
 class TwoTower(QueryTower):
@@ -132,15 +150,17 @@ class TwoTower(QueryTower):
     def forward(self, ids: IDVectors, content: ContentVectors | None, batch: Batch) -> TowerVectors:
         """Return query vectors [B, C, V], item vectors [B, V] and those of negatives [S, V]."""
         content = content if self.reads_content else None
-        query = self.user(ids, content, batch).unflatten(1, (self.num_labels, -1))
+        means = self.means(batch)
+        query = self.user(ids, content, batch, means).unflatten(1, (self.num_labels, -1))
         query = F.normalize(query, dim=2)  # [B, C, D]
         if self.history_weights is not None:
-            query = F.normalize(query + self._history_vectors(ids, content, batch), dim=2)
+            assert means is not None
+            query = F.normalize(query + self._history_vectors(ids, content, means), dim=2)
         item, negatives = self._target_and_negatives(ids, content)
         if self.similarity is not None:
-            assert content is not None
-            history, _, weights = self._pooling(batch)
-            direction = self.similarity.query(content, history, weights[: 1 + self.num_parallel])
+            assert content is not None and means is not None
+            weights = means.weights[: 1 + self.num_parallel]
+            direction = self.similarity.query(content, means.history, weights)
             direction = direction.unsqueeze(1).expand(-1, self.num_labels, -1)
             query = torch.cat([query, direction.to(query.dtype)], dim=2)
             item = self.similarity.item(item, content.target, content.target_modalities)
@@ -162,10 +182,10 @@ class TwoTower(QueryTower):
         return nn.Parameter(weights)
 
     def _history_vectors(
-        self, ids: IDVectors, content: ContentVectors | None, batch: Batch
+        self, ids: IDVectors, content: ContentVectors | None, means: HistoryMeans
     ) -> Tensor:  # [B, C, D]
         """Return weighted means of the history's item vectors. A collective with content."""
-        history, _, weights = self._pooling(batch)
+        history = means.history
         content_vectors = None if content is None else content.read_history()[0].float()
         if not ids.history_is_unique:
             if content_vectors is not None:
@@ -173,8 +193,8 @@ class TwoTower(QueryTower):
             history = history.unindexed()
         assert self.history_weights is not None
         items = self._item(ids.history.float(), content_vectors)
-        means = torch.stack(pooled_history(items, history, weights), dim=1)  # [B, 1 + P + H, D]
-        return self.history_weights @ means
+        vectors = pooled_history(items, history, means.weights)  # 1 + P + H of [B, D]
+        return self.history_weights @ torch.stack(vectors, dim=1)
 
     def _target_and_negatives(
         self, ids: IDVectors, content: ContentVectors | None

@@ -69,7 +69,8 @@ class QueryVectors(nn.Module):
         rows = replace(batch, dense_features=dense)
         ids = replace(ids, pooled=pooled)
         if isinstance(self.towers, Generative):  # without its decoder
-            return self.towers.user(ids, content, rows)  # type: ignore[arg-type]
+            means = self.towers.means(rows)  # type: ignore[arg-type]
+            return self.towers.user(ids, content, rows, means)  # type: ignore[arg-type]
         return self.towers(ids, content, rows).query[:, 0]
 
 
