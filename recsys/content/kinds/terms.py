@@ -55,7 +55,6 @@ class Terms(ModalityKind):
             raise ValueError(
                 f"{self.where}: separator is empty; give characters, or null for words"
             )
-        super().check()
 
     def key(self) -> Any:
         modality = self.modality

@@ -31,6 +31,16 @@ MODALITY_KINDS = {
     "frames": "recsys.content.kinds.image:Frames",
     "terms": "recsys.content.kinds.terms:Terms",
 }
+IMAGES = ("image", "frames")
+# Settings that only these kinds read; with others they are refused, not ignored.
+KINDS_OF_SETTINGS = {
+    "image_size": IMAGES,
+    "max_images": IMAGES,
+    "max_length": ("text", "terms"),
+    "separator": ("terms",),
+    "num_embeddings": ("terms",),
+    "embedding_dim": ("terms",),
+}
 
 
 @dataclass
@@ -69,10 +79,6 @@ class ModalityKind:
 
     def check(self) -> None:
         """Raise a ValueError that names settings that do not fit this kind."""
-        if self.modality.max_images > 1:
-            raise ValueError(
-                f"{self.where}: max_images is of kind image, not {self.modality.kind}; remove it"
-            )
 
     def check_column(self, column: ItemColumnReader) -> None:
         """Raise a ValueError if the column's first content is unusable, before all are prepared."""
@@ -126,7 +132,20 @@ def make_kind(where: str, modality: ModalitySettings) -> ModalityKind:
             f"{where}.options are for a class of your own, but {setting} is '{modality.kind}'; "
             "remove them"
         )
+    if modality.kind in MODALITY_KINDS:
+        _refuse_settings_of_other_kinds(where, modality)
     return make_part(setting, modality.kind, MODALITY_KINDS, ModalityKind, where, modality)
+
+
+def _refuse_settings_of_other_kinds(where: str, modality: ModalitySettings) -> None:
+    defaults = ModalitySettings(modality.kind, modality.column)
+    for setting, kinds in KINDS_OF_SETTINGS.items():
+        is_set = getattr(modality, setting) != getattr(defaults, setting)
+        if is_set and modality.kind not in kinds:
+            raise ValueError(
+                f"{where}: {setting} is of kind {' and '.join(kinds)}, not {modality.kind}; "
+                "remove it, or change `kind`"
+            )
 
 
 def make_kinds(modalities: Mapping[str, ModalitySettings]) -> dict[str, ModalityKind]:

@@ -16,7 +16,7 @@ from recsys.config import ModalitySettings
 from recsys.content.encoders.build import build_encoder
 from recsys.content.encoders.terms import TermEncoder
 from recsys.content.kinds.terms import Terms
-from recsys.data.items.kind import ContentInput
+from recsys.data.items.kind import ContentInput, make_kind
 from tests.datasets import write_dataset
 from tests.recsys.command_runs import train_argv
 
@@ -94,12 +94,21 @@ def test_two_builds_begin_with_the_same_embeddings() -> None:
         ({"training": "lora"}, "`training: frozen` or `full`, not lora"),
         ({"encoder": "random:bert"}, "an embedding table in place of an encoder"),
         ({"separator": ""}, "separator is empty"),
-        ({"max_images": 2}, "max_images is of kind image"),
+        ({"max_images": 2}, "max_images is of kind image and frames, not terms; remove it"),
+        ({"image_size": 64}, "image_size is of kind image and frames, not terms; remove it"),
     ],
 )
 def test_settings_of_other_kinds_are_refused(settings: dict[str, object], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
-        Terms("content.modalities.tags", ModalitySettings(**TERMS, **settings))  # type: ignore[arg-type]
+        make_kind("content.modalities.tags", ModalitySettings(**TERMS, **settings))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("setting", ["separator", "num_embeddings", "embedding_dim"])
+def test_settings_of_terms_are_refused_for_a_text(setting: str) -> None:
+    values = {"separator": ",", "num_embeddings": 64, "embedding_dim": 64}
+    text = ModalitySettings("text", "tags", "random:bert", **{setting: values[setting]})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"{setting} is of kind terms, not text; remove it"):
+        make_kind("content.modalities.tags", text)
 
 
 @pytest.mark.parametrize("training", ["frozen", "full"])
