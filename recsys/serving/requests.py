@@ -21,7 +21,7 @@ from recsys.data.parquet.values import empty_table, is_list, list_lengths, usabl
 from recsys.data.schema import Schema
 from recsys.data.schema_columns import FeatureTable, HistoryColumns
 from recsys.data.transforms.columns import check_types, filled, read_columns
-from recsys.serving.features.source import FeatureSource, without_old_values
+from recsys.serving.features.source import FeatureSource
 from recsys.storage.location import errors_at
 
 Values = Mapping[str, Any]
@@ -73,8 +73,8 @@ class RequestValues:
         if table is None or self.features is None:
             raise ValueError(f"user: lacks '{name}'; give it to the user or the candidates")
         if table.name not in self._looked_up:
-            values = self.features.read(table, self._keys(table))
-            self._looked_up[table.name] = without_old_values(values, table, self.unix_time)
+            values = self.features.lookup(table, self._keys(table), self.unix_time)
+            self._looked_up[table.name] = values
         return self._looked_up[table.name][name]
 
     def columns(self, names: Sequence[str]) -> tuple[dict[str, pa.Array], str]:
@@ -245,8 +245,7 @@ class RequestReader:
         table = self.schema.lookup_of_list(name)
         assert table is not None and self.features is not None
         ids = array_of(items, self.schema.target_item, "history")
-        values = without_old_values(self.features.read(table, [ids]), table, self.clock())
-        column = values[table.beside[name]]
+        column = self.features.lookup(table, [ids], self.clock())[table.beside[name]]
         return pa.ListArray.from_arrays(pa.array([0, len(column)], pa.int32()), column)
 
     def _table_rows(self, name: str, arrays: Mapping[str, pa.Array], origin: str) -> TableRows:

@@ -58,6 +58,18 @@ class FeatureSource(ABC):
         `keys` are the ids of each column in `table.by`; a key may be null, which is unknown.
         """
 
+    def lookup(
+        self, table: FeatureTable, keys: list[pa.Array], unix_time: float
+    ) -> dict[str, pa.Array]:
+        """Return the columns [K] of a table; null where a value is older than its `max_age`."""
+        values = self.read(table, keys)
+        if values.num_rows != len(keys[0]):
+            raise ValueError(
+                f"features by {table.name}: {type(self).__name__} returned {values.num_rows} rows "
+                f"for {len(keys[0])} keys; return a row for each key, of nulls if it is unknown"
+            )
+        return without_old_values(values, table, unix_time)
+
 
 def value_columns(table: FeatureTable) -> list[str]:
     """Return the columns that a source returns: those of the table, and their times."""

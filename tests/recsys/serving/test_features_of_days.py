@@ -26,7 +26,7 @@ from recsys.training.continual.partitions import PartitionRange
 from tests.recsys.command_runs import run_recsys
 from tests.recsys.data.events.test_events_recipes import tiny_config
 from tests.recsys.serving.server.served_package import ServedPackage
-from tests.recsys.serving.test_features import CONFIG, DAYS, START, Shop, predictions
+from tests.recsys.serving.shop_log import CONFIG, DAYS, START, Shop, predictions
 from tests.recsys.test_every_day import wait_for_version
 
 DAY, REQUESTS, UPDATES = 86_400, 1000, 3

@@ -1,4 +1,4 @@
-"""Values that a Redis store returns have the types of the package's feature files."""
+"""Sources of features: values have the types of the package's files, and every key has a row."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ import pyarrow as pa
 import pytest
 
 from recsys.data.schema_columns import FeatureTable
-from recsys.serving.features.source import RedisFeatures, table_of_rows
+from recsys.serving.features.source import (
+    FeatureSource,
+    RedisFeatures,
+    table_of_rows,
+    without_old_values,
+)
 
 
 class Hashes(dict[str, dict[str, str]]):
@@ -69,3 +74,23 @@ def test_values_of_a_store_that_another_type_would_change_are_refused(
     assert table_of_rows([{}, {"tags": None}], table, types)["tags"].null_count == 2
     with pytest.raises(ValueError, match=r"features by item: column 'tags' has the value .*types"):
         table_of_rows([{}, {"tags": value}], table, types)
+
+
+def test_a_value_without_any_time_is_too_old() -> None:
+    table = FeatureTable(["item"], ["views"], {"views": "1d"})
+    for times in (pa.nulls(2), pa.array([None, 86_400_000_000])):  # a file of nulls alone, too
+        values = pa.table({"views": [5, 6], "views@": times})
+        read = without_old_values(values, table, unix_time=86_401)["views"].to_pylist()
+        assert read == ([None, None] if times.null_count == 2 else [None, 6])
+
+
+def test_a_source_that_leaves_out_keys_is_named() -> None:
+    """Its rows would be those of other keys."""
+
+    class Forgetful(FeatureSource):
+        def read(self, table: FeatureTable, keys: list[pa.Array]) -> pa.Table:
+            return pa.table({"views": [5]})
+
+    table, ids = FeatureTable(["item"], ["views"], {}), pa.array(["a", "b"])
+    with pytest.raises(ValueError, match="by item: Forgetful returned 1 rows for 2 keys"):
+        Forgetful().lookup(table, [ids], unix_time=0)
