@@ -389,18 +389,6 @@ IMPLICIT = [
         "frozen",
     ),
 ]
-# Two epochs may be too few for an encoder: the same trainings, given twice as many.
-TWICE_AS_LONG = {"frozen", "side tuning", "LoRA all layers", "full"}
-IMPLICIT += [
-    Cell(
-        f"{cell.name}, four epochs",
-        f"{cell.reason}, four epochs in place of two",
-        {**cell.settings, "epochs": 4},
-        "frozen" if cell.name == "frozen" else "frozen, four epochs",
-    )
-    for cell in IMPLICIT
-    if cell.name in TWICE_AS_LONG
-]
 BACKBONES = ("din_dcn", "din", "dlrm", "dlrm_dcn", "deepfm", "sim", "mmoe", "hstu", "transformer")
 GRIDS: dict[str, list[Cell]] = {
     "parts": PARTS,
