@@ -31,12 +31,9 @@ MODALITY_KINDS = {
     "frames": "recsys.content.kinds.image:Frames",
     "terms": "recsys.content.kinds.terms:Terms",
 }
-IMAGES = ("image", "frames")
 # Settings that only these kinds read; with others they are refused, not ignored.
 KINDS_OF_SETTINGS = {
-    "image_size": IMAGES,
-    "max_images": IMAGES,
-    "max_length": ("text", "terms"),
+    "max_images": ("image", "frames"),
     "separator": ("terms",),
     "num_embeddings": ("terms",),
     "embedding_dim": ("terms",),

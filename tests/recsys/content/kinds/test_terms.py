@@ -95,7 +95,6 @@ def test_two_builds_begin_with_the_same_embeddings() -> None:
         ({"encoder": "random:bert"}, "an embedding table in place of an encoder"),
         ({"separator": ""}, "separator is empty"),
         ({"max_images": 2}, "max_images is of kind image and frames, not terms; remove it"),
-        ({"image_size": 64}, "image_size is of kind image and frames, not terms; remove it"),
     ],
 )
 def test_settings_of_other_kinds_are_refused(settings: dict[str, object], problem: str) -> None:
