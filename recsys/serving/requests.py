@@ -73,8 +73,8 @@ class RequestValues:
         if table is None or self.features is None:
             raise ValueError(f"user: lacks '{name}'; give it to the user or the candidates")
         if table.name not in self._looked_up:
-            values = self.features.lookup(table, self._keys(table), self.unix_time)
-            self._looked_up[table.name] = values
+            keys = self._keys(table)
+            self._looked_up[table.name] = self.features.lookup(table, keys, self.unix_time)
         return self._looked_up[table.name][name]
 
     def columns(self, names: Sequence[str]) -> tuple[dict[str, pa.Array], str]:
