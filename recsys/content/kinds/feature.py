@@ -37,6 +37,7 @@ class Feature(ModalityKind):
                 f"{self.where}: a stored feature is `training: frozen`, not "
                 f"{self.modality.training}"
             )
+        super().check()
 
     def lengths(self, chunk: pa.Array, where: str) -> np.ndarray:  # [n]
         return feature_tokens(chunk, where)[0]

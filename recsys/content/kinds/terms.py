@@ -55,6 +55,7 @@ class Terms(ModalityKind):
             raise ValueError(
                 f"{self.where}: separator is empty; give characters, or null for words"
             )
+        super().check()
 
     def key(self) -> Any:
         modality = self.modality

@@ -35,6 +35,7 @@ class Text(ModalityKind):
             )
         if self.modality.module:
             raise ValueError(f"{self.where}: a text takes no `module`; remove it or change `kind`")
+        super().check()
 
     @cached_property
     def pretrained(self) -> PretrainedEncoder:

@@ -31,13 +31,7 @@ MODALITY_KINDS = {
     "frames": "recsys.content.kinds.image:Frames",
     "terms": "recsys.content.kinds.terms:Terms",
 }
-# Settings that only these kinds read; with others they are refused, not ignored.
-KINDS_OF_SETTINGS = {
-    "max_images": ("image", "frames"),
-    "separator": ("terms",),
-    "num_embeddings": ("terms",),
-    "embedding_dim": ("terms",),
-}
+SETTINGS_OF_TERMS = ("separator", "num_embeddings", "embedding_dim")
 
 
 @dataclass
@@ -76,6 +70,10 @@ class ModalityKind:
 
     def check(self) -> None:
         """Raise a ValueError that names settings that do not fit this kind."""
+        if self.modality.max_images > 1:
+            raise ValueError(
+                f"{self.where}: max_images is of kind image, not {self.modality.kind}; remove it"
+            )
 
     def check_column(self, column: ItemColumnReader) -> None:
         """Raise a ValueError if the column's first content is unusable, before all are prepared."""
@@ -129,19 +127,18 @@ def make_kind(where: str, modality: ModalitySettings) -> ModalityKind:
             f"{where}.options are for a class of your own, but {setting} is '{modality.kind}'; "
             "remove them"
         )
-    if modality.kind in MODALITY_KINDS:
-        _refuse_settings_of_other_kinds(where, modality)
+    if modality.kind in MODALITY_KINDS and modality.kind != "terms":
+        _refuse_settings_of_terms(where, modality)
     return make_part(setting, modality.kind, MODALITY_KINDS, ModalityKind, where, modality)
 
 
-def _refuse_settings_of_other_kinds(where: str, modality: ModalitySettings) -> None:
+def _refuse_settings_of_terms(where: str, modality: ModalitySettings) -> None:
     defaults = ModalitySettings(modality.kind, modality.column)
-    for setting, kinds in KINDS_OF_SETTINGS.items():
-        is_set = getattr(modality, setting) != getattr(defaults, setting)
-        if is_set and modality.kind not in kinds:
+    for setting in SETTINGS_OF_TERMS:
+        if getattr(modality, setting) != getattr(defaults, setting):
             raise ValueError(
-                f"{where}: {setting} is of kind {' and '.join(kinds)}, not {modality.kind}; "
-                "remove it, or change `kind`"
+                f"{where}: {setting} is of kind terms, not {modality.kind}; remove it, or change "
+                "`kind`"
             )
 
 

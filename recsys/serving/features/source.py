@@ -61,7 +61,11 @@ class FeatureSource(ABC):
     def lookup(
         self, table: FeatureTable, keys: list[pa.Array], unix_time: float
     ) -> dict[str, pa.Array]:
-        """Return the columns [K] of a table; null where a value is older than its `max_age`."""
+        """Return the columns [K] of a table; null where a value is older than its `max_age`.
+
+        Raises:
+            ValueError: `read` returned another number of rows than there are keys.
+        """
         values = self.read(table, keys)
         if values.num_rows != len(keys[0]):
             raise ValueError(

@@ -94,7 +94,7 @@ def test_two_builds_begin_with_the_same_embeddings() -> None:
         ({"training": "lora"}, "`training: frozen` or `full`, not lora"),
         ({"encoder": "random:bert"}, "an embedding table in place of an encoder"),
         ({"separator": ""}, "separator is empty"),
-        ({"max_images": 2}, "max_images is of kind image and frames, not terms; remove it"),
+        ({"max_images": 2}, "max_images is of kind image"),
     ],
 )
 def test_settings_of_other_kinds_are_refused(settings: dict[str, object], problem: str) -> None:
