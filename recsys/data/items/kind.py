@@ -31,7 +31,14 @@ MODALITY_KINDS = {
     "frames": "recsys.content.kinds.image:Frames",
     "terms": "recsys.content.kinds.terms:Terms",
 }
-SETTINGS_OF_TERMS = ("separator", "num_embeddings", "embedding_dim")
+SETTING_READERS = {  # kinds of the package that read a setting
+    "image_size": ("image", "frames"),
+    "max_length": ("text", "terms"),
+    "separator": ("terms",),
+    "num_embeddings": ("terms",),
+    "embedding_dim": ("terms",),
+    "revision": ("text", "image", "frames"),
+}
 
 
 @dataclass
@@ -127,18 +134,19 @@ def make_kind(where: str, modality: ModalitySettings) -> ModalityKind:
             f"{where}.options are for a class of your own, but {setting} is '{modality.kind}'; "
             "remove them"
         )
-    if modality.kind in MODALITY_KINDS and modality.kind != "terms":
-        _refuse_settings_of_terms(where, modality)
+    if modality.kind in MODALITY_KINDS:
+        _refuse_unread_settings(where, modality)
     return make_part(setting, modality.kind, MODALITY_KINDS, ModalityKind, where, modality)
 
 
-def _refuse_settings_of_terms(where: str, modality: ModalitySettings) -> None:
+def _refuse_unread_settings(where: str, modality: ModalitySettings) -> None:
     defaults = ModalitySettings(modality.kind, modality.column)
-    for setting in SETTINGS_OF_TERMS:
-        if getattr(modality, setting) != getattr(defaults, setting):
+    for setting, readers in SETTING_READERS.items():
+        is_set = getattr(modality, setting) != getattr(defaults, setting)
+        if is_set and modality.kind not in readers:
             raise ValueError(
-                f"{where}: {setting} is of kind terms, not {modality.kind}; remove it, or change "
-                "`kind`"
+                f"{where}: {setting} is of kind {' and '.join(readers)}, not {modality.kind}; "
+                "remove it, or change `kind`"
             )
 
 

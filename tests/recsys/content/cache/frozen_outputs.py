@@ -30,7 +30,7 @@ def modality_of(name: str, training: str, pooling: str = "mean") -> ModalitySett
         training=training,  # type: ignore[arg-type]
         pooling=pooling,  # type: ignore[arg-type]
         lora=LoraSettings(rank=2, targets=TARGETS[name], top_layers=1),
-        image_size=32,
+        **({} if name == "text" else {"image_size": 32}),
     )
 
 

@@ -15,7 +15,7 @@ from recsys.content.encoders.image_encoders import ImageTransformer
 from recsys.content.encoders.pretrained import tiny_model
 from recsys.content.encoders.text_transformer import TextTransformer
 from recsys.content.encoders.transformer import TransformerEncoder
-from tests.recsys.content.encoders.tiny_transformers import CONFIGS, content_of
+from tests.recsys.content.encoders.tiny_transformers import CONFIGS, content_of, input_size
 
 BERT: Any = tiny_model("random:bert", "")
 NUM_LAYERS = 3
@@ -149,7 +149,7 @@ def test_activation_checkpointing_gives_the_same_gradients_with_dropout_too(
 
 
 def modality_of(kind: Literal["text", "image"], **settings: Any) -> ModalitySettings:
-    return ModalitySettings(kind=kind, column="c", max_length=8, image_size=8, **settings)
+    return ModalitySettings(kind=kind, column="c", **input_size(kind), **settings)
 
 
 def transformer(name: str, modality: ModalitySettings) -> TransformerEncoder:

@@ -22,6 +22,7 @@ from tests.datasets import write_dataset
 from tests.recsys.content.encoders.tiny_transformers import (
     CONFIGS,
     content_of,
+    input_size,
     kind_of,
     saved_models,
 )
@@ -48,8 +49,7 @@ def encoder_of(
         training=training,
         pooling="projected",
         lora=LoraSettings(rank=2, targets=["q_proj", "v_proj"], top_layers=2),
-        max_length=8,
-        image_size=8,
+        **input_size(kind_of(name)),
     )
     encoder = build_encoder("it", modality, None)
     assert isinstance(encoder, TransformerEncoder)

@@ -18,6 +18,7 @@ from tests.recsys.content.encoders.tiny_transformers import (
     LENGTHS,
     SIZES,
     content_of,
+    input_size,
     kind_of,
     saved_models,
     tower_of,
@@ -60,8 +61,7 @@ def encoder_of(
         training=training,
         pooling=pooling,
         lora=LoraSettings(rank=2, alpha=3.0, targets=TARGETS[name], top_layers=2),
-        max_length=8,
-        image_size=8,
+        **input_size(kind_of(name)),
     )
     torch.manual_seed(1)
     encoder = build_encoder("it", modality, None)

@@ -24,8 +24,7 @@ def encoder_of(kind: str, training: str, pooling: str = "mean") -> Encoder:
         training=training,  # type: ignore[arg-type]
         pooling=pooling,  # type: ignore[arg-type]
         lora=LORA[kind],
-        max_length=MAX_LENGTH,
-        image_size=32,
+        **({"max_length": MAX_LENGTH} if kind == "text" else {"image_size": 32}),
     )
     return build_encoder("it", settings, None).eval()
 

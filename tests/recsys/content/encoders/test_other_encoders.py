@@ -12,7 +12,12 @@ from recsys.config import LoraSettings, ModalitySettings
 from recsys.content.encoders.build import build_encoder
 from recsys.content.encoders.transformer import TransformerEncoder
 from recsys.data.batch import ContentInput
-from tests.recsys.content.encoders.tiny_transformers import OTHER_CONFIGS, kind_of, saved_models
+from tests.recsys.content.encoders.tiny_transformers import (
+    OTHER_CONFIGS,
+    input_size,
+    kind_of,
+    saved_models,
+)
 
 MODELS = list(OTHER_CONFIGS)
 LENGTHS = [6, 0, 3]
@@ -38,8 +43,7 @@ def encoder_of(
         training=training,
         pooling="none",
         lora=LoraSettings(rank=2, targets=OTHER_CONFIGS[name][1], top_layers=top_layers),
-        max_length=8,
-        image_size=8,
+        **input_size(kind_of(name)),
     )
     encoder = build_encoder("it", modality, None)
     assert isinstance(encoder, TransformerEncoder)

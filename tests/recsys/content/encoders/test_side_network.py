@@ -18,6 +18,7 @@ from tests.recsys.content.encoders.tiny_transformers import (
     LENGTHS,
     OTHER_CONFIGS,
     content_of,
+    input_size,
     kind_of,
     saved_models,
     tower_of,
@@ -41,8 +42,7 @@ def modality_of(path: str, name: str, **settings: Any) -> ModalitySettings:
             "encoder": path,
             "training": "side",
             "side_width": 5,
-            "max_length": 8,
-            "image_size": 8,
+            **input_size(kind_of(name)),
             **settings,
         }
     )
@@ -153,7 +153,10 @@ def test_a_model_with_states_of_several_widths_is_refused(
     [
         ({"pooling": "none"}, "one vector per layer.*mean, cls or last"),
         ({"activation_checkpointing": True}, "activation_checkpointing is for the trained layers"),
-        ({"kind": "image", "encoder": None, "module": "b:c"}, "side needs a transformers"),
+        (
+            {"kind": "image", "encoder": None, "module": "b:c", "max_length": 32},
+            "side needs a transformers",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -118,6 +118,11 @@ def kind_of(name: str) -> Literal["text", "image"]:
     return "text" if name in texts else "image"
 
 
+def input_size(kind: str) -> dict[str, Any]:
+    """Return the setting by which content of a kind fits the models of `CONFIGS`."""
+    return {"max_length": 8} if kind == "text" else {"image_size": 8}
+
+
 def tower_of(name: str, model: Any) -> Any:
     """The part of a model that is tested; of a dual encoder one of its two."""
     if name.endswith("_text"):

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -102,12 +103,25 @@ def test_settings_of_other_kinds_are_refused(settings: dict[str, object], proble
         make_kind("content.modalities.tags", ModalitySettings(**TERMS, **settings))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("setting", ["separator", "num_embeddings", "embedding_dim"])
-def test_settings_of_terms_are_refused_for_a_text(setting: str) -> None:
-    values = {"separator": ",", "num_embeddings": 64, "embedding_dim": 64}
-    text = ModalitySettings("text", "tags", "random:bert", **{setting: values[setting]})  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=f"{setting} is of kind terms, not text; remove it"):
-        make_kind("content.modalities.tags", text)
+@pytest.mark.parametrize(
+    ("kind", "setting", "value", "readers"),
+    [
+        ("text", "separator", ",", "terms"),
+        ("text", "num_embeddings", 64, "terms"),
+        ("text", "embedding_dim", 64, "terms"),
+        ("text", "image_size", 32, "image and frames"),
+        ("image", "max_length", 8, "text and terms"),
+        ("feature", "max_length", 8, "text and terms"),
+        ("terms", "revision", "main", "text and image and frames"),
+    ],
+)
+def test_a_setting_that_a_kind_does_not_read_is_refused(
+    kind: str, setting: str, value: Any, readers: str
+) -> None:
+    encoder = {"text": "random:bert", "image": "random:vit"}.get(kind)
+    modality = ModalitySettings(kind, "tags", encoder, **{setting: value})
+    with pytest.raises(ValueError, match=f"tags: {setting} is of kind {readers}, not {kind}; rem"):
+        make_kind("content.modalities.tags", modality)
 
 
 @pytest.mark.parametrize("training", ["frozen", "full"])
