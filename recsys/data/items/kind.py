@@ -145,8 +145,8 @@ def _refuse_unread_settings(where: str, modality: ModalitySettings) -> None:
         is_set = getattr(modality, setting) != getattr(defaults, setting)
         if is_set and modality.kind not in readers:
             raise ValueError(
-                f"{where}: {setting} is of kind {' and '.join(readers)}, not {modality.kind}; "
-                "remove it, or change `kind`"
+                f"{where}: kind {modality.kind} does not read {setting}; remove it, or change "
+                f"`kind` (it is read by: {', '.join(readers)})"
             )
 
 
