@@ -6,7 +6,8 @@ Each text is raised by a real call, so that an editor reads what a user reads.
 import tempfile
 from pathlib import Path
 
-from tests.error_cases import SECTIONS, Case
+from tests.error_calls import Case
+from tests.error_cases import SECTIONS
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "tests" / "ERRORS.md"

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from tests import error_page
-from tests.error_cases import Case
+from tests.error_calls import Case
 
 MOST_LINES, FEWEST_TEXTS = 3, 60
 # What to do follows a semicolon or a first sentence, or is the limit itself.

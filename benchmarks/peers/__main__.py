@@ -92,7 +92,7 @@ def peers(
 
 
 def _recipe(datasets: dict[str, str], recipe: Path, runs: Path, seeds: int, jobs: int) -> Entry:
-    plan = plan_runs({OURS: {}}, datasets, runs, recipe, seeds)
+    plan = plan_runs({OURS: {}}, datasets, runs, recipe, range(seeds))
     finish(in_order(plan), jobs, None)
     runs_by_seed = plan[OURS]
     scores = [

@@ -23,6 +23,7 @@ def quality(
     data: str,
     out: Path,
     seeds: int = 3,
+    first_seed: int = 0,
     grid: str = "parts",
     only: list[str] | None = None,
     jobs: int = 1,
@@ -37,6 +38,7 @@ def quality(
         data: a dataset, or a folder of its windows, which are pooled.
         out: folder of the runs.
         seeds: runs per cell and dataset.
+        first_seed: seed of the first run; the others follow it.
         grid: parts, history, text, backbones, full, or ifdb (with the recipe ifdb).
         only: cells of the grid by name; default: all.
         jobs: how many runs train side by side, one thread each.
@@ -51,12 +53,14 @@ def quality(
     """
     if min(seeds, jobs) < 1:
         raise ValueError(f"--seeds {seeds} --jobs {jobs}: both must be at least 1")
+    if first_seed < 0:
+        raise ValueError(f"--first_seed {first_seed}: must be at least 0")
     if is_launched():
         raise ValueError("quality starts its runs itself; use --nproc 1, and --jobs for more")
     datasets = windows(data)
     cells = chosen_cells(grid, only)
     settings = {cell.name: cell.settings for cell in cells}
-    plan = plan_runs(settings, datasets, out, recipe, seeds)
+    plan = plan_runs(settings, datasets, out, recipe, range(first_seed, first_seed + seeds))
     _require_effects(cells, plan)
     files = results or RESULTS / "quality"
     cell_results = read_results(cells, _trained(plan, jobs, cache, train))

@@ -108,9 +108,9 @@ def plan_runs(
     datasets: Mapping[str, str],
     out: Path,
     recipe: Path,
-    seeds: int,
+    seeds: Sequence[int],
 ) -> Plan:
-    """Return the runs of each configuration, with seeds from 0.
+    """Return the runs of each configuration, one per seed and dataset.
 
     Raises:
         ValueError: a configuration does not resolve; names it.
@@ -126,7 +126,7 @@ def plan_runs(
                 _training(name, settings, configuration, dataset, path, out, recipe, seed)
                 for dataset, path in datasets.items()
             ]
-            for seed in range(seeds)
+            for seed in seeds
         ]
     return plan
 
@@ -163,9 +163,9 @@ def in_order(plan: Plan) -> list[Training]:
     """Return each run once, seed by seed, so that a study stopped early has all of some seeds."""
     num_seeds = max((len(by_seed) for by_seed in plan.values()), default=0)
     runs: dict[Path, Training] = {}
-    for seed in range(num_seeds):
+    for position in range(num_seeds):
         for by_seed in plan.values():
-            runs |= {run.folder: run for run in by_seed[seed] if run.folder not in runs}
+            runs |= {run.folder: run for run in by_seed[position] if run.folder not in runs}
     return list(runs.values())
 
 

@@ -28,8 +28,9 @@ COLUMNS = {
     "GAUC": ("gauc", "all"),
     "GAUC cold": ("gauc", "cold"),
     "GAUC unseen": ("gauc", "unseen"),
+    "AUC unseen": ("auc", "unseen"),
 }
-EFFECTS = ("GAUC", "GAUC cold", "GAUC unseen", "AUC")
+EFFECTS = ("GAUC", "GAUC cold", "GAUC unseen", "AUC", "AUC unseen")
 INTERVALS = (
     "An effect is the mean over seeds of a cell minus that of its baseline. Intervals are 95 % of "
     "a paired bootstrap: all rows of a user, in all windows and in both cells, are drawn together, "
@@ -59,6 +60,11 @@ class CellResult:
         seeds = [runs[0].seed for runs in self.runs]
         values = [pooled_metric(runs, metric, subset) for runs in self.scores]
         return {seed: value for seed, value in zip(seeds, values) if value is not None}
+
+    def in_window(self, position: int) -> "CellResult":
+        """Return the runs and scores on one dataset alone."""
+        runs = [[by_window[position]] for by_window in self.runs]
+        return replace(self, runs=runs, scores=[[scores[position]] for scores in self.scores])
 
     def users(self, column: str) -> int:
         return metric_users(self.scores[0], *COLUMNS[column])
@@ -123,6 +129,17 @@ def effects(results: Sequence[CellResult]) -> list[Effect]:
         if result.cell.baseline in by_name
     ]
     return [_effect(first, second) for first, second in pairs]
+
+
+def window_effects(results: Sequence[CellResult], num_windows: int) -> list[list[Effect]]:
+    """Compute the effects on each of several windows alone; none on one dataset.
+
+    Raises:
+        ValueError: runs on one dataset have scored different rows.
+    """
+    if num_windows == 1:
+        return []
+    return [effects([result.in_window(n) for result in results]) for n in range(num_windows)]
 
 
 def against_peers(results: Sequence[CellResult]) -> list[Effect]:
@@ -206,6 +223,9 @@ def write_study(study: Study, files: Path) -> None:
         lines += [INTERVALS, _effect_table(cell_effects)]
     if peer_effects:
         lines += ["The recipe against its peers:", _effect_table(peer_effects)]
+    by_window = window_effects(study.results, len(study.datasets)) if cell_effects else []
+    for dataset, dataset_effects in zip(study.datasets, by_window):
+        lines += [f"In {dataset} alone:", _effect_table(dataset_effects)]
     lines += study.tables
     texts = {"jsonl": "\n".join(records) + "\n", "md": "\n\n".join(lines) + "\n"}
     for ending, text in texts.items():

@@ -52,7 +52,9 @@ def unseen_shares(
     if unknown := sorted(recipes.keys() - data.keys()):
         raise ValueError(f"--recipes: {unknown} have no data; --data has {list(data)}")
     plans = {
-        title: plan_runs(CELLS, windows(path), out / title, recipes.get(title, RECIPE), seeds)
+        title: plan_runs(
+            CELLS, windows(path), out / title, recipes.get(title, RECIPE), range(seeds)
+        )
         for title, path in data.items()
     }
     finish([run for plan in plans.values() for run in in_order(plan)], jobs, cache)

@@ -64,7 +64,7 @@ def write_run(folder: Path, split_scores: SplitScores, validation_auc: float) ->
 def write_runs(data: Path, out: Path) -> Plan:
     """All runs of the study."""
     by_name = {cell.name: cell.settings for cell in CELLS}
-    plan = plan_runs(by_name, windows(str(data)), out, TINY, seeds=2)
+    plan = plan_runs(by_name, windows(str(data)), out, TINY, seeds=range(2))
     for name, by_seed in plan.items():
         for seed, runs in enumerate(by_seed):
             for window, run in enumerate(runs):

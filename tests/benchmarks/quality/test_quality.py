@@ -11,7 +11,7 @@ import pytest
 from benchmarks.quality.__main__ import quality
 from benchmarks.quality.grid import Cell
 from benchmarks.quality.runs import Plan
-from benchmarks.quality.study import against_peers, read_results
+from benchmarks.quality.study import against_peers, effects, read_results, window_effects
 from recsys.evaluation.metrics import ScoredRows
 from tests.benchmarks.quality.quality_cells import (
     GAIN,
@@ -94,3 +94,19 @@ def test_the_recipe_is_compared_with_each_peer_that_has_runs(study: tuple[Path, 
     interval = effect.intervals["GAUC"]
     assert interval is not None and interval.value == pytest.approx(gain["value"])
     assert against_peers(read_results(cells[:1], runs)) == []
+
+
+def test_the_effects_of_each_window_stand_below_those_of_all(study: tuple[Path, Plan]) -> None:
+    results, plan = study
+    cells = [Cell("ID only", "", {}), Cell("content", "", {}, "ID only")]
+    pooled = read_results(cells, plan)
+    alone = {name: [[runs[1]] for runs in by_seed] for name, by_seed in plan.items()}
+
+    first, second = window_effects(pooled, 2)
+    (expected,) = effects(read_results(cells, alone))
+
+    assert [effect.intervals for effect in second] == [expected.intervals]
+    assert first[0].intervals != second[0].intervals
+    page = (results / "small.md").read_text()
+    assert page.index("In window-1 alone:") < page.index("In window-2 alone:")
+    assert window_effects([result.in_window(0) for result in pooled], 1) == []

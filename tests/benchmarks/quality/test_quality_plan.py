@@ -14,7 +14,7 @@ from tests.recsys.command_runs import TINY
 def test_equal_configurations_share_their_runs_and_other_data_do_not(tmp_path: Path) -> None:
     by_name = {"recipe": {}, "same": {"batch_size": 256}, "other": {"batch_size": 32}}
     data = {"window-1": "a", "window-2": "b"}
-    plan = plan_runs(by_name, data, tmp_path, TINY, seeds=2)
+    plan = plan_runs(by_name, data, tmp_path, TINY, seeds=range(2))
     first, equal, other = (plan[name] for name in by_name)
 
     assert [run.folder for run in first[0]] == [run.folder for run in equal[0]]
@@ -23,6 +23,14 @@ def test_equal_configurations_share_their_runs_and_other_data_do_not(tmp_path: P
     folders = [run.folder for by_seed in (first, other) for run in by_seed[0]]
     assert len({folder.name for folder in folders}) == 4
     assert [folder.parent.name for folder in folders[:2]] == ["window-1", "window-2"]
+
+
+def test_a_study_can_continue_at_a_later_seed(tmp_path: Path) -> None:
+    plan = plan_runs({"recipe": {}}, {"window-1": "a"}, tmp_path, TINY, seeds=range(2))
+    later = plan_runs({"recipe": {}}, {"window-1": "a"}, tmp_path, TINY, seeds=range(1, 3))
+
+    assert [run.seed for run in in_order(later)] == [1, 2]
+    assert in_order(later)[0].folder == in_order(plan)[1].folder
 
 
 def test_a_seed_counts_once_it_is_finished_on_every_window(tmp_path: Path) -> None:
@@ -53,6 +61,8 @@ def test_what_is_wrong_is_said_before_anything_is_trained(
         chosen_cells("text", ["CIC"])
     with pytest.raises(ValueError, match="--seeds 0"):
         quality(data, out, seeds=0)
+    with pytest.raises(ValueError, match="--first_seed -1"):
+        quality(data, out, first_seed=-1)
     use_small_grid(monkeypatch)
     with pytest.raises(ValueError, match="--train false"):
         quality(data, out, grid="small", recipe=TINY, train=False)

@@ -14,7 +14,7 @@ from tests.recsys.command_runs import TINY
 
 def test_each_window_is_a_point_with_its_share_and_gain(tmp_path: Path) -> None:
     data = write_windows(tmp_path / "data")
-    plan = plan_runs(CELLS, windows(str(data)), tmp_path / "runs" / "Small", TINY, 1)
+    plan = plan_runs(CELLS, windows(str(data)), tmp_path / "runs" / "Small", TINY, [0])
     for cell, gain in {"ID only": 0.0, "recipe": 1.0}.items():
         for window, run in enumerate(plan[cell][0]):
             write_run(run.folder, scores(window, 0, gain), 0.6)
