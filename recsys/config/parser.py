@@ -91,6 +91,10 @@ class Parser(ArgumentParser):
             return with_hyphens(f"{command} has no option {match[1]}{meant(match[1], names)}")
         if match := re.match(r"the following arguments are required: (.*)", message):
             return with_hyphens(f"{command} needs --{match[1].replace(', ', ' and --')}")
+        limited = r'Parser key "([^"]+)":\s+Not of type PositiveInt: (?:.*\'(.*)\'|(\S+) does .*)'
+        if match := re.fullmatch(limited, message, re.DOTALL):
+            value = (match[2] or match[3]).replace("NoneType", "null")
+            return with_hyphens(f"--{match[1]} is {short(value)}; it must be an integer above 0")
         one = r'Parser key "([^"]+)":\s+Expected a (.+?)\. Got value: (.*)'
         union = r'Parser key "([^"]+)":\s+Does not validate.*Subtypes: \[([^\n]*)\]\n.*value: (.*)'
         match = re.fullmatch(one, message, re.DOTALL) or re.fullmatch(union, message, re.DOTALL)

@@ -44,6 +44,8 @@ class Image(ModalityKind):
             raise ValueError(
                 f"{self.where}: kind image needs one of `encoder` and `module`; set exactly one"
             )
+        if self.modality.module and self.modality.revision:
+            raise ValueError(f"{self.where}: revision is of `encoder`, not `module`; remove it")
 
     def check_column(self, column: ItemColumnReader) -> None:
         chunks = ((chunk, where) for chunk, where, _ in column.chunks())

@@ -148,6 +148,7 @@ def test_values_that_cannot_work_are_named(options: str, message: str) -> None:
         ({"kind": "text"}, "`encoder`"),
         ({"kind": "image"}, "`encoder` and `module`"),
         ({"kind": "image", "module": "b:c", "training": "lora"}, "lora needs .*`encoder`"),
+        ({"kind": "image", "module": "b:c", "revision": "a"}, "revision is of `encoder`"),
         ({"kind": "feature", "encoder": "a"}, "feature .*encoder"),
         ({"kind": "feature", "training": "full"}, "`training: frozen`"),
     ],

@@ -132,6 +132,19 @@ def test_what_is_wrong_is_named_in_a_line(
     assert "Namespace(" not in line and "Arg(" not in line and "<class" not in line
 
 
+@pytest.mark.parametrize(
+    ("argv", "value"),
+    [(["search", "--trials=0"], "0"), (["retrieve", "--top-k=abc"], "abc")],
+)
+def test_the_limit_of_a_number_of_a_command_is_named(
+    argv: list[str], value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([*argv, "--data", "none", "--out", "none"])
+    option = argv[1].partition("=")[0]
+    assert f"{option} is {value}; it must be an integer above 0" in capsys.readouterr().err
+
+
 def test_a_command_of_another_name_is_taken_for_the_nearest(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
