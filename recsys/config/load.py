@@ -64,7 +64,8 @@ def _check_search(best_model_by: str, ranking: RankingSettings) -> None:
     if not isinstance(ranking, RetrievalSettings):
         raise ValueError(
             f"best_model_by {best_model_by} needs a retrieval model, and ranking.name is "
-            f"{ranking.name}; choose two_tower, or best_model_by auc, gauc or auc_and_gauc"
+            f"{ranking.name}; choose two_tower, or best_model_by auc, gauc, auc_and_gauc or "
+            "all_and_unseen"
         )
     if 10 not in ranking.depths:
         raise ValueError(

@@ -113,7 +113,9 @@ class OptimizerSettings:
     """Average the ID tables, too: their memory once more, and a pass over all rows in each step."""
 
 
-BestModelBy = Literal["auc", "gauc", "auc_and_gauc", "recall", "ndcg", "rmse", "mae"]
+BestModelBy = Literal[
+    "auc", "gauc", "auc_and_gauc", "all_and_unseen", "recall", "ndcg", "rmse", "mae"
+]
 LogLevel = Literal["auto", "debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
 Resume = Literal["auto", "never", "must"]
@@ -229,8 +231,10 @@ class Config:
     """Validations in each epoch."""
     best_model_by: BestModelBy = "auc"
     """Validation metric that chooses the best model. auc_and_gauc: the mean of both, or AUC where
-    no user has rows of both labels; recall, ndcg: recall@10 and ndcg@10 of retrieval models, by a
-    search of all items; rmse, mae: if the first label is a number, and the lowest is best."""
+    no user has rows of both labels; all_and_unseen: the mean of these two and of those of rows of
+    unseen items, as far as they are defined; recall, ndcg: recall@10 and ndcg@10 of retrieval
+    models, by a search of all items; rmse, mae: if the first label is a number, and the lowest is
+    best."""
     patience: PositiveInt = 2
     """Validations without a better model before training ends."""
     patience_share: NonNegativeFloat = 0.0

@@ -49,7 +49,12 @@ from recsys.evaluation.metrics import (
     evaluation_report,
     format_report,
 )
-from recsys.evaluation.model_selection import METRICS, RETRIEVAL_DEPTH, needs_search
+from recsys.evaluation.model_selection import (
+    MEANS_OF_DEFINED,
+    METRICS,
+    RETRIEVAL_DEPTH,
+    needs_search,
+)
 from recsys.evaluation.retrieval import catalogue_of, retrieval_report
 from recsys.evaluation.scores import SplitScores, write_scores
 from recsys.storage.location import Location
@@ -179,8 +184,8 @@ def check_validation(job: Job, labels: ValidationLabels) -> None:
         cause = f"{label} has no row with label 0"
     elif "gauc" in METRICS[metric] and not has_both:
         cause = f"no user has rows of both labels in {label}"
-        if metric == "auc_and_gauc":
-            logger.warning("%s/valid: %s: AUC alone chooses the best model", job.root, cause)
+        if metric in MEANS_OF_DEFINED:
+            logger.warning("%s/valid: %s: GAUC does not choose the best model", job.root, cause)
             cause = None
     if cause is not None:
         raise ValueError(undefined_selection(job.root, metric, cause, positives, negatives))

@@ -17,11 +17,13 @@ METRICS: dict[BestModelBy, tuple[str, ...]] = {
     "auc": ("auc",),
     "gauc": ("gauc",),
     "auc_and_gauc": ("auc", "gauc"),
+    "all_and_unseen": ("auc", "gauc", "auc_unseen", "gauc_unseen"),
     "recall": (f"recall@{RETRIEVAL_DEPTH}",),
     "ndcg": (f"ndcg@{RETRIEVAL_DEPTH}",),
     "rmse": ("rmse",),
     "mae": ("mae",),
 }
+MEANS_OF_DEFINED = ("auc_and_gauc", "all_and_unseen")  # only AUC must be defined
 ABSURD_LOG_LOSS = 2 * math.log(2)  # twice the log loss of predicting 0.5 for every row
 ABSURD_NRMSE = 2.0  # RMSE as a multiple of the RMSE of always predicting the mean
 MAX_NAMED = 5  # largest number of columns in an error message
@@ -35,19 +37,26 @@ def needs_search(metric: BestModelBy) -> bool:
 def selection_score(report: Mapping[str, Any], metric: BestModelBy) -> float | None:
     """Return the score that chooses the best model, the higher the better; None if undefined.
 
-    `auc_and_gauc` is AUC alone if GAUC is undefined, as no user has rows of both labels.
+    `auc_and_gauc` and `all_and_unseen` leave out undefined metrics beside AUC: GAUC, if no user has
+    rows of both labels, and those of unseen items, if no row has one.
     """
-    names, values = METRICS[metric], {**report.get("retrieval", {}), **report}
-    if metric == "auc_and_gauc" and values.get("gauc") is None:
-        names = METRICS["auc"]
+    names, values = METRICS[metric], flat_metrics(report)
     scores = [values[name] for name in names if values.get(name) is not None]
-    if len(scores) != len(names):
+    if len(scores) != len(names) and (metric not in MEANS_OF_DEFINED or values.get("auc") is None):
         return None
     return -fmean(scores) if metric in ("rmse", "mae") else fmean(scores)
 
 
+def flat_metrics(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metrics of all rows by name, and `auc_unseen` and `gauc_unseen` of new items."""
+    unseen = {f"{name}_unseen": report.get("unseen", {}).get(name) for name in ("auc", "gauc")}
+    return {**unseen, **report.get("retrieval", {}), **report}
+
+
 def selection_text(metric: BestModelBy) -> str:
     """Return the selection score in words, such as `mean of AUC and GAUC`."""
+    if metric == "all_and_unseen":
+        return "mean of AUC and GAUC, of all rows and of unseen items"
     names = [name.upper() for name in METRICS[metric]]
     return names[0] if len(names) == 1 else f"mean of {' and '.join(names)}"
 

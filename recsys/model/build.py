@@ -96,7 +96,8 @@ def _check_labels(ranking: RankingSettings, best_model_by: str, schema: Schema) 
         )
     first, metric = next(iter(labels)), best_model_by
     if (first in numeric_labels) != (metric in ("rmse", "mae")):
-        fitting = "rmse or mae" if first in numeric_labels else "auc, gauc or auc_and_gauc"
+        fitting = "auc, gauc, auc_and_gauc or all_and_unseen"
+        fitting = "rmse or mae" if first in numeric_labels else fitting
         raise ValueError(
             f"best_model_by is {metric}, which the first label, '{first}' with loss "
             f"{labels[first]}, does not define; set best_model_by to {fitting}"

@@ -21,7 +21,7 @@ from recsys.config import to_plain
 from recsys.config.named_parts import make_part
 from recsys.distributed.log import print_table, progress_bar
 from recsys.evaluation.evaluate import format_evaluation
-from recsys.evaluation.model_selection import tracked_name
+from recsys.evaluation.model_selection import flat_metrics, tracked_name
 from recsys.extras import missing_extra
 
 logger = logging.getLogger(__name__)
@@ -226,7 +226,7 @@ class Reporter:
         searched = {k: value for k, value in report.get("retrieval", {}).items() if "@" in k}
         numbers = {
             f"{split}/{tracked_name(name)}": float(value)
-            for name, value in {**searched, **report}.items()
+            for name, value in flat_metrics({**report, "retrieval": searched}).items()
             if isinstance(value, int | float) and name not in NOT_TRACKED
         }
         self.write(numbers, step)

@@ -212,6 +212,12 @@ class Trainer:
             if score is None:
                 cause = f"the {selection_text(metric)} is not defined there"
                 raise ValueError(undefined_selection(job.root, metric, cause))
+            if metric == "all_and_unseen" and report["unseen"]["auc"] is None:
+                logger.warning(
+                    "%s/valid: AUC of unseen items is not defined: metrics of all rows choose the "
+                    "best model",
+                    job.root,
+                )
             progress.validations_without_gain += 1
             if progress.best_step < 0 or score > progress.best_score:
                 progress.best_step, progress.best_score = progress.steps, score

@@ -178,7 +178,12 @@ def test_scores_of_a_softmax_loss_are_no_probabilities_to_judge(loss: str, is_sh
     assert ("logloss" in table) == ("2.5" in table) == ("1.5" in table) == is_shown
 
 
-REPORT = {"auc": 0.75, "gauc": 0.5, "retrieval": {"recall@10": 0.25, "ndcg@10": 0.125}}
+REPORT = {
+    "auc": 0.75,
+    "gauc": 0.5,
+    "unseen": {"auc": 0.25, "gauc": 1.0},
+    "retrieval": {"recall@10": 0.25, "ndcg@10": 0.125},
+}
 
 
 @pytest.mark.parametrize(
@@ -187,6 +192,7 @@ REPORT = {"auc": 0.75, "gauc": 0.5, "retrieval": {"recall@10": 0.25, "ndcg@10": 
         ("auc", 0.75, "AUC"),
         ("gauc", 0.5, "GAUC"),
         ("auc_and_gauc", 0.625, "mean of AUC and GAUC"),
+        ("all_and_unseen", 0.625, "mean of AUC and GAUC, of all rows and of unseen items"),
         ("recall", 0.25, "RECALL@10"),
         ("ndcg", 0.125, "NDCG@10"),
     ],
@@ -200,6 +206,15 @@ def test_a_model_is_chosen_by_the_mean_of_the_metrics_named(
 
 def test_auc_alone_stands_for_the_mean_where_gauc_is_not_defined() -> None:
     assert selection_score({"auc": 0.5, "gauc": None}, "auc_and_gauc") == 0.5
+
+
+def test_metrics_of_unseen_items_count_where_they_are_defined() -> None:
+    undefined = {"auc": 0.5, "gauc": 1.0, "unseen": {"auc": None, "gauc": None}}
+    assert selection_score(undefined, "all_and_unseen") == 0.75
+    one_label_each = {**undefined, "unseen": {"auc": 0.0, "gauc": None}}
+    assert selection_score(one_label_each, "all_and_unseen") == 0.5
+    tracked = {"auc": 0.5, "gauc": 1.0, "auc_unseen": 0.0}
+    assert selection_score(tracked, "all_and_unseen") == 0.5
 
 
 def test_a_metric_that_is_not_defined_chooses_nothing() -> None:

@@ -160,7 +160,13 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("metric", "share", "epochs", "best"),
-    [("auc", 0, 4, 1), ("gauc", 0, 3, 0), ("auc_and_gauc", 0, 5, 2), ("auc", 1.5, 5, 1)],
+    [
+        ("auc", 0, 4, 1),
+        ("gauc", 0, 3, 0),
+        ("auc_and_gauc", 0, 5, 2),
+        ("all_and_unseen", 0, 6, 3),
+        ("auc", 1.5, 5, 1),
+    ],
 )
 def test_training_ends_without_gain_and_the_best_model_is_kept_and_tested(
     small: Path,
@@ -180,7 +186,8 @@ def test_training_ends_without_gain_and_the_best_model_is_kept_and_tested(
     config = load_config(TINY, argv)
     aucs = [0.6, 0.7, 0.65, 0.7, 0.6, 0.9]
     gaucs = [0.6, 0.5, 0.58, 0.5, 0.6, 0.9]
-    validations = iter([{"auc": auc, "gauc": gauc} for auc, gauc in zip(aucs, gaucs)])
+    unseen = [0.3, 0.4, 0.4, 0.9, 0.4, 0.1]  # the AUC of unseen items, whose GAUC is undefined
+    validations = iter(zip(aucs, gaucs, unseen))
     weights: list[torch.Tensor] = []
     evaluate_split = recsys.training.train.evaluate_split
 
@@ -189,7 +196,10 @@ def test_training_ends_without_gain_and_the_best_model_is_kept_and_tested(
     ) -> dict[str, Any]:
         weights.append(job.em3.ranking.mlp[-1].weight.detach().clone())  # type: ignore[union-attr, index]
         report = evaluate_split(job, split, counts, lockstep, searches, **options)
-        return report | (next(validations) if split == "valid" else {})
+        if split == "valid":
+            report["auc"], report["gauc"], auc_unseen = next(validations)
+            report["unseen"] |= {"auc": auc_unseen, "gauc": None}
+        return report
 
     for module in (recsys.training.trainer, recsys.training.train):
         monkeypatch.setattr(module, "evaluate_split", scripted)

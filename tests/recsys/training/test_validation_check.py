@@ -87,7 +87,7 @@ def test_validation_that_cannot_choose_a_model_is_refused_before_the_first_step(
     cases: dict[str, list[BestModelBy]] = {
         "positives": ["auc", "recall"],
         "negatives": ["ndcg"],
-        "users of one label": ["gauc", "auc_and_gauc"],
+        "users of one label": ["gauc", "auc_and_gauc", "all_and_unseen"],
         "users of both": ["gauc"],
     }
     for actual in run_on_ranks(begin, 2, tmp_path, cases):
@@ -95,6 +95,7 @@ def test_validation_that_cannot_choose_a_model_is_refused_before_the_first_step(
         assert works == {
             ("positives", "recall"),
             ("users of one label", "auc_and_gauc"),
+            ("users of one label", "all_and_unseen"),
             ("users of both", "gauc"),
         }
         for (labels, metric), message in actual.items():
