@@ -131,12 +131,13 @@ def effects(results: Sequence[CellResult]) -> list[Effect]:
     return [_effect(first, second) for first, second in pairs]
 
 
-def window_effects(results: Sequence[CellResult], num_windows: int) -> list[list[Effect]]:
+def window_effects(results: Sequence[CellResult]) -> list[list[Effect]]:
     """Compute the effects on each of several windows alone; none on one dataset.
 
     Raises:
         ValueError: runs on one dataset have scored different rows.
     """
+    num_windows = len(results[0].scores[0])
     if num_windows == 1:
         return []
     return [effects([result.in_window(n) for result in results]) for n in range(num_windows)]
@@ -223,7 +224,7 @@ def write_study(study: Study, files: Path) -> None:
         lines += [INTERVALS, _effect_table(cell_effects)]
     if peer_effects:
         lines += ["The recipe against its peers:", _effect_table(peer_effects)]
-    by_window = window_effects(study.results, len(study.datasets)) if cell_effects else []
+    by_window = window_effects(study.results) if cell_effects else []
     for dataset, dataset_effects in zip(study.datasets, by_window):
         lines += [f"In {dataset} alone:", _effect_table(dataset_effects)]
     lines += study.tables

@@ -14,7 +14,7 @@ METRICS = {"precision_at_k": "recsys.evaluation.further_metrics:PrecisionAtK"}
 # Keys of reports, which metrics must not use as names.
 RESERVED = {"auc", "gauc", "logloss", "ne", "calibration", "num_samples", *SUBSETS}
 RESERVED |= {"rmse", "mae", "nrmse", "deviance", "num_users", "gauc_users", "sum_of_weights"}
-RESERVED |= {"labels", "retrieval", "ids"}
+RESERVED |= {"labels", "retrieval", "ids", "auc_unseen", "gauc_unseen"}
 RESERVED |= {"partition", "model_of", "rows"}  # keys of a continual run's results
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from statistics import fmean
@@ -11,6 +12,9 @@ from recsys.config import BestModelBy
 
 if TYPE_CHECKING:
     from recsys.data.row_source import RowSource
+    from recsys.storage.location import Location
+
+logger = logging.getLogger(__name__)
 
 RETRIEVAL_DEPTH = 10  # K of the recall@K and NDCG@K that choose a model
 METRICS: dict[BestModelBy, tuple[str, ...]] = {
@@ -51,6 +55,16 @@ def flat_metrics(report: Mapping[str, Any]) -> dict[str, Any]:
     """Return the metrics of all rows by name, and `auc_unseen` and `gauc_unseen` of new items."""
     unseen = {f"{name}_unseen": report.get("unseen", {}).get(name) for name in ("auc", "gauc")}
     return {**unseen, **report.get("retrieval", {}), **report}
+
+
+def warn_of_undefined(root: Location, report: Mapping[str, Any], metric: BestModelBy) -> None:
+    """Warn if `all_and_unseen` cannot see unseen items, as no validation row has one."""
+    if metric == "all_and_unseen" and flat_metrics(report)["auc_unseen"] is None:
+        logger.warning(
+            "%s/valid: AUC of unseen items is not defined: all rows alone choose the best model; "
+            "use a validation split with unseen items, or set best_model_by: auc_and_gauc",
+            root,
+        )
 
 
 def selection_text(metric: BestModelBy) -> str:

@@ -29,7 +29,12 @@ from recsys.distributed.lockstep import Lockstep, TrainingStopped
 from recsys.distributed.ranks import Ranks
 from recsys.distributed.torchrec_internals import require_pipelined
 from recsys.evaluation.evaluate import evaluate_split, fill_bank, undefined_selection
-from recsys.evaluation.model_selection import needs_search, selection_score, selection_text
+from recsys.evaluation.model_selection import (
+    needs_search,
+    selection_score,
+    selection_text,
+    warn_of_undefined,
+)
 from recsys.training.callbacks import Callbacks
 from recsys.training.initial_state import refill_cold_rows
 from recsys.training.trackers import Reporter
@@ -212,12 +217,8 @@ class Trainer:
             if score is None:
                 cause = f"the {selection_text(metric)} is not defined there"
                 raise ValueError(undefined_selection(job.root, metric, cause))
-            if metric == "all_and_unseen" and report["unseen"]["auc"] is None:
-                logger.warning(
-                    "%s/valid: AUC of unseen items is not defined: metrics of all rows choose the "
-                    "best model",
-                    job.root,
-                )
+            if progress.best_step < 0 and job.ranks.is_first:
+                warn_of_undefined(job.root, report, metric)
             progress.validations_without_gain += 1
             if progress.best_step < 0 or score > progress.best_score:
                 progress.best_step, progress.best_score = progress.steps, score

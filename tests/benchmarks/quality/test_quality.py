@@ -102,11 +102,11 @@ def test_the_effects_of_each_window_stand_below_those_of_all(study: tuple[Path, 
     pooled = read_results(cells, plan)
     alone = {name: [[runs[1]] for runs in by_seed] for name, by_seed in plan.items()}
 
-    first, second = window_effects(pooled, 2)
+    first, second = window_effects(pooled)
     (expected,) = effects(read_results(cells, alone))
 
     assert [effect.intervals for effect in second] == [expected.intervals]
     assert first[0].intervals != second[0].intervals
     page = (results / "small.md").read_text()
     assert page.index("In window-1 alone:") < page.index("In window-2 alone:")
-    assert window_effects([result.in_window(0) for result in pooled], 1) == []
+    assert window_effects([result.in_window(0) for result in pooled]) == []

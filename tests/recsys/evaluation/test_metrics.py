@@ -18,8 +18,13 @@ from recsys.distributed.gather import gather_rows, gather_rows_to_first
 from recsys.evaluation.evaluate import format_evaluation
 from recsys.evaluation.further_metrics import PrecisionAtK, make_metrics
 from recsys.evaluation.metrics import SHOWN, ScoredRows, evaluation_report, format_report
-from recsys.evaluation.model_selection import selection_score, selection_text
+from recsys.evaluation.model_selection import (
+    selection_score,
+    selection_text,
+    warn_of_undefined,
+)
 from recsys.evaluation.scores import SplitScores
+from recsys.storage.location import Location
 from tests.datasets import write_dataset
 from tests.ranks import run_on_ranks
 from tests.recsys.command_runs import page_code, train_argv
@@ -217,6 +222,19 @@ def test_metrics_of_unseen_items_count_where_they_are_defined() -> None:
     assert selection_score(tracked, "all_and_unseen") == 0.5
 
 
+@pytest.mark.parametrize("auc", [None, 0.5])
+def test_a_validation_without_unseen_items_is_warned_of(
+    auc: float | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    report = {"auc": 0.5, "gauc": 1.0, "unseen": {"auc": auc, "gauc": None}}
+    warn_of_undefined(Location.of("shop"), report, "auc_and_gauc")
+    assert not caplog.messages
+    warn_of_undefined(Location.of("shop"), report, "all_and_unseen")
+    assert ["shop/valid: AUC of unseen" in text for text in caplog.messages] == [True] * (
+        auc is None
+    )
+
+
 def test_a_metric_that_is_not_defined_chooses_nothing() -> None:
     assert selection_score({"auc": 0.5, "gauc": None}, "gauc") is None
     assert selection_score({"auc": None, "gauc": None}, "auc_and_gauc") is None
@@ -259,7 +277,7 @@ def test_a_report_has_each_metric_of_all_rows_and_of_each_part() -> None:
     assert head.split()[-2:] == ["p1", "rows"] and everything.split()[-2:] == ["(1.0000)", "4"]
 
 
-@pytest.mark.parametrize("name", ["gauc", "rows", "partition"])
+@pytest.mark.parametrize("name", ["gauc", "auc_unseen", "rows", "partition"])
 def test_a_metric_has_no_name_of_a_line_of_results(name: str) -> None:
     with pytest.raises(ValueError, match=rf"metrics\.{name}: every report has"):
         make_metrics({name: MetricSettings("precision_at_k")})
