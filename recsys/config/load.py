@@ -229,7 +229,7 @@ def _recipe_action(name: str, recipes: dict[str, Any]) -> type[ActionConfigFile]
             self, parser: Any, cfg: Any, values: Any, option_string: str | None = None
         ) -> None:
             """Apply the recipe to the configuration that is being parsed."""
-            recipe = for_model(recipes[values], name)
+            recipe = for_model(recipes[values], name, warn=True)
             if not isinstance(recipe, dict):
                 raise TypeError(
                     f"config {values}: no such file, nor a mapping of settings; correct the path, "

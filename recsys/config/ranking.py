@@ -157,10 +157,11 @@ def check_keys(keys: Iterable[str], name: str) -> None:
             )
 
 
-def for_model(recipe: Any, name: str) -> Any:
+def for_model(recipe: Any, name: str, warn: bool = False) -> Any:
     """Return a recipe whose `ranking` has only settings of the ranking model `name`.
 
-    Settings that only the recipe's own model has are dropped with a warning; others raise.
+    Settings that only the recipe's own model has are dropped, with a warning if `warn`; others
+    raise.
     """
     section = recipe.get("ranking") if isinstance(recipe, dict) else None
     if not isinstance(section, dict):
@@ -170,8 +171,9 @@ def for_model(recipe: Any, name: str) -> Any:
     if foreign:
         recipe_names = [] if recipe_model == name else keys_of(recipe_model)
         check_keys([key for key in foreign if key not in recipe_names], name)
-        logger.warning(
-            f"ranking.{', ranking.'.join(foreign)}: set for '{recipe_model}' in the recipe, and "
-            f"left out, as '{name}' has no such settings"
-        )
+        if warn:
+            logger.warning(
+                f"ranking.{', ranking.'.join(foreign)}: set for '{recipe_model}' in the recipe, "
+                f"and left out, as '{name}' has no such settings"
+            )
     return recipe | {"ranking": {key: value for key, value in section.items() if key in names}}
