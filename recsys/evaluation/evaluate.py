@@ -185,7 +185,8 @@ def check_validation(job: Job, labels: ValidationLabels) -> None:
     elif "gauc" in METRICS[metric] and not has_both:
         cause = f"no user has rows of both labels in {label}"
         if metric in MEANS_OF_DEFINED:
-            logger.warning("%s/valid: %s: GAUC does not choose the best model", job.root, cause)
+            if job.ranks.is_first:
+                logger.warning("%s/valid: %s: GAUC does not choose the best model", job.root, cause)
             cause = None
     if cause is not None:
         raise ValueError(undefined_selection(job.root, metric, cause, positives, negatives))
