@@ -115,8 +115,6 @@ class DLRMWithContent(nn.Module):
 
     dense_arch: nn.Module
     sparse_arch: nn.Module
-    content: ContentInputLayer
-    content_head: ContentHead
 
     def __init__(self, dlrm: DLRM, items: ItemContent, settings: PlugInSettings) -> None:
         super().__init__()
@@ -126,8 +124,7 @@ class DLRMWithContent(nn.Module):
         for name, child in dlrm.named_children():
             self.add_module(name, child)
         dim, has_history = dlrm.sparse_arch.D, settings.history is not None
-        content = ContentInputLayer(items.branch, settings.content, dim, has_history)
-        self.content = content
+        self.content = content = ContentInputLayer(items.branch, settings.content, dim, has_history)
         self.content_head = ContentHead(dlrm, content.num_vectors, content.num_features, dim)
 
     def rank(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

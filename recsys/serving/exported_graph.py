@@ -16,13 +16,14 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
 from typing import Any, Literal, cast
+from unittest.mock import patch
 from zipfile import ZipFile
 
 import torch
@@ -106,7 +107,6 @@ def _state_of(program: ExportedProgram) -> dict[str, Tensor]:
 
 
 def _digest_of_operations(archive: ZipFile) -> str:
-    """Return the hash of all records that describe operations, constants and names of weights."""
     digest = hashlib.sha256()
     for name in sorted(archive.namelist()):
         record = name[name.index("/") :]  # without the archive's top folder
@@ -149,20 +149,14 @@ def export_graph(
     return program
 
 
-@contextmanager
-def _same_operations(graph: RankingGraph) -> Iterator[None]:
+def _same_operations(graph: RankingGraph) -> AbstractContextManager[Any]:
     """Make a graph with parts in bfloat16 use the operations of its export.
 
     Kernels of attention and dot products round to bfloat16 after other operations.
     """
-    is_exporting = torch.compiler.is_exporting
-    is_rounded = any(isinstance(module, InBfloat16) for module in graph.modules())
-    try:
-        if is_rounded:
-            torch.compiler.is_exporting = lambda: True
-        yield
-    finally:
-        torch.compiler.is_exporting = is_exporting
+    if any(isinstance(module, InBfloat16) for module in graph.modules()):
+        return patch.object(torch.compiler, "is_exporting", lambda: True)
+    return nullcontext()
 
 
 def any_length() -> AbstractContextManager[None]:

@@ -13,7 +13,6 @@ import shutil
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
@@ -63,13 +62,8 @@ def dtype_name(encoder: Encoder) -> str:
     return str(encoder.frozen_dtype).removeprefix("torch.")
 
 
-@dataclass
-class EarlierCache:
-    """A finished cache that holds some rows of the new one."""
-
-    folder: Path
-    rows: np.ndarray  # [n], of the new cache
-    hits: np.ndarray  # [n], rows of this one with the same content
+# A finished cache, rows of the new cache that it holds, and its own rows with the same content.
+EarlierCache = tuple[Path, np.ndarray, np.ndarray]  # folder, [n], [n]
 
 
 def with_progress(calls: list[np.ndarray], name: str, shown: bool) -> Generator[np.ndarray]:
@@ -194,7 +188,7 @@ class _Fill:
             match = order[match.clip(max=len(order) - 1)]
             is_cached = cached_hashes[match] == self.hashes[missing]
             if is_cached.any():
-                caches.append(EarlierCache(folder, missing[is_cached], match[is_cached]))
+                caches.append((folder, missing[is_cached], match[is_cached]))
             missing = missing[~is_cached]
         return caches, missing
 
@@ -263,18 +257,18 @@ class _Fill:
         """Write the cache from earlier caches and chunks; it appears complete or not at all."""
         with atomic_folder(self.folder) as temporary:
             lengths = np.zeros(len(self.first_rows), np.int64)
-            for cache in earlier:
-                lengths[self.indices[cache.rows]] = RaggedArray(cache.folder).lengths[cache.hits]
+            for folder, rows, hits in earlier:
+                lengths[self.indices[rows]] = RaggedArray(folder).lengths[hits]
             for call in calls:
                 lengths[self.indices[call]] = self._read(call, "lengths")
             shape = (self.encoder.frozen_dim,)
             with closing(RowWriter(temporary, lengths, shape, dtype_name(self.encoder))) as writer:
-                for cache in earlier:
-                    array = RaggedArray(cache.folder)
-                    for at in range(0, len(cache.rows), ITEMS_PER_CALL):
+                for folder, rows, hits in earlier:
+                    array = RaggedArray(folder)
+                    for at in range(0, len(rows), ITEMS_PER_CALL):
                         block = slice(at, at + ITEMS_PER_CALL)
-                        values, mask = array.gather(cache.hits[block])
-                        writer.write(self.indices[cache.rows[block]], values[mask])
+                        values, mask = array.gather(hits[block])
+                        writer.write(self.indices[rows[block]], values[mask])
                 for call in calls:
                     writer.write(self.indices[call], self._read(call, "values"))
             share_rows(temporary, self.indices)

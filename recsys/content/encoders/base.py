@@ -192,10 +192,11 @@ class StoredFeatures(Encoder):
         assert StoredFeatures(output_dim=6).frozen_dim == 6
     """
 
+    caches = False
+
     def __init__(self, output_dim: int) -> None:
         super().__init__()
         self.output_dim = output_dim
-        self.caches = False
 
     def forward(self, content: ContentInput) -> ContentInput:
         return content

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 class EfficientNetFeatures(nn.Module):
     """EfficientNet-lite0 up to its last feature map, averaged: [U, 3, H, W] -> [U, 1280]."""
 
-    output_dim = 1280
     cache_name = "recsys.content.pretrained.EfficientNetFeatures"  # the name in existing caches
 
     def __init__(self, network: nn.Module) -> None:

@@ -21,16 +21,6 @@ class TermEncoder(Encoder):
     All runs begin with the same random signs. The cosine of two sums of them is about that of the
     bags (Achlioptas 2003), so that the first projection, by principal components, is a latent
     semantic analysis of the training items.
-
-    Example::
-
-        import torch
-        from recsys.content.encoders.terms import TermEncoder
-        from recsys.data.items.kind import ContentInput
-
-        rows, mask = torch.tensor([[3, 7], [3, 0]]), torch.tensor([[True, True], [True, False]])
-        tokens = TermEncoder(num_embeddings=8, dim=64, trains=False)(ContentInput(rows, mask))
-        assert tokens.values.shape == (2, 1, 64)
     """
 
     caches = False

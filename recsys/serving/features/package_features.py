@@ -214,7 +214,6 @@ def refresh_features(package: Path, data: str, out: Path) -> Manifest:
 
 
 def _write_missing_features(package: Path, schema: Schema, rows: pa.Table, path: Path) -> None:
-    """Write the features of added items that the files of a package do not have."""
     table = next(candidate for candidate in schema.features if candidate.by == [schema.target_item])
     stored = _opened(features_file(package, table), table)
     is_missing = stored.find([one_chunk(rows[schema.target_item])]) < 0

@@ -188,7 +188,6 @@ class RedisFeatures(FeatureSource):
         )
 
     def read(self, table: FeatureTable, keys: list[pa.Array]) -> pa.Table:
-        """Read the hashes of all keys in one round trip."""
         names, texts = value_columns(table), key_texts(keys)
         pipeline = self._redis.pipeline(transaction=False)
         for text in texts:

@@ -99,7 +99,6 @@ def add_items(package: Path, items: str, encoders: EncoderCache | None = None) -
 
 
 def _has_one_of(columns: Iterable[str], files: Location) -> bool:
-    """Return whether any of the files has one of these columns."""
     names = set(columns)
     for file in files.files(".parquet"):
         with open_parquet(file) as parquet:

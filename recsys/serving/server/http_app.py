@@ -203,7 +203,6 @@ class Routes:
         return _json(_head(request, package) | {"results": results})
 
     async def _ranking(self, message: RankRequest, package: LoadedPackage) -> dict[str, Any]:
-        """Score the candidates of a request, or all items, and order them by a label."""
         labels, candidates = package.scorer.labels, message.candidates
         by = labels[0] if message.by is None else message.by
         if by not in labels:
