@@ -202,9 +202,10 @@ class ScoringService:
     def _reload(self, identity: tuple[int, ...] | None) -> bool:
         if identity == self._manifest_identity:  # loaded by another call
             return True
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_SECONDS)  # as each step of a request may wait for this thread
         try:
-            with _short_switches():
-                package = LoadedPackage.load(self.settings, self.package.scorer)
+            package = LoadedPackage.load(self.settings, self.package.scorer)
         except (ValueError, OSError) as error:
             newest = self._identify_manifest()
             if newest not in (None, identity):  # later additions removed files of this one
@@ -215,20 +216,11 @@ class ScoringService:
             version = self.package.version
             logger.error(f"the new package is not served, version {version} still is: {error}")
             return False
+        finally:
+            sys.setswitchinterval(interval)
         metrics.WORKERS.labels(self.package.version).set(0)
         self.package = package
         self.count_worker()
         self._manifest_identity, self._failures, self._retry_at = identity, 0, 0.0
         logger.info("serving version %s", self.package.version)
         return True
-
-
-@contextmanager
-def _short_switches() -> Iterator[None]:
-    """Switch threads often, as each step of a request may wait for the loading thread."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(SWITCH_SECONDS)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(interval)
