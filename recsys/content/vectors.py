@@ -5,7 +5,7 @@ R items that this rank needs.
 """
 
 from collections.abc import Callable
-from dataclasses import InitVar, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
@@ -33,30 +33,21 @@ class ContentVectors:
     """Content vectors and, for similarities, the mean token of each of the M modalities."""
 
     target: Tensor  # [B, D], with gradient into fusion and encoders
-    history: InitVar[Tensor | None]  # [U, D], of `history_items`, after the history map
+    history: Tensor | None  # [U, D], after the history map; None until `read_history`
     target_modalities: Tensor  # [B, M, D]; zero where an item lacks a modality
-    history_modalities: InitVar[Tensor | None]  # [U, M, D]
+    history_modalities: Tensor | None  # [U, M, D]
     negatives: Tensor | None = None  # [S, D], encoded as the targets are
     negative_modalities: Tensor | None = None  # [S, M, D]
-    read: InitVar[ReadHistory | None] = None
+    read: ReadHistory | None = None
     # The history before its map, for kernels that apply it elsewhere; a collective like `read`.
     read_stored: Callable[[], StoredHistory] | None = None
-
-    def __post_init__(
-        self, history: Tensor | None, history_modalities: Tensor | None, read: ReadHistory | None
-    ) -> None:
-        self._read = read
-        self._history: tuple[Tensor, Tensor] | None = None
-        if read is None:
-            assert history is not None and history_modalities is not None
-            self._history = history, history_modalities
 
     def read_history(self) -> tuple[Tensor, Tensor]:  # [U, D], [U, M, D]
         """Return [U, D] vectors of the history items and [U, M, D] mean tokens of their modalities.
 
         A collective at the first call: all ranks call it, or none. It may wait, so call it late.
         """
-        if self._history is None:
-            assert self._read is not None
-            self._history = self._read()
-        return self._history
+        if self.history is None or self.history_modalities is None:
+            assert self.read is not None
+            self.history, self.history_modalities = self.read()
+        return self.history, self.history_modalities

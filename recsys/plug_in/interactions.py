@@ -68,11 +68,6 @@ class WidenedModule(nn.Module):
         return output
 
 
-def no_columns(rows: Tensor) -> Tensor:  # [B, ...] -> [B, 0]
-    """Return a tensor without columns for these rows."""
-    return torch.zeros(len(rows), 0, device=rows.device)
-
-
 class DotProducts(nn.Module):
     """DLRM: the dot products of each content vector with dense, sparse and content vectors."""
 
@@ -147,7 +142,7 @@ class Projections(nn.Module):
     def forward(self, dense: Tensor, sparse: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         content_columns = vectors.flatten(1)
         with self.branch1.added(content_columns), self.branch2.added(content_columns):
-            return self._original[0](dense, sparse), no_columns(dense)
+            return self._original[0](dense, sparse), dense.new_zeros(len(dense), 0)
 
 
 def widened_interaction(

@@ -23,7 +23,7 @@ from recsys.model.losses import ContentIDContrastive
 from recsys.optimizer.dense import DenseGroup, parameter_groups
 from recsys.optimizer.running_statistics import RunningStatistics
 from recsys.plug_in.batches import ContentBatches, ItemContent
-from recsys.plug_in.interactions import WidenedModule, no_columns, widened_interaction
+from recsys.plug_in.interactions import WidenedModule, widened_interaction
 from recsys.plug_in.settings import ContentRates, PlugInSettings
 from recsys.ranking.layers.content_interest import ContentInterest
 from recsys.ranking.layers.fields import history_numbers, num_history_numbers
@@ -60,7 +60,8 @@ class ContentInputLayer(nn.Module):
         """Return the inputs; in training a collective if encoders have batch normalisation."""
         content = self.branch(batch)
         self.statistics.average()
-        vectors, features = [self.target_map(content.target)], no_columns(content.target)
+        vectors = [self.target_map(content.target)]
+        features = content.target.new_zeros(len(content.target), 0)
         if self.interest is not None:
             # The first C columns of the interest are its vector, the others single features.
             history, parallel = batch.history.jagged(), batch.history.values
@@ -115,8 +116,6 @@ class DLRMWithContent(nn.Module):
 
     dense_arch: nn.Module
     sparse_arch: nn.Module
-    content: ContentInputLayer
-    content_head: ContentHead
 
     def __init__(self, dlrm: DLRM, items: ItemContent, settings: PlugInSettings) -> None:
         super().__init__()
@@ -126,8 +125,7 @@ class DLRMWithContent(nn.Module):
         for name, child in dlrm.named_children():
             self.add_module(name, child)
         dim, has_history = dlrm.sparse_arch.D, settings.history is not None
-        content = ContentInputLayer(items.branch, settings.content, dim, has_history)
-        self.content = content
+        self.content = content = ContentInputLayer(items.branch, settings.content, dim, has_history)
         self.content_head = ContentHead(dlrm, content.num_vectors, content.num_features, dim)
 
     def rank(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

@@ -78,18 +78,12 @@ class AddedItems:
         self, index: np.ndarray, vectors: Tensor
     ) -> tuple[np.ndarray, Tensor]:  # INDEX_TYPE, and as many vectors [E]
         """Return index and vectors of these items and of new ones, which replace equal items."""
-        old = self.index[~np.isin(self.index["item"], index["item"])]
-        union = np.concatenate([old, index])
-        union = union[np.argsort(union["item"])]
-        width = vectors.shape[1] if self.vectors is None else self.vectors.shape.dim
-        result = torch.empty(len(union), width)
-        if self.vectors is not None:
-            positions, is_old = lookup(self.index, union["item"])
-            result[torch.from_numpy(is_old)] = self.vectors.rows(positions[is_old])
-        if len(index):
-            positions, is_new = lookup(index, union["item"])
-            result[torch.from_numpy(is_new)] = vectors[torch.from_numpy(positions[is_new])]
-        return union, result
+        remaining = np.flatnonzero(~np.isin(self.index["item"], index["item"]))
+        old = vectors[:0] if self.vectors is None else self.vectors.rows(remaining)
+        new = vectors if len(index) else old[:0]  # without new items, vectors have no width
+        union = np.concatenate([self.index[remaining], index])
+        order = np.argsort(union["item"])
+        return union[order], torch.cat([old, new])[torch.from_numpy(order)]
 
     def write_next(
         self,

@@ -4,8 +4,7 @@ Shapes: N candidates, L events of a history, K values of a list.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -16,8 +15,7 @@ from recsys.serving.scorer import Scorer
 from recsys.serving.server.protocol import NamedTensor, RequestError
 
 
-@dataclass(frozen=True)
-class ScoreArguments:
+class ScoreArguments(NamedTuple):
     """Arguments of `Scorer.score`."""
 
     user: Mapping[str, Any]
@@ -106,11 +104,11 @@ class InputColumns:
 
     def check(self, arguments: ScoreArguments, limits: ServerSettings) -> None:
         """Require columns of the package and sizes within the limits; a RequestError names them."""
-        history, candidates = arguments.history, arguments.candidates
+        user, history, candidates = arguments
         if not isinstance(candidates, Mapping):
             candidates = {self.item: candidates}
         events = history if isinstance(history, Mapping) else {"items": history}
-        for name, value in arguments.user.items():
+        for name, value in user.items():
             _require_column(name, self.user, "user")
             _check_size(f"user: '{name}'", [value], 1, limits)
         for name, values in events.items():

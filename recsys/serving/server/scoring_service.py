@@ -69,7 +69,7 @@ class LoadedPackage:
 
     def score(self, arguments: ScoreArguments) -> np.ndarray:  # float32 [N, C]
         scorer = self.scorer
-        rows = scorer.read(arguments.user, arguments.history, arguments.candidates)
+        rows = scorer.read(*arguments)
         metrics.CANDIDATES.observe(len(rows.target))
         metrics.count_values("unknown", scorer.read.unknown_ids(rows))
         metrics.count_values("null", rows.nulls)
