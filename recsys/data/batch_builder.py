@@ -4,6 +4,7 @@ Shapes: B batch, N history items of the whole batch, U unique items, n ids, C co
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -75,6 +76,7 @@ def keyed_jagged(
     )
 
 
+@dataclass(eq=False)
 class BatchBuilder:
     """Turns rows of impressions into a `Batch`; several threads may call it at once.
 
@@ -82,19 +84,15 @@ class BatchBuilder:
     instead of read from the bank. `content_histories` are extra histories whose content is read.
     """
 
-    def __init__(
-        self,
-        schema: Schema,
-        pooled_features: list[str],
-        store: ContentStore | None = None,
-        encode_history: bool = False,
-        with_labels: bool = True,
-        content_histories: Sequence[str] = (),
-    ) -> None:
-        self.schema, self.store, self.pooled_features = schema, store, pooled_features
-        self.encode_history, self.with_labels = encode_history, with_labels
-        self.content_histories = content_histories
-        self.unique_items = UniqueItems(schema.item_id_limit or 2**63)  # raw ids have no limit
+    schema: Schema
+    pooled_features: list[str]
+    store: ContentStore | None = None
+    encode_history: bool = False
+    with_labels: bool = True
+    content_histories: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        self.unique_items = UniqueItems(self.schema.item_id_limit or 2**63)  # raw ids: no limit
 
     def __call__(self, rows: RowColumns | pa.Table) -> Batch:
         """Return the batch of these rows; it shares memory with `RowColumns`, but copies tables."""

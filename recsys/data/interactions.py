@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache, partial
 from itertools import accumulate, chain
 from typing import Any, Literal, TypeVar
@@ -51,28 +52,26 @@ def in_order(jobs: Iterable[Callable[[], T]], submit: Submit, ahead: int) -> Gen
         yield pending.popleft()()
 
 
+@dataclass(eq=False)
 class Interactions:
     """Batches of one rank's share of a split; all ranks have equally many, of the same sizes.
 
     A rank with fewer rows adds a padding row. `seed` shuffles the rows, differently in each epoch.
     """
 
-    def __init__(
-        self,
-        rows: RowSource,
-        build: BatchBuilder,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int | None = None,
-    ) -> None:
-        if seed is not None and rows.num_rows < world_size:
+    rows: RowSource
+    build: BatchBuilder
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.seed is not None and self.rows.num_rows < self.world_size:
             raise ValueError(
-                f"{rows.chunks[0].place}: {rows.num_rows} training rows cannot be shared by "
-                f"{world_size} ranks; start fewer ranks"
+                f"{self.rows.chunks[0].place}: {self.rows.num_rows} training rows cannot be shared "
+                f"by {self.world_size} ranks; start fewer ranks"
             )
-        self.rows, self.build, self.batch_size = rows, build, batch_size
-        self.rank, self.world_size, self.seed = rank, world_size, seed
         self.begin(0)
 
     def begin(self, epoch: int, stages: Sequence[Stage] = (), first_batch: int = 0) -> None:

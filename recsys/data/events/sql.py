@@ -119,10 +119,7 @@ class DuckDBEngine(_Results):
 
     def add(self, name: str, query: str) -> None:
         """Make a stage of a query's result."""
-        file = self._new_file(name)
-        with self._explained():
-            self._duckdb.execute(f"COPY ({query}) TO {path_literal(file)} ({READ_SOON})")
-        self.read_saved(name, [file])
+        self.read_saved(name, self.save(query, self._new_file(name)))
 
     def save(self, query: str, file: Path, by: str | None = None) -> list[Path]:
         """Write a query's result as Parquet: `file`, or `BY=VALUE/NAME-*` beside it."""
@@ -171,9 +168,9 @@ class DuckDBEngine(_Results):
                 write_parts(batches, folder / value, GROUP_ROWS, self._threads, complete)
 
     @staticmethod
-    def min_of_last(column: str, number: int, condition: str) -> str:
-        """Return SQL of the least of a column's `number` largest values in rows that qualify."""
-        return f"list_min(max({column}, {number}) FILTER (WHERE {condition}))"
+    def first_of_last(number: int, condition: str) -> str:
+        """Return SQL of the earliest of the `number` latest times in rows that qualify."""
+        return f"list_min(max(ts, {number}) FILTER (WHERE {condition}))"
 
     def _add_batches(self, name: str, batches: Batches, schema: pa.Schema) -> None:
         file = self._new_file(name)
@@ -294,9 +291,9 @@ class SparkEngine(_Results):
             self._spark.read.parquet(*urls).createOrReplaceTempView(name)
 
     @staticmethod
-    def min_of_last(column: str, number: int, condition: str) -> str:
-        values = f"sort_array(collect_list({column}) FILTER (WHERE {condition}), false)"
-        return f"array_min(slice({values}, 1, {number}))"
+    def first_of_last(number: int, condition: str) -> str:
+        times = f"sort_array(collect_list(ts) FILTER (WHERE {condition}), false)"
+        return f"array_min(slice({times}, 1, {number}))"
 
     def _write(self, frame: Any, folder: Path, rows_per_group: int) -> int:
         options = {"compression": "zstd", "parquet.block.row.count.limit": str(rows_per_group)}

@@ -75,7 +75,6 @@ class Calendar:
     unit: Literal["day", "hour"]
 
     def periods(self, day: date) -> list[Period]:
-        """Return the periods of a day in order."""
         first, end = (moment(str(start), self.zone) for start in (day, day + timedelta(1)))
         if self.unit == "day":
             return [(str(day), first, end)]
@@ -101,10 +100,8 @@ class Calendar:
 
     def last_ended(self, now: int) -> str:
         """Return the name of the last period that has ended at a time."""
-        today = datetime.fromtimestamp(now / MICROS["s"], ZoneInfo(self.zone)).date()
-        days = [today - timedelta(age) for age in (2, 1, 0)]  # a zone may have skipped yesterday
-        periods = [period for day in days for period in self.periods(day)]
-        return [name for name, _, end in periods if end <= now][-1]
+        today = now // DAY
+        return [name for name, _, end in self.around([today - 1, today]) if end <= now][-1]
 
 
 def to_micros(values: pa.Array, unit: str, zone: str, form: str | None = None) -> pa.Array:
