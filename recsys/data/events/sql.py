@@ -212,6 +212,7 @@ class SparkEngine(_Results):
     def __init__(self, work: Path, master: str) -> None:
         try:
             from pyspark.sql import SparkSession
+            from pyspark.sql.pandas.types import from_arrow_schema
         except ImportError as error:
             raise missing_extra("spark", "--engine spark, with Java 17,", error) from error
         active = SparkSession.getActiveSession()
@@ -224,7 +225,7 @@ class SparkEngine(_Results):
             # Spark's default number of tasks is for clusters; here most time would be start-up.
             tasks = self._spark.sparkContext.defaultParallelism
             self._spark.conf.set("spark.sql.shuffle.partitions", tasks)
-        self.work = work
+        self.work, self._schema_of = work, from_arrow_schema
 
     def close(self) -> None:
         if self._started is not None:
@@ -241,7 +242,7 @@ class SparkEngine(_Results):
 
         num_partitions = min(len(tasks), 10 * self._spark.sparkContext.defaultParallelism)
         frame = self._spark.range(len(tasks)).repartition(num_partitions)
-        self._save(name, frame.mapInArrow(read, _spark_schema(readers[0].schema)))
+        self._save(name, frame.mapInArrow(read, self._schema_of(readers[0].schema)))
 
     def add(self, name: str, query: str) -> None:
         self._save(name, self._spark.sql(query))
@@ -253,7 +254,7 @@ class SparkEngine(_Results):
         self, name: str, query: str, by: list[str], order: list[str], function: BatchFunction
     ) -> None:
         frame = self._spark.sql(query).repartition(*by).sortWithinPartitions(*by, *order)
-        self._save(name, frame.mapInArrow(function, _spark_schema(function.schema)))
+        self._save(name, frame.mapInArrow(function, self._schema_of(function.schema)))
 
     def table(self, query: str) -> pa.Table:
         with _spark_explained():
@@ -333,12 +334,6 @@ def open_engine(
             yield engine
     finally:
         shutil.rmtree(work, ignore_errors=True)
-
-
-def _spark_schema(schema: pa.Schema) -> Any:
-    from pyspark.sql.pandas.types import from_arrow_schema
-
-    return from_arrow_schema(schema)
 
 
 def _start(builder: Any, master: str) -> Any:
