@@ -136,10 +136,12 @@ class ItemTable:
                 "vocabulary of kind exact, or raise num_embeddings"
             )
 
+        def second_row(ids: np.ndarray, row: int) -> str:
+            return message.format(ids[row])
+
         for (file, first_row, _), ids in zip(chunks, np.split(repeated, stops), strict=True):
             report = partial(self.bad_rows.add, file, self.items.id, first_row)
-            problem = "a second row of an item"
-            report(ids >= 0, problem, lambda row, ids=ids: message.format(ids[row]))
+            report(ids >= 0, "a second row of an item", partial(second_row, ids))
         self.ids, self.rows = self.ids[~again], self.rows[~again]
 
     def chunks(self, name: str) -> Iterator[Chunk]:
