@@ -281,7 +281,7 @@ class KeptEvents:
             lengths[test] = max(history.length, lengths.get(test, 0))
         first_times = []
         for number, (test, length) in enumerate(lengths.items()):
-            first = self.engine.min_of_last("ts", length, f"arrived <= {settled} AND ({test})")
+            first = self.engine.first_of_last(length, f"arrived <= {settled} AND ({test})")
             first_times.append(f"{first} AS since_{number}")
             conditions.append(f"({test}) AND ts >= coalesce(since_{number}, {FOREVER})")
         is_kept = " OR ".join(f"({condition})" for condition in conditions)

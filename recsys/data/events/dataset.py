@@ -82,7 +82,15 @@ class DatasetWriter:
 
     def _write_dataset(self, conditions: dict[str, str], folder: Path, items: Path | None) -> None:
         """Write a dataset; `schema.yaml` and fitted transforms come last."""
-        self._write_splits(conditions, folder)
+        names, complete = self.columns()
+        for split in SPLITS:
+            query = (
+                f"SELECT {names} FROM complete c WHERE {conditions[split]} "
+                "ORDER BY c.ts, c.uid, c.iid, c.position"
+            )
+            if not self.engine.write(query, folder / split, complete=complete):
+                window = f" of {folder.name}" if self.config.split.by == "windows" else ""
+                raise ValueError(_no_rows(self.config, split + window))
         train = f"{conditions['train']}{self.is_logged}"
         pq.write_table(self.item_counts(conditions["train"]), folder / "item_counts.parquet")
         sizes = self.write_vocabularies(self._ids(train), folder)
@@ -128,17 +136,6 @@ class DatasetWriter:
         read |= {name: quoted(name) for name in slice_columns(config.histories)}
         read[MOMENT] = "ts"
         return aligned(read, read), partial(self.files.with_lists, columns=list(columns))
-
-    def _write_splits(self, conditions: dict[str, str], folder: Path) -> None:
-        names, complete = self.columns()
-        for split in SPLITS:
-            query = (
-                f"SELECT {names} FROM complete c WHERE {conditions[split]} "
-                "ORDER BY c.ts, c.uid, c.iid, c.position"
-            )
-            if not self.engine.write(query, folder / split, complete=complete):
-                window = f" of {folder.name}" if self.config.split.by == "windows" else ""
-                raise ValueError(_no_rows(self.config, split + window))
 
     @property
     def is_logged(self) -> str:

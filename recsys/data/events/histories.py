@@ -209,7 +209,7 @@ def _add_recent_events(
     delay = max((duration(text) or 0 for text in delays), default=0)
     longest = max((duration(count.within) or 0 for count in counts), default=-FOREVER)
     first_times = [f"any_value(settled) - ({longest})"] + [
-        f"coalesce({engine.min_of_last('ts', history.length, test)}, {FOREVER})"
+        f"coalesce({engine.first_of_last(history.length, test)}, {FOREVER})"
         for history in config.histories.values()
         for test in [f"arrived <= settled AND ({actions_in(history.actions)})"]
     ]

@@ -119,10 +119,7 @@ class DuckDBEngine(_Results):
 
     def add(self, name: str, query: str) -> None:
         """Make a stage of a query's result."""
-        file = self._new_file(name)
-        with self._explained():
-            self._duckdb.execute(f"COPY ({query}) TO {path_literal(file)} ({READ_SOON})")
-        self.read_saved(name, [file])
+        self.read_saved(name, self.save(query, self._new_file(name)))
 
     def save(self, query: str, file: Path, by: str | None = None) -> list[Path]:
         """Write a query's result as Parquet: `file`, or `BY=VALUE/NAME-*` beside it."""
@@ -171,9 +168,9 @@ class DuckDBEngine(_Results):
                 write_parts(batches, folder / value, GROUP_ROWS, self._threads, complete)
 
     @staticmethod
-    def min_of_last(column: str, number: int, condition: str) -> str:
-        """Return SQL of the least of a column's `number` largest values in rows that qualify."""
-        return f"list_min(max({column}, {number}) FILTER (WHERE {condition}))"
+    def first_of_last(number: int, condition: str) -> str:
+        """Return SQL of the earliest of the `number` latest times in rows that qualify."""
+        return f"list_min(max(ts, {number}) FILTER (WHERE {condition}))"
 
     def _add_batches(self, name: str, batches: Batches, schema: pa.Schema) -> None:
         file = self._new_file(name)
@@ -215,6 +212,7 @@ class SparkEngine(_Results):
     def __init__(self, work: Path, master: str) -> None:
         try:
             from pyspark.sql import SparkSession
+            from pyspark.sql.pandas.types import from_arrow_schema
         except ImportError as error:
             raise missing_extra("spark", "--engine spark, with Java 17,", error) from error
         active = SparkSession.getActiveSession()
@@ -227,7 +225,7 @@ class SparkEngine(_Results):
             # Spark's default number of tasks is for clusters; here most time would be start-up.
             tasks = self._spark.sparkContext.defaultParallelism
             self._spark.conf.set("spark.sql.shuffle.partitions", tasks)
-        self.work = work
+        self.work, self._schema_of = work, from_arrow_schema
 
     def close(self) -> None:
         if self._started is not None:
@@ -244,7 +242,7 @@ class SparkEngine(_Results):
 
         num_partitions = min(len(tasks), 10 * self._spark.sparkContext.defaultParallelism)
         frame = self._spark.range(len(tasks)).repartition(num_partitions)
-        self._save(name, frame.mapInArrow(read, _spark_schema(readers[0].schema)))
+        self._save(name, frame.mapInArrow(read, self._schema_of(readers[0].schema)))
 
     def add(self, name: str, query: str) -> None:
         self._save(name, self._spark.sql(query))
@@ -256,7 +254,7 @@ class SparkEngine(_Results):
         self, name: str, query: str, by: list[str], order: list[str], function: BatchFunction
     ) -> None:
         frame = self._spark.sql(query).repartition(*by).sortWithinPartitions(*by, *order)
-        self._save(name, frame.mapInArrow(function, _spark_schema(function.schema)))
+        self._save(name, frame.mapInArrow(function, self._schema_of(function.schema)))
 
     def table(self, query: str) -> pa.Table:
         with _spark_explained():
@@ -294,9 +292,9 @@ class SparkEngine(_Results):
             self._spark.read.parquet(*urls).createOrReplaceTempView(name)
 
     @staticmethod
-    def min_of_last(column: str, number: int, condition: str) -> str:
-        values = f"sort_array(collect_list({column}) FILTER (WHERE {condition}), false)"
-        return f"array_min(slice({values}, 1, {number}))"
+    def first_of_last(number: int, condition: str) -> str:
+        times = f"sort_array(collect_list(ts) FILTER (WHERE {condition}), false)"
+        return f"array_min(slice({times}, 1, {number}))"
 
     def _write(self, frame: Any, folder: Path, rows_per_group: int) -> int:
         options = {"compression": "zstd", "parquet.block.row.count.limit": str(rows_per_group)}
@@ -336,12 +334,6 @@ def open_engine(
             yield engine
     finally:
         shutil.rmtree(work, ignore_errors=True)
-
-
-def _spark_schema(schema: pa.Schema) -> Any:
-    from pyspark.sql.pandas.types import from_arrow_schema
-
-    return from_arrow_schema(schema)
 
 
 def _start(builder: Any, master: str) -> Any:

@@ -101,10 +101,8 @@ class Calendar:
 
     def last_ended(self, now: int) -> str:
         """Return the name of the last period that has ended at a time."""
-        today = datetime.fromtimestamp(now / MICROS["s"], ZoneInfo(self.zone)).date()
-        days = [today - timedelta(age) for age in (2, 1, 0)]  # a zone may have skipped yesterday
-        periods = [period for day in days for period in self.periods(day)]
-        return [name for name, _, end in periods if end <= now][-1]
+        today = now // DAY
+        return [name for name, _, end in self.around([today - 1, today]) if end <= now][-1]
 
 
 def to_micros(values: pa.Array, unit: str, zone: str, form: str | None = None) -> pa.Array:

@@ -37,7 +37,6 @@ class ContentStore:
         cache: Path,
         may_be_empty: bool = False,
     ) -> None:
-        assert items.schema.items is not None
         self.items, self.kinds, self.cache = items, make_kinds(modalities), cache
         self.may_be_empty = may_be_empty
         for kind in self.kinds.values():

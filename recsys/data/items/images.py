@@ -71,16 +71,12 @@ def open_image(encoded: bytes) -> Image.Image:
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of mode {image.mode} have no fixed range")
-    return _upright(image).convert("RGB")
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Return the image turned by its EXIF orientation; damaged EXIF data are ignored."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # of any class, for damaged bytes
+    except Exception:  # of any class, for damaged EXIF data, which are ignored
         orientation = 1
-    return image if orientation == 1 else ImageOps.exif_transpose(image)
+    upright = image if orientation == 1 else ImageOps.exif_transpose(image)
+    return upright.convert("RGB")
 
 
 def _cause_and_fix(error: Exception, encoded: bytes) -> tuple[str, str]:

@@ -134,20 +134,15 @@ def make_kind(where: str, modality: ModalitySettings) -> ModalityKind:
             f"{where}.options are for a class of your own, but {setting} is '{modality.kind}'; "
             "remove them"
         )
-    if modality.kind in MODALITY_KINDS:
-        _refuse_unread_settings(where, modality)
-    return make_part(setting, modality.kind, MODALITY_KINDS, ModalityKind, where, modality)
-
-
-def _refuse_unread_settings(where: str, modality: ModalitySettings) -> None:
     defaults = ModalitySettings(modality.kind, modality.column)
-    for setting, readers in SETTING_READERS.items():
-        is_set = getattr(modality, setting) != getattr(defaults, setting)
+    for name, readers in SETTING_READERS.items() if modality.kind in MODALITY_KINDS else ():
+        is_set = getattr(modality, name) != getattr(defaults, name)
         if is_set and modality.kind not in readers:
             raise ValueError(
-                f"{where}: kind {modality.kind} does not read {setting}; remove it, or change "
+                f"{where}: kind {modality.kind} does not read {name}; remove it, or change "
                 f"`kind` (it is read by: {', '.join(readers)})"
             )
+    return make_part(setting, modality.kind, MODALITY_KINDS, ModalityKind, where, modality)
 
 
 def make_kinds(modalities: Mapping[str, ModalitySettings]) -> dict[str, ModalityKind]:
