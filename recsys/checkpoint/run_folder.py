@@ -21,7 +21,14 @@ from recsys.data.item_frequency import ItemCounts
 from recsys.data.schema import vocabulary_file
 from recsys.distributed.job import JobName, restarts
 from recsys.distributed.ranks import Ranks
-from recsys.storage.files import atomic_file, atomic_write, read_json, recover_folder, regular_file
+from recsys.storage.files import (
+    atomic_file,
+    atomic_write,
+    read_json,
+    recover_folder,
+    regular_file,
+    write_json,
+)
 from recsys.storage.location import Location
 
 ITEM_COUNTS = "item_counts.npy"
@@ -100,7 +107,7 @@ def was_restarted(run: Path) -> bool:
 
 def _write_job(run: Path, finished: bool, **results: str | None) -> None:
     content = {**asdict(JobName.from_environment()), "finished": finished, **results}
-    atomic_write(run / JOB, json.dumps(content) + "\n")
+    write_json(run / JOB, content)
 
 
 def finish_run(run: Path) -> None:
@@ -134,7 +141,7 @@ def begin_run(run: Path, job: Job, item_counts: ItemCounts, skipped_rows: dict[s
         run.mkdir(parents=True, exist_ok=True)
         _write_job(run, finished=False)
         item_counts.save(run / ITEM_COUNTS)  # rank 0 has the counts of all ranks
-        atomic_write(run / SKIPPED_ROWS, json.dumps(skipped_rows, indent=1) + "\n")
+        write_json(run / SKIPPED_ROWS, skipped_rows, indent=1)
         keep_vocabularies(run, job)
         write_run_schema(run, job.schema)
 

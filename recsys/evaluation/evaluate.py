@@ -208,13 +208,6 @@ def _without_weight(split: Location, column: str | None) -> ValueError:
     return ValueError(f"{problem}; write weights above 0, or remove it from schema.yaml")
 
 
-def require_usable(rows: RowSource, split: Location, scored: Mapping[str, Tensor]) -> None:
-    """Raise a ValueError if a logit is not finite, or if all weights are 0."""
-    require_finite(scored, rows)
-    if len(weights := scored.get("weights", torch.ones(1))) and not weights.any():
-        raise _without_weight(split, rows.schema.weight)
-
-
 def fill_bank(job: Job, lockstep: Lockstep | None = None) -> None:
     """Encode every item with a table row and write its vector to the memory bank. A collective."""
 
@@ -327,6 +320,22 @@ def split_scores(schema: Schema, scored: dict[str, Tensor], item_counts: ItemCou
     return SplitScores(**columns, label_names=labels, losses=schema.label_losses)
 
 
+def usable_scores(
+    job: Job, split: str, rows: RowSource, scored: dict[str, Tensor], item_counts: ItemCounts
+) -> SplitScores | None:
+    """Return the scores of a split on rank 0, else None. A collective.
+
+    A logit that is not finite, or weights that are all 0, are a ValueError on every rank.
+    """
+    with job.ranks.raise_on_all_ranks():
+        if not job.ranks.is_first:
+            return None
+        require_finite(scored, rows)
+        if len(weights := scored.get("weights", torch.ones(1))) and not weights.any():
+            raise _without_weight(job.root / split, rows.schema.weight)
+        return split_scores(job.schema, scored, item_counts)
+
+
 def evaluate_split(
     job: Job,
     split: str,
@@ -353,10 +362,9 @@ def evaluate_split(
     if shows_skipped:
         interactions.rows.skipped(job.ranks, split)
     report: dict[str, Any] = {}
+    scores = usable_scores(job, split, interactions.rows, scored, item_counts)
     with job.ranks.raise_on_all_ranks():
-        if job.ranks.is_first:
-            require_usable(interactions.rows, job.root / split, scored)
-            scores = split_scores(job.schema, scored, item_counts)
+        if scores is not None:
             report = scores_report(scores, make_metrics(job.config.metrics))
             if scores_to is not None:
                 write_scores(scores, scores_to, model)

@@ -1,6 +1,5 @@
 """Evaluate and predict with a finished run. Shapes: N rows of a file or row group, C labels."""
 
-import json
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -32,7 +31,7 @@ from recsys.evaluation.forward_pass import require_finite, rows_per_batch
 from recsys.evaluation.scores import scores_file
 from recsys.model.losses import predictions
 from recsys.model.tables import scoring_config
-from recsys.storage.files import atomic_file, atomic_write, regular_file
+from recsys.storage.files import atomic_file, regular_file, write_json
 from recsys.storage.location import Location
 from recsys.storage.output_file import check_output
 
@@ -98,7 +97,7 @@ def evaluate(run: Path, data: str | None, split: str, ranks: Ranks, device: str)
                 )
             if not can_store:
                 raise ValueError(f"{file}: {run} cannot be written to; the result is printed only")
-            atomic_write(file, json.dumps(report, indent=2) + "\n")
+            write_json(file, report, indent=2)
     return report
 
 

@@ -36,7 +36,7 @@ from recsys.evaluation.blend_fit import fit_blend
 from recsys.evaluation.further_metrics import make_metrics
 from recsys.evaluation.model_selection import require_useful, slack_for
 from recsys.evaluation.scores import SplitScores, read_scores, write_scores
-from recsys.storage.files import atomic_write
+from recsys.storage.files import write_json
 from recsys.storage.location import Location
 from recsys.training import initial_state
 from recsys.training.continual import changes
@@ -245,7 +245,7 @@ class PartitionRun:
         ranks.on_first(run_folder.describe_run, run, job, self.continual.data)
         if plan is not None:
             ranks.on_first(initial_state.describe_start, run, plan)
-        ranks.on_first(atomic_write, run / PARTITION, json.dumps({"name": current.name}) + "\n")
+        ranks.on_first(write_json, run / PARTITION, {"name": current.name})
         return progress
 
     def _write_scores(
@@ -284,8 +284,7 @@ class PartitionRun:
         with job.averaged():
             trainer.checkpoints.save_best(progress)
         metrics = {"partition": self.partition.name, **training_metrics(progress, self.ranks)}
-        file, text = self.run / run_folder.METRICS, json.dumps(metrics, indent=2) + "\n"
-        self.ranks.on_first(atomic_write, file, text)
+        self.ranks.on_first(write_json, self.run / run_folder.METRICS, metrics, 2)
         self.ranks.on_first(run_folder.finish_run, self.run)
 
     def require_useful_scores(self) -> None:
@@ -333,15 +332,12 @@ def score_partition(job: Job, item_counts: ItemCounts, lockstep: Lockstep) -> Sp
     ranks = job.ranks
     interactions, unknown = evaluate.split_interactions(job, "train"), UnknownIds(job.schema)
     scored = evaluate.score(job, interactions, lockstep, unknown, with_evidence=True)
+    rows, folder = interactions.rows, job.train_folder
     if job.config.on_bad_row == "skip":
-        interactions.rows.skipped(ranks, job.train_folder)
-    scores = None
-    with ranks.raise_on_all_ranks():
-        if ranks.is_first:
-            evaluate.require_usable(interactions.rows, job.root / job.train_folder, scored)
-            scores = evaluate.split_scores(job.schema, scored, item_counts)
+        rows.skipped(ranks, folder)
+    scores = evaluate.usable_scores(job, folder, rows, scored, item_counts)
     fit_blend(job, dict(scored))
-    if (line := format_unknown(job.train_folder, unknown.totals(ranks.group))) is not None:
+    if (line := format_unknown(folder, unknown.totals(ranks.group))) is not None:
         logger.info(line)
     return scores
 
