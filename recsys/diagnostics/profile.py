@@ -101,8 +101,11 @@ def label_modules(em3: EM3) -> ExitStack:
     modules.append((em3.id_reader, "output dist"))  # waits for the vectors
     if em3.content is not None:
         modules += [(em3.content, "content"), (em3.content.fusion, "fusion")]
+        encoder: Any
         for encoder in em3.content.encoders.values():
-            _label_encode(encoder, hooks)
+            # `record_function` as a decorator opens a range at each call.
+            encoder.encode = record_function("## encoders ##")(encoder.encode)
+            hooks.callback(delattr, encoder, "encode")
     for module, label in modules:
         _label_forward(module, label, hooks)
     return hooks
@@ -120,9 +123,3 @@ def _label_forward(module: nn.Module, label: str, hooks: ExitStack) -> None:
 
     hooks.callback(module.register_forward_pre_hook(begin, prepend=True).remove)
     hooks.callback(module.register_forward_hook(end, always_call=True).remove)
-
-
-def _label_encode(encoder: Any, hooks: ExitStack) -> None:
-    # `record_function` as a decorator opens a range at each call.
-    encoder.encode = record_function("## encoders ##")(encoder.encode)
-    hooks.callback(delattr, encoder, "encode")

@@ -91,10 +91,7 @@ def check_data(
             if split == "train" or not isinstance(settings, RetrievalSettings):
                 counts[split] = count_items(rows, ranks.rank, ranks.world_size, reader)
             else:
-                queries = QueryPositions(job.schema, reader)
-                counts[split] = count_items(rows, ranks.rank, ranks.world_size, queries.read)
-                # Unusable moments would end a search only after training.
-                later_items(job, settings, rows, queries.positions())
+                counts[split] = _count_and_check_moments(job, settings, rows, reader)
         if job.schema.weight and not sum(ranks.gather(int(counts[split].counts.sum()))):
             folder = job.train_folder if split == "train" else split
             raise _without_weight(job.root / folder, job.schema.weight)
@@ -112,24 +109,24 @@ def check_data(
     return CheckedRows(counted, skipped, numbers)
 
 
-class QueryPositions:
-    """Collects positions of the rows of a rank's share that a search queries; see `_add_queries`.
+def _count_and_check_moments(
+    job: Job,
+    settings: RetrievalSettings,
+    rows: RowSource,
+    also: Callable[[pa.Table], None] | None,
+) -> ItemCounts:
+    """Call `count_items`, and read the moments of the rows that a search queries after training."""
+    label, positions = job.schema.of_kind("label")[0], [np.zeros(0, np.int64)]
 
-    `also` gets each chunk, too.
-    """
+    def read(table: pa.Table) -> None:
+        is_query = rows_that_count(table, job.schema) & (table[label].to_numpy() > 0)
+        positions.append(table[ROW_POSITION].to_numpy()[is_query])  # as `_add_queries` chooses them
+        if also is not None:
+            also(table)
 
-    def __init__(self, schema: Schema, also: Callable[[pa.Table], None] | None) -> None:
-        self.schema, self.label, self.also = schema, schema.of_kind("label")[0], also
-        self._chunks = [np.zeros(0, np.int64)]
-
-    def read(self, table: pa.Table) -> None:
-        is_query = rows_that_count(table, self.schema) & (table[self.label].to_numpy() > 0)
-        self._chunks.append(table[ROW_POSITION].to_numpy()[is_query])
-        if self.also is not None:
-            self.also(table)
-
-    def positions(self) -> torch.Tensor:  # int64 [R]
-        return torch.from_numpy(np.concatenate(self._chunks))
+    counts = count_items(rows, job.ranks.rank, job.ranks.world_size, read)
+    later_items(job, settings, rows, torch.from_numpy(np.concatenate(positions)))
+    return counts
 
 
 class ValidationLabels:

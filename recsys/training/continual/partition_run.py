@@ -40,7 +40,12 @@ from recsys.storage.files import write_json
 from recsys.storage.location import Location
 from recsys.training import initial_state
 from recsys.training.continual import changes
-from recsys.training.continual.partitions import Partition, is_late, require_files_in_order
+from recsys.training.continual.partitions import (
+    Partition,
+    PartitionRange,
+    is_late,
+    require_files_in_order,
+)
 from recsys.training.trackers import Reporter
 from recsys.training.train import training_interactions, training_metrics
 from recsys.training.trainer import Trainer
@@ -82,7 +87,9 @@ class ContinualRun:
     ranks: Ranks
     lockstep: Lockstep  # keeps the ranks on the same batch, and receives requests to end
     writers: Ranks  # the same ranks with a group for checkpoints
-    warm_start: WarmStart | None = None  # the run that the first partition starts from
+    span: PartitionRange  # partitions to walk
+    follow: bool  # wait for further partitions, until the job is asked to end
+    warm_start: WarmStart | None  # the run that the first partition starts from
 
 
 class PartitionRun:
