@@ -35,7 +35,6 @@ class Hardware:
         return self.memory is None
 
     def config(self, device_bytes: int | None, host_bytes: int) -> HardwareConfig:
-        """Return TorchRec's `HardwareConfig` of a rank with this memory."""
         bandwidths = {
             "hbm_mem_bw": self.memory,
             "hbm_to_ddr_mem_bw": self.host_link,

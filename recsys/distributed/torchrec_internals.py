@@ -24,7 +24,6 @@ class DataParallelWrapper(DefaultDataParallelWrapper):
     """TorchRec's wrapper of the dense parameters; a job of one rank gets none."""
 
     def wrap(self, dmp: DistributedModelParallel, env: ShardingEnv, device: torch.device) -> None:
-        """Wrap the model in DistributedDataParallel, or only move it to its device."""
         if env.world_size == 1:
             dmp._dmp_wrapped_module = dmp._dmp_wrapped_module.to(device)
         else:

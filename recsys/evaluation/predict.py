@@ -142,14 +142,10 @@ def _predict(
         logger.info(line)
     if job.config.on_bad_row == "skip":
         rows.skipped(ranks, "input")
-    with ranks.raise_on_all_ranks():
-        if ranks.is_first:
-            require_finite(scored, rows)
+    ranks.on_first(require_finite, scored, rows)
     values = torch.full((rows.num_rows, scored["logits"].shape[1]), torch.nan)
     values[scored["positions"]] = predictions(scored["logits"], job.schema.label_losses)
-    with ranks.raise_on_all_ranks():
-        if ranks.is_first:
-            _write(files, prediction_names(job.schema), values.numpy(), out)
+    ranks.on_first(_write, files, prediction_names(job.schema), values.numpy(), out)
     logger.info("%s predictions written to %s", f"{rows.num_rows:,}", out)
 
 

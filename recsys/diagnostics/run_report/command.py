@@ -114,18 +114,14 @@ def summary(metrics: dict[str, Any], has_probabilities: bool) -> Section:
     test = metrics[SPLIT]
     tables = []
     for label, report in test.get("labels", {"items": test}).items():
-        names = _names(report, has_probabilities)
+        names = {"auc": "AUC", "gauc": "GAUC"} | (PROBABILITIES if has_probabilities else {})
+        if "auc" not in report:
+            names = {name: name.upper() for name in ("rmse", "mae", "nrmse")}
         tables.append(metrics_table(label, names, _by_subset(report)))
     undefined = {} if has_probabilities else dict.fromkeys(PROBABILITIES)
     defined = {subset: values | undefined for subset, values in _by_subset(test).items()}
     verdicts = findings(defined) if "auc" in test else _compared_with_mean("RMSE", test["nrmse"])
     return Section("Test metrics", tables=tables, verdicts=verdicts)
-
-
-def _names(report: dict[str, Any], has_probabilities: bool) -> dict[str, str]:
-    if "auc" not in report:
-        return {name: name.upper() for name in ("rmse", "mae", "nrmse")}
-    return {"auc": "AUC", "gauc": "GAUC"} | (PROBABILITIES if has_probabilities else {})
 
 
 def _compared_with_mean(name: str, ratio: float | None) -> list[str]:

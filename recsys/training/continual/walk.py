@@ -218,7 +218,6 @@ def _earlier_state(continual: ContinualRun) -> RunState:
 
 
 def _log_unused_settings(config: Config) -> None:
-    """Log the settings on validation that a continual run ignores."""
     names = ("epochs", "patience", "patience_share", "validations_per_epoch", "best_model_by")
     default = Config()
     unused = [name for name in names if getattr(config, name) != getattr(default, name)]
