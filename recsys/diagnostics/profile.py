@@ -1,11 +1,9 @@
 """Profile training steps with `torch.profiler`, with the parts of the model named in records."""
 
-from __future__ import annotations
-
 import logging
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
 from torch.autograd.profiler import record_function
@@ -33,7 +31,7 @@ class StepProfile:
         self._hooks = ExitStack()  # removes the hooks
         self._has_printed_reason, self._steps_of_loop = False, 0
 
-    def __enter__(self) -> StepProfile:
+    def __enter__(self) -> Self:
         if self._done:
             return self
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self._is_cuda
