@@ -1,6 +1,5 @@
 """A run's folder: decide whether a job starts it, continues it or must leave it alone."""
 
-import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -95,9 +94,9 @@ def was_restarted(run: Path) -> bool:
     if job == JobName():  # a launcher that counts but gives no name
         return elastic or slurm
     try:
-        stored = json.loads(regular_file(run / JOB).read_text())
+        stored = read_json(run / JOB)
         first_job, finished = JobName(stored["torchrun"], stored["slurm"]), bool(stored["finished"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return False
     # A node that came back reports no restarts, nor does a new job with a finished job's name.
     if job.torchrun and job.torchrun == first_job.torchrun and (elastic or not finished):
