@@ -1,9 +1,8 @@
 """Bandwidths for TorchRec's planner, one-directional: from NVIDIA's data sheets or the settings."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, replace
+from typing import Self
 
 from torchrec.distributed.planner.types import HardwareConfig
 
@@ -24,7 +23,7 @@ class Hardware:
     inter_node: float | None = None  # between nodes, per device
     reserved_share: float = RESERVED_SHARE
 
-    def or_else(self, other: Hardware) -> Hardware:
+    def or_else(self, other: Self) -> Self:
         """Return a copy whose missing bandwidths come from `other`."""
         names = "memory", "host_link", "intra_node", "inter_node"
         values = {name: getattr(self, name) or getattr(other, name) for name in names}

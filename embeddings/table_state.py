@@ -4,7 +4,7 @@ TorchRec's own tensors do not: a shard is read as a whole, moments differ by col
 copies are DTensors. Shapes: R rows, D dimension.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -180,12 +180,11 @@ class TableOptimizerState:
         self.moments = sorted({moment for moments in rank_moments for moment in moments})
         self._unfinished: list[Callable[[], None]] = []
 
-    def state_dict(self, stored: Iterable[str] | None = None) -> State:
+    def state_dict(self, stored: Collection[str] | None = None) -> State:
         """Return tensors to save; given the names `stored` in a checkpoint, tensors to load into.
 
         A row-wise moment has one entry [R] per range of columns.
         """
-        names = None if stored is None else list(stored)
         self._unfinished = []
         state: State = {}
         for moment in self.moments:
@@ -198,8 +197,8 @@ class TableOptimizerState:
             prefix = f"{moment.key}.{moment.name}.columns_"
             shards = weight.metadata().shards_metadata
             ranges = plan_ranges = sorted({_columns(shard) for shard in shards})
-            if names is not None:
-                ends = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+            if stored is not None:
+                ends = [name.removeprefix(prefix) for name in stored if name.startswith(prefix)]
                 pairs = [text.split("_") for text in ends]
                 ranges = sorted((int(first), int(last)) for first, last in pairs)
             rows: dict[Columns, Tensor | ShardedTensor]

@@ -79,11 +79,6 @@ def model_of(run: Path) -> str | None:
     return f"{zlib.crc32(json.dumps(read_manifest(folder), sort_keys=True).encode()):08x}"
 
 
-def best_step(run: Path) -> int:
-    """Return the step of a run's best model; a missing or damaged manifest is a ValueError."""
-    return int(read_manifest(run / "checkpoints" / BEST)["step"])
-
-
 def check_files(folder: Path, manifest: dict[str, Any], rank: int = 0, num_ranks: int = 1) -> None:
     """Raise a ValueError that names the first missing or changed file; each rank checks a share."""
     files = dict(sorted(manifest["files"].items())[rank::num_ranks])

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from recsys.storage.files import atomic_write, read_json
+from recsys.storage.files import atomic_write, read_json, write_json
 
 STATE = "continual.json"
 METRICS_LINES = "metrics.jsonl"
@@ -75,8 +75,7 @@ class ContinualFolder:
             raise ValueError(f"{file}: damaged ({error!r}); bring it back") from error
 
     def write(self, state: RunState) -> None:
-        content = {"format": FORMAT, **asdict(state)}
-        atomic_write(self.path / STATE, json.dumps(content, indent=1) + "\n")
+        write_json(self.path / STATE, {"format": FORMAT, **asdict(state)}, indent=1)
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of `metrics.jsonl`, one a scored partition; damage is a ValueError."""

@@ -1,6 +1,5 @@
 """A run's folder: decide whether a job starts it, continues it or must leave it alone."""
 
-import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +20,14 @@ from recsys.data.item_frequency import ItemCounts
 from recsys.data.schema import vocabulary_file
 from recsys.distributed.job import JobName, restarts
 from recsys.distributed.ranks import Ranks
-from recsys.storage.files import atomic_file, atomic_write, read_json, recover_folder, regular_file
+from recsys.storage.files import (
+    atomic_file,
+    atomic_write,
+    read_json,
+    recover_folder,
+    regular_file,
+    write_json,
+)
 from recsys.storage.location import Location
 
 ITEM_COUNTS = "item_counts.npy"
@@ -88,9 +94,9 @@ def was_restarted(run: Path) -> bool:
     if job == JobName():  # a launcher that counts but gives no name
         return elastic or slurm
     try:
-        stored = json.loads(regular_file(run / JOB).read_text())
+        stored = read_json(run / JOB)
         first_job, finished = JobName(stored["torchrun"], stored["slurm"]), bool(stored["finished"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return False
     # A node that came back reports no restarts, nor does a new job with a finished job's name.
     if job.torchrun and job.torchrun == first_job.torchrun and (elastic or not finished):
@@ -100,7 +106,7 @@ def was_restarted(run: Path) -> bool:
 
 def _write_job(run: Path, finished: bool, **results: str | None) -> None:
     content = {**asdict(JobName.from_environment()), "finished": finished, **results}
-    atomic_write(run / JOB, json.dumps(content) + "\n")
+    write_json(run / JOB, content)
 
 
 def finish_run(run: Path) -> None:
@@ -134,7 +140,7 @@ def begin_run(run: Path, job: Job, item_counts: ItemCounts, skipped_rows: dict[s
         run.mkdir(parents=True, exist_ok=True)
         _write_job(run, finished=False)
         item_counts.save(run / ITEM_COUNTS)  # rank 0 has the counts of all ranks
-        atomic_write(run / SKIPPED_ROWS, json.dumps(skipped_rows, indent=1) + "\n")
+        write_json(run / SKIPPED_ROWS, skipped_rows, indent=1)
         keep_vocabularies(run, job)
         write_run_schema(run, job.schema)
 

@@ -90,7 +90,8 @@ def compare(runs: list[Path], split: str = "test", out: Path | None = None) -> N
     """
     from recsys.checkpoint.partitions import newest_run
     from recsys.distributed.log import print_table
-    from recsys.evaluation.compare import compare_runs, format_comparison, write_comparison
+    from recsys.evaluation.compare import compare_runs, format_comparison
+    from recsys.storage.files import write_json
     from recsys.storage.output_file import check_output
 
     if out is not None:
@@ -98,7 +99,7 @@ def compare(runs: list[Path], split: str = "test", out: Path | None = None) -> N
     comparison = compare_runs([newest_run(run) for run in runs], split)
     print_table(format_comparison(comparison))
     if out is not None:
-        write_comparison(comparison, out)
+        write_json(out, comparison, indent=2)
         logger.info("written to %s", out)
 
 

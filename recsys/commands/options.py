@@ -55,10 +55,10 @@ def command_parser(name: str, argv: Sequence[str]) -> tuple[Command, Parser]:
         elif parameter.kind is POSITIONAL:
             parser.add_argument(key, type=hint, help=texts[key])
         else:
-            kind = _element(hint)
+            lists = [inner for inner in (hint, *get_args(hint)) if get_origin(inner) is list]
             repeated: dict[str, Any] = {"type": hint}
-            if kind:  # `--input A --input B` and `--input A B` are the same
-                repeated = {"nargs": "+", "type": kind, "action": "extend"}
+            if lists:  # `--input A --input B` and `--input A B` are the same
+                repeated = {"nargs": "+", "type": get_args(lists[0])[0], "action": "extend"}
             default = {"required": True} if is_required else {"default": parameter.default}
             parser.add_argument(f"--{key}", help=texts[key], **repeated, **default)
     if Config not in hints.values():
@@ -95,12 +95,6 @@ def _local(key: str, value: Any) -> Any:
         return home_expanded(value)
     except ValueError as error:
         raise ValueError(f"{key.replace('_', '-')}: {error}") from error
-
-
-def _element(hint: Any) -> Any:
-    """Return the element type of an option that takes a list, else None."""
-    lists = (inner for inner in (hint, *get_args(hint)) if get_origin(inner) is list)
-    return next((get_args(list_hint)[0] for list_hint in lists), None)
 
 
 def require_schema(data: str) -> None:

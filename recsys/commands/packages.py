@@ -1,6 +1,5 @@
 """Commands that write, change and serve packages and item vectors of finished runs."""
 
-import json
 import logging
 import os
 from dataclasses import replace
@@ -216,12 +215,12 @@ def baselines(run: Path, data: str | None = None) -> None:
     from recsys.distributed.log import print_table
     from recsys.distributed.ranks import joined_ranks
     from recsys.serving.retrieval.baselines import compare_with_baselines, format_baselines
-    from recsys.storage.files import atomic_write
+    from recsys.storage.files import write_json
 
     with joined_ranks("cpu") as ranks:
         reports, _ = compare_with_baselines(run, data, ranks)
     print_table(format_baselines(reports))
-    atomic_write(run / "baselines_test.json", json.dumps(reports, indent=2) + "\n")
+    write_json(run / "baselines_test.json", reports, indent=2)
 
 
 def semantic_ids(

@@ -120,13 +120,13 @@ def continual(
     from recsys.distributed.lockstep import TrainingStopped
     from recsys.distributed.ranks import joined_ranks
     from recsys.training.continual.partitions import PartitionRange
-    from recsys.training.continual.walk import WalkOptions, train_continually
+    from recsys.training.continual.walk import train_continually
 
     source = None if warm_start is None else WarmStart(warm_start)
-    options = WalkOptions(PartitionRange(from_, until), follow, source)
+    span = PartitionRange(from_, until)
     try:
         with joined_ranks(config.device) as ranks:
-            train_continually(config, data, out, ranks, options)
+            train_continually(config, data, out, ranks, span, follow, source)
     except TrainingStopped:
         _on_first_rank(f"asked to end; {out} has the state, and the same command continues from it")
         return 0 if follow else 128 + signal.SIGTERM

@@ -1,11 +1,9 @@
 """Profile training steps with `torch.profiler`, with the parts of the model named in records."""
 
-from __future__ import annotations
-
 import logging
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
 from torch.autograd.profiler import record_function
@@ -33,7 +31,7 @@ class StepProfile:
         self._hooks = ExitStack()  # removes the hooks
         self._has_printed_reason, self._steps_of_loop = False, 0
 
-    def __enter__(self) -> StepProfile:
+    def __enter__(self) -> Self:
         if self._done:
             return self
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self._is_cuda
@@ -101,8 +99,11 @@ def label_modules(em3: EM3) -> ExitStack:
     modules.append((em3.id_reader, "output dist"))  # waits for the vectors
     if em3.content is not None:
         modules += [(em3.content, "content"), (em3.content.fusion, "fusion")]
+        encoder: Any
         for encoder in em3.content.encoders.values():
-            _label_encode(encoder, hooks)
+            # `record_function` as a decorator opens a range at each call.
+            encoder.encode = record_function("## encoders ##")(encoder.encode)
+            hooks.callback(delattr, encoder, "encode")
     for module, label in modules:
         _label_forward(module, label, hooks)
     return hooks
@@ -120,9 +121,3 @@ def _label_forward(module: nn.Module, label: str, hooks: ExitStack) -> None:
 
     hooks.callback(module.register_forward_pre_hook(begin, prepend=True).remove)
     hooks.callback(module.register_forward_hook(end, always_call=True).remove)
-
-
-def _label_encode(encoder: Any, hooks: ExitStack) -> None:
-    # `record_function` as a decorator opens a range at each call.
-    encoder.encode = record_function("## encoders ##")(encoder.encode)
-    hooks.callback(delattr, encoder, "encode")

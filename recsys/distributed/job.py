@@ -1,10 +1,9 @@
 """Names of this process's job, which torchrun and Slurm keep when they restart its ranks."""
 
-from __future__ import annotations
-
 import os
 import socket
 from dataclasses import dataclass
+from typing import Self
 
 import psutil
 
@@ -19,13 +18,13 @@ class JobName:
     torchrun: str = ""
     slurm: str = ""
 
-    @staticmethod
-    def from_environment() -> JobName:
+    @classmethod
+    def from_environment(cls) -> Self:
         run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
         if run_id == "none":  # attempts share nothing but the agent, which starts them
             agent = psutil.Process().parent()
             run_id = f"{socket.gethostname()}:{agent.pid}:{agent.create_time()}" if agent else ""
-        return JobName(run_id, os.environ.get("SLURM_JOB_ID", ""))
+        return cls(run_id, os.environ.get("SLURM_JOB_ID", ""))
 
     def __str__(self) -> str:
         return self.torchrun or self.slurm

@@ -4,8 +4,6 @@ Events are an error, SIGTERM, SIGINT and a checkpoint that is due. A rank that c
 repeats its last batch until the next exchange of flags; the job then ends with that rank's error.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import threading
@@ -13,7 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -116,7 +114,7 @@ class Lockstep:
         self._has_failed = False  # whether this rank cannot read its next batches
         self._last_batch: Any = None  # repeated in their place
 
-    def __enter__(self) -> Lockstep:
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._handlers[number] = signal.signal(number, self._end)

@@ -1,7 +1,5 @@
 """The ranks of a job: join them, and report an error on any rank to all, so that all end."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import secrets
@@ -11,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import pyarrow as pa
 import torch
@@ -63,7 +61,7 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def with_new_group(self) -> Ranks:
+    def with_new_group(self) -> Self:
         """Return the same ranks with a group for collectives during the steps. A collective."""
         return replace(self, custom_group=dist.new_group(backend="gloo"))
 

@@ -1,6 +1,5 @@
 """Run `recsys compare`: metrics of runs side by side, and which differences are significant."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +19,6 @@ from recsys.evaluation.scores import (
     scores_file,
     with_labels,
 )
-from recsys.storage.files import atomic_write
 
 SAMPLES = 2000
 
@@ -115,8 +113,3 @@ def _cells(metrics: dict[str, Any], name: str, users: int) -> tuple[str, str, st
     star = " *" if difference["excludes_zero"] else ""
     interval = f"[{difference['low']:+.4f}, {difference['high']:+.4f}]{star}"
     return value, f"{difference['value']:+.4f}", interval
-
-
-def write_comparison(report: dict[str, Any], out: Path) -> None:
-    """Write the result of `compare_runs` as JSON, atomically."""
-    atomic_write(out, json.dumps(report, indent=2) + "\n")

@@ -91,10 +91,7 @@ def check_data(
             if split == "train" or not isinstance(settings, RetrievalSettings):
                 counts[split] = count_items(rows, ranks.rank, ranks.world_size, reader)
             else:
-                queries = QueryPositions(job.schema, reader)
-                counts[split] = count_items(rows, ranks.rank, ranks.world_size, queries.read)
-                # Unusable moments would end a search only after training.
-                later_items(job, settings, rows, queries.positions())
+                counts[split] = _count_and_check_moments(job, settings, rows, reader)
         if job.schema.weight and not sum(ranks.gather(int(counts[split].counts.sum()))):
             folder = job.train_folder if split == "train" else split
             raise _without_weight(job.root / folder, job.schema.weight)
@@ -112,24 +109,24 @@ def check_data(
     return CheckedRows(counted, skipped, numbers)
 
 
-class QueryPositions:
-    """Collects positions of the rows of a rank's share that a search queries; see `_add_queries`.
+def _count_and_check_moments(
+    job: Job,
+    settings: RetrievalSettings,
+    rows: RowSource,
+    also: Callable[[pa.Table], None] | None,
+) -> ItemCounts:
+    """Call `count_items`, and read the moments of the rows that a search queries after training."""
+    label, positions = job.schema.of_kind("label")[0], [np.zeros(0, np.int64)]
 
-    `also` gets each chunk, too.
-    """
+    def read(table: pa.Table) -> None:
+        is_query = rows_that_count(table, job.schema) & (table[label].to_numpy() > 0)
+        positions.append(table[ROW_POSITION].to_numpy()[is_query])  # as `_add_queries` chooses them
+        if also is not None:
+            also(table)
 
-    def __init__(self, schema: Schema, also: Callable[[pa.Table], None] | None) -> None:
-        self.schema, self.label, self.also = schema, schema.of_kind("label")[0], also
-        self._chunks = [np.zeros(0, np.int64)]
-
-    def read(self, table: pa.Table) -> None:
-        is_query = rows_that_count(table, self.schema) & (table[self.label].to_numpy() > 0)
-        self._chunks.append(table[ROW_POSITION].to_numpy()[is_query])
-        if self.also is not None:
-            self.also(table)
-
-    def positions(self) -> torch.Tensor:  # int64 [R]
-        return torch.from_numpy(np.concatenate(self._chunks))
+    counts = count_items(rows, job.ranks.rank, job.ranks.world_size, read)
+    later_items(job, settings, rows, torch.from_numpy(np.concatenate(positions)))
+    return counts
 
 
 class ValidationLabels:
@@ -207,13 +204,6 @@ def undefined_selection(
 def _without_weight(split: Location, column: str | None) -> ValueError:
     problem = f"{split}: column '{column}' is 0 in all rows"
     return ValueError(f"{problem}; write weights above 0, or remove it from schema.yaml")
-
-
-def require_usable(rows: RowSource, split: Location, scored: Mapping[str, Tensor]) -> None:
-    """Raise a ValueError if a logit is not finite, or if all weights are 0."""
-    require_finite(scored, rows)
-    if len(weights := scored.get("weights", torch.ones(1))) and not weights.any():
-        raise _without_weight(split, rows.schema.weight)
 
 
 def fill_bank(job: Job, lockstep: Lockstep | None = None) -> None:
@@ -328,6 +318,22 @@ def split_scores(schema: Schema, scored: dict[str, Tensor], item_counts: ItemCou
     return SplitScores(**columns, label_names=labels, losses=schema.label_losses)
 
 
+def usable_scores(
+    job: Job, split: str, rows: RowSource, scored: dict[str, Tensor], item_counts: ItemCounts
+) -> SplitScores | None:
+    """Return the scores of a split on rank 0, else None. A collective.
+
+    A logit that is not finite, or weights that are all 0, are a ValueError on every rank.
+    """
+    with job.ranks.raise_on_all_ranks():
+        if not job.ranks.is_first:
+            return None
+        require_finite(scored, rows)
+        if len(weights := scored.get("weights", torch.ones(1))) and not weights.any():
+            raise _without_weight(job.root / split, rows.schema.weight)
+        return split_scores(job.schema, scored, item_counts)
+
+
 def evaluate_split(
     job: Job,
     split: str,
@@ -354,10 +360,9 @@ def evaluate_split(
     if shows_skipped:
         interactions.rows.skipped(job.ranks, split)
     report: dict[str, Any] = {}
+    scores = usable_scores(job, split, interactions.rows, scored, item_counts)
     with job.ranks.raise_on_all_ranks():
-        if job.ranks.is_first:
-            require_usable(interactions.rows, job.root / split, scored)
-            scores = split_scores(job.schema, scored, item_counts)
+        if scores is not None:
             report = scores_report(scores, make_metrics(job.config.metrics))
             if scores_to is not None:
                 write_scores(scores, scores_to, model)

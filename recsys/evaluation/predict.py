@@ -1,6 +1,5 @@
 """Evaluate and predict with a finished run. Shapes: N rows of a file or row group, C labels."""
 
-import json
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -32,7 +31,7 @@ from recsys.evaluation.forward_pass import require_finite, rows_per_batch
 from recsys.evaluation.scores import scores_file
 from recsys.model.losses import predictions
 from recsys.model.tables import scoring_config
-from recsys.storage.files import atomic_file, atomic_write, regular_file
+from recsys.storage.files import atomic_file, regular_file, write_json
 from recsys.storage.location import Location
 from recsys.storage.output_file import check_output
 
@@ -98,7 +97,7 @@ def evaluate(run: Path, data: str | None, split: str, ranks: Ranks, device: str)
                 )
             if not can_store:
                 raise ValueError(f"{file}: {run} cannot be written to; the result is printed only")
-            atomic_write(file, json.dumps(report, indent=2) + "\n")
+            write_json(file, report, indent=2)
     return report
 
 
@@ -143,14 +142,10 @@ def _predict(
         logger.info(line)
     if job.config.on_bad_row == "skip":
         rows.skipped(ranks, "input")
-    with ranks.raise_on_all_ranks():
-        if ranks.is_first:
-            require_finite(scored, rows)
+    ranks.on_first(require_finite, scored, rows)
     values = torch.full((rows.num_rows, scored["logits"].shape[1]), torch.nan)
     values[scored["positions"]] = predictions(scored["logits"], job.schema.label_losses)
-    with ranks.raise_on_all_ranks():
-        if ranks.is_first:
-            _write(files, prediction_names(job.schema), values.numpy(), out)
+    ranks.on_first(_write, files, prediction_names(job.schema), values.numpy(), out)
     logger.info("%s predictions written to %s", f"{rows.num_rows:,}", out)
 
 

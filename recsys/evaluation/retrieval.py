@@ -4,8 +4,6 @@ Ties count their expected value. Items stay on the ranks that encoded them; all 
 Shapes: R impressions with a query, I items of this rank, D dimension, B batch, S seen items.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -85,6 +83,28 @@ def _batches_of_items(job: Job, share: np.ndarray, longest: int) -> Iterator[Bat
         yield build(batch_rows)
 
 
+@dataclass(frozen=True)
+class SeenItems:
+    """Items that the users of rows have seen, concatenated row by row."""
+
+    items: Tensor  # int64 [S]
+    lengths: Tensor  # [R], number of items of each row
+
+    def mask(self, rows: slice, items: Tensor) -> Tensor:  # [I] ascending -> bool [rows, I]
+        """Return which of `items` each of the rows has seen."""
+        ends = self.lengths.cumsum(0)
+        lengths = self.lengths[rows]
+        first = int(ends[rows][0] - lengths[0])
+        seen_items = self.items[first : int(ends[rows][-1])]
+        row = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        mask = torch.zeros(len(lengths), len(items), dtype=torch.bool)
+        index = torch.searchsorted(items, seen_items).clamp(max=max(len(items) - 1, 0))
+        if len(items):
+            is_here = items[index] == seen_items
+            mask[row[is_here], index[is_here]] = True
+        return mask
+
+
 def count_above(
     queries: Tensor,  # [R, D], the same on all ranks
     targets: Tensor,  # [R, D], vectors of the items to retrieve
@@ -151,28 +171,6 @@ def beam_count_above(
         counts[1, block] = ((scores == highest).sum(dim=1) - 1).masked_fill(missed, 0)
     dist.all_reduce(counts, group=ranks.group)
     return counts[0], counts[1], len(items)
-
-
-@dataclass(frozen=True)
-class SeenItems:
-    """Items that the users of rows have seen, concatenated row by row."""
-
-    items: Tensor  # int64 [S]
-    lengths: Tensor  # [R], number of items of each row
-
-    def mask(self, rows: slice, items: Tensor) -> Tensor:  # [I] ascending -> bool [rows, I]
-        """Return which of `items` each of the rows has seen."""
-        ends = self.lengths.cumsum(0)
-        lengths = self.lengths[rows]
-        first = int(ends[rows][0] - lengths[0])
-        seen_items = self.items[first : int(ends[rows][-1])]
-        row = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-        mask = torch.zeros(len(lengths), len(items), dtype=torch.bool)
-        index = torch.searchsorted(items, seen_items).clamp(max=max(len(items) - 1, 0))
-        if len(items):
-            is_here = items[index] == seen_items
-            mask[row[is_here], index[is_here]] = True
-        return mask
 
 
 def retrieval_metrics(

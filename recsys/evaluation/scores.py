@@ -1,10 +1,8 @@
 """Store the scores of a split by row, so that runs can be compared. Shapes: N rows, C labels."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -33,14 +31,14 @@ class SplitScores:
     def loss_of(self, label: int) -> str:
         return self.losses[label] if self.losses else "bce"
 
-    def counted(self, label: int) -> SplitScores:
+    def counted(self, label: int) -> Self:
         """Return the rows whose label is known and whose weight is above 0."""
         rows = ~np.isnan(self.labels[:, label])
         if self.weights is not None:
             rows &= self.weights > 0
         return self if rows.all() else self.take(rows)
 
-    def take(self, rows: np.ndarray) -> SplitScores:  # rows: bool [N]
+    def take(self, rows: np.ndarray) -> Self:  # rows: bool [N]
         names = ("positions", "groups", "items", "counts", "labels", "logits")
         columns = {name: getattr(self, name)[rows] for name in names}
         weights = None if self.weights is None else self.weights[rows]

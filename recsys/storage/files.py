@@ -64,6 +64,11 @@ def atomic_write(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def write_json(path: Path, content: Any, indent: int | None = None) -> None:
+    """Write a JSON file atomically; create missing folders."""
+    atomic_write(path, json.dumps(content, indent=indent) + "\n")
+
+
 @contextmanager
 def atomic_folder(path: Path, may_exist: bool = False) -> Iterator[Path]:
     """Yield a new folder beside `path`; rename it to `path` if the block succeeds.

@@ -1,13 +1,11 @@
 """Local paths and fsspec URLs (`s3://`, `gs://`, `memory://`), read in the same way."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -27,17 +25,17 @@ class Location:
     filesystem: Any  # an fsspec filesystem
     path: str
 
-    @staticmethod
-    def of(url: object) -> Location:
+    @classmethod
+    def of(cls, url: object) -> Self:
         """Make a location of a local path or a URL; an unknown kind of URL is a ValueError."""
         if "://" not in str(url):  # fsspec would interpret `::` or `:` in a local path
             path = os.path.abspath(os.path.expanduser(str(url)))
-            return Location(LocalFileSystem(), path.rstrip("/"))
+            return cls(LocalFileSystem(), path.rstrip("/"))
         try:
             filesystem, path = fsspec.core.url_to_fs(str(url))
         except (ImportError, ValueError, OSError) as error:
             raise ValueError(f"{url}: cannot be opened ({error})") from error
-        return Location(filesystem, path.rstrip("/"))
+        return cls(filesystem, path.rstrip("/"))
 
     @property
     def is_local(self) -> bool:
@@ -49,8 +47,8 @@ class Location:
             return ArrowLocalFileSystem()
         return PyFileSystem(FSSpecHandler(self.filesystem))
 
-    def __truediv__(self, name: str) -> Location:
-        return Location(self.filesystem, f"{self.path}/{name}")
+    def __truediv__(self, name: str) -> Self:
+        return type(self)(self.filesystem, f"{self.path}/{name}")
 
     def __str__(self) -> str:
         return self.path if self.is_local else str(self.filesystem.unstrip_protocol(self.path))
@@ -64,7 +62,7 @@ class Location:
             regular_file(Path(self.path))
         return bytes(self.filesystem.cat_file(self.path))
 
-    def files(self, ending: str) -> list[Location]:
+    def files(self, ending: str) -> list[Self]:
         """Return the folder's files with this ending, sorted by name; a file returns itself.
 
         Includes files in Hive partitions such as `date=2026-11-01`, but no names that begin with
@@ -76,7 +74,7 @@ class Location:
             return []
         names = [path.rsplit("/", 1)[-1] for path in self.filesystem.ls(self.path, detail=False)]
         entries = [self / name for name in sorted(names) if not name.startswith((".", "_"))]
-        in_partitions: list[Location] = []
+        in_partitions: list[Self] = []
         for entry in entries:
             name = entry.path.rsplit("/", 1)[-1]
             if is_partition(name) and self.filesystem.isdir(entry.path):
@@ -91,7 +89,7 @@ class Location:
             )
         return matching or in_partitions
 
-    def _refuse_unread(self, entry: Location, name: str, ending: str) -> None:
+    def _refuse_unread(self, entry: Self, name: str, ending: str) -> None:
         """Raise a ValueError for an entry that looks like data but would not be read."""
         if self.filesystem.isfile(entry.path):  # a link to a file counts as a file
             is_spelling = name.lower().endswith(SPELLINGS.get(ending, ending))

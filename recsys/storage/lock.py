@@ -3,8 +3,6 @@
 The kernel frees the lock (`flock`) when its process ends. A file beside the lock names the owner.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import socket
@@ -13,6 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Self
 
 import psutil
 from filelock import FileLock, Timeout
@@ -32,13 +31,13 @@ class Owner:
     started: float  # creation time of the process, as pids are reused
     since: str
 
-    @staticmethod
-    def of_this_process(job: str) -> Owner:
+    @classmethod
+    def of_this_process(cls, job: str) -> Self:
         since = datetime.now().astimezone().isoformat(" ", "seconds")
         started = psutil.Process().create_time()
-        return Owner(job, socket.gethostname(), os.getpid(), started, since)
+        return cls(job, socket.gethostname(), os.getpid(), started, since)
 
-    def is_ending(self, process: Owner) -> bool:
+    def is_ending(self, process: Self) -> bool:
         """Return whether the owner has ended, or is an earlier attempt of that process's job."""
         if self.host != process.host:  # processes of another host cannot be inspected
             return bool(self.job) and self.job == process.job

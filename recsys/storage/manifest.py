@@ -1,14 +1,12 @@
 """Hashes, and manifests of folders: size and hashes of each file, with a hash of the manifest."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from recsys.storage.files import atomic_file, flush, regular_file
 
@@ -57,7 +55,7 @@ def read_signed(path: Path, format_: int) -> dict[str, Any]:
 class VerifiedFiles:
     """Files that were compared with their hashes; those of `previous` are not read again."""
 
-    def __init__(self, previous: VerifiedFiles | None = None) -> None:
+    def __init__(self, previous: Self | None = None) -> None:
         self._previous = set() if previous is None else previous.identities
         self.identities: set[tuple[Any, ...]] = set()
 

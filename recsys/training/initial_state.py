@@ -35,7 +35,7 @@ from recsys.model.tables import cold_row_rules
 from recsys.ranking.generative import Generative
 from recsys.ranking.settings import GenerativeSettings
 from recsys.serving.retrieval.semantic_ids import codes_of_items
-from recsys.storage.files import atomic_write, read_json
+from recsys.storage.files import read_json, write_json
 from recsys.storage.location import Location
 from recsys.training.neighbour_statistics import fit_neighbours
 
@@ -313,5 +313,5 @@ def describe_start(run: Path, plan: WarmStartPlan) -> None:
         "tensors": len(plan.tensors),
         "differences": [row._asdict() for row in plan.differences.reconciled],
     }
-    atomic_write(run / WARM_START, json.dumps(content, indent=1) + "\n")
+    write_json(run / WARM_START, content, indent=1)
     print_table(str(plan))

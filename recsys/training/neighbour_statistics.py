@@ -155,21 +155,15 @@ def _gathered(
     job: Job, settings: NeighbourSettings, folder: str, starts: np.ndarray | None
 ) -> Events:
     """Return the events of the rows in a folder on rank 0, none on the others. A collective."""
-    ranks = job.ranks
+    ranks, schema = job.ranks, job.schema
     with ranks.raise_on_all_ranks():
-        local = read_events(job, settings, folder, starts)
+        rows = open_rows(job.config.source, job.root, folder, schema, job.config.on_bad_row)
+        tables = rows.read(*rows.share(ranks.rank, ranks.world_size))
+        local = _joined_in_blocks(
+            events_of_rows(table, schema, settings, starts) for table in tables
+        )
     columns = [torch.from_numpy(column).to(ranks.device) for column in local]
     return Events(*(gather_rows_to_first(column, ranks.group).cpu().numpy() for column in columns))
-
-
-def read_events(
-    job: Job, settings: NeighbourSettings, folder: str, starts: np.ndarray | None
-) -> Events:
-    """Return the distinct events of this rank's share of the rows in a folder."""
-    schema = job.schema
-    rows = open_rows(job.config.source, job.root, folder, schema, job.config.on_bad_row)
-    tables = rows.read(*rows.share(job.ranks.rank, job.ranks.world_size))
-    return _joined_in_blocks(events_of_rows(table, schema, settings, starts) for table in tables)
 
 
 def _joined_in_blocks(chunks: Iterable[Events]) -> Events:

@@ -1,7 +1,6 @@
 """Training: begin or continue a run, and write its results; the loop is in `trainer`."""
 
 import gc
-import json
 import logging
 from contextlib import suppress
 from dataclasses import replace
@@ -29,14 +28,14 @@ from recsys.distributed.lockstep import Lockstep, TrainingStopped
 from recsys.distributed.log import print_table
 from recsys.distributed.ranks import Ranks, sole_job
 from recsys.distributed.watchdog import Watchdog
-from recsys.evaluation.compare import compare_runs, format_comparison, write_comparison
+from recsys.evaluation.compare import compare_runs, format_comparison
 from recsys.evaluation.evaluate import check_data, evaluate_split, format_evaluation
 from recsys.evaluation.further_metrics import make_metrics
 from recsys.evaluation.model_selection import require_useful, slack_for
 from recsys.evaluation.scores import scores_file
 from recsys.model.tables import cold_row_rules
 from recsys.ranking.settings import TwoTowerSettings
-from recsys.storage.files import atomic_write, read_json
+from recsys.storage.files import read_json, write_json
 from recsys.storage.location import Location
 from recsys.storage.output_file import check_run_folder
 from recsys.training.initial_state import check_begun_from, open_warm_start, start_fresh, start_warm
@@ -218,7 +217,7 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
         metrics["skipped_rows"] = read_json(run / SKIPPED_ROWS)
     with job.ranks.raise_on_all_ranks():  # no rank leaves before the result is written
         if job.ranks.is_first:
-            atomic_write(run / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+            write_json(run / "metrics.json", metrics, indent=2)
             tables = format_evaluation(test, job.config.ranking, job.config.metrics)
             print_table(f"test, model of step {progress.best_step}\n{tables}")
     trainer.reporter.evaluation("test", progress.steps, test)
@@ -265,6 +264,6 @@ def _compare_with_baseline(config: Config, data: str, run: Path, ranks: Ranks) -
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
             report = compare_runs([folder, run], "test")
-            write_comparison(report, run / COMPARISON)
+            write_json(run / COMPARISON, report, indent=2)
             print_table(format_comparison(report))
             logger.info("written to %s", run / COMPARISON)

@@ -26,7 +26,7 @@ from recsys.serving import Scorer
 from recsys.serving.export import export_run
 from recsys.storage.location import Location
 from recsys.training.continual.partitions import PartitionRange
-from recsys.training.continual.walk import WalkOptions, train_continually
+from recsys.training.continual.walk import train_continually
 from recsys.training.train import train
 from tests.recsys.schema_runs import (
     PARTITIONS,
@@ -120,9 +120,9 @@ def test_a_warm_start_takes_all_of_a_run(run: SchemaRun) -> None:
 
 def test_a_partition_is_scored_as_the_run_before_predicts(run: SchemaRun) -> None:
     walk = ContinualFolder(run.folder / "walk")
-    options = WalkOptions(PartitionRange(None, None), False, WarmStart(run.folder / "run"))
+    options = {"span": PartitionRange(), "warm_start": WarmStart(run.folder / "run")}
     with joined_ranks("cpu") as ranks:
-        train_continually(run.config, str(run.data), walk.path, ranks, options)
+        train_continually(run.config, str(run.data), walk.path, ranks, **options)
 
     losses = load_schema(Location.of(run.data), with_vocabularies=False).label_losses
     old_run = (run.folder / "run", walk.run_of(PARTITIONS[0]))

@@ -4,12 +4,11 @@ Rows are matched by raw id if a table has a map, else by their number; -1: initi
 Shapes: R rows, N rows of a range or block, D dimension, S sets of a bounded vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Self
 
 import numpy as np
 import torch
@@ -37,9 +36,9 @@ class RowMap:
     # Maps new rows `[start, stop)` to old rows, int64 [N], or -1; keeps its last result for reuse.
     find: Callable[[int, int], np.ndarray]
 
-    @staticmethod
-    def identity(num_rows: int) -> RowMap:
-        return RowMap(True, num_rows, np.arange)
+    @classmethod
+    def identity(cls, num_rows: int) -> Self:
+        return cls(True, num_rows, np.arange)
 
     def new_rows(self, old: np.ndarray) -> np.ndarray:  # int64 [N] -> [N], -1: has no place
         """Return the new rows of some old ones; for items, whose ids every rank holds anyway."""

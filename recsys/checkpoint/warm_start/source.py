@@ -1,12 +1,10 @@
 """The request of a warm start, the checkpoints that it reads, and differences of the new run."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 from recsys.build import Job
 from recsys.checkpoint import files
@@ -106,13 +104,13 @@ class StoredState:
     manifest: dict[str, Any]
     reader: SafeFileSystemReader
 
-    @staticmethod
-    def open(folder: Path, ranks: Ranks) -> StoredState:
+    @classmethod
+    def open(cls, folder: Path, ranks: Ranks) -> Self:
         """Check the files of a checkpoint and read what it has. A collective."""
         manifest = files.checked_manifest(folder, ranks)
         ranks.on_first(files.check_run_files, folder, manifest)
         with ranks.raise_on_all_ranks():
-            return StoredState(folder, manifest, SafeFileSystemReader(folder))
+            return cls(folder, manifest, SafeFileSystemReader(folder))
 
     @property
     def step(self) -> int:

@@ -298,17 +298,13 @@ def _splits(summary: DatasetSummary) -> str:
     add("target items", lambda split: f"{len(split.item_counts.items):,}")
     for key, name in SHARES.items():
         if any(key in split.shares for split in splits):
-            add(name, lambda split: _percent(split.shares.get(key)))  # noqa: B023
+            add(name, lambda split: _number(split.shares.get(key), ".1%"))  # noqa: B023
     for column in dict.fromkeys(column for split in splits for column in split.times):
         for name, end in (("from", 0), ("to", 1)):
             times = [split.times.get(column) for split in splits]
             cells = ["-" if ends is None else f"{ends[end]:{MINUTES}}" for ends in times]
             rows.append((f"{column} {name}", *cells))
     return align_columns(rows)
-
-
-def _percent(share: float | None) -> str:
-    return _number(share, ".1%")
 
 
 def _number(value: float | None, style: str) -> str:
@@ -322,7 +318,7 @@ def _columns(summary: DatasetSummary) -> str:
     for name, split in product(columns, summary.splits.values()):
         if name in split.lists and (lengths := split.lists[name].summary()):
             quantiles = [f"{lengths[key]:,}" for key in (*QUANTILES, "max")]
-            mean, empty = f"{lengths['mean']:.1f}", _percent(lengths["empty_share"])
+            mean, empty = f"{lengths['mean']:.1f}", f"{lengths['empty_share']:.1%}"
             lists.append((name, split.split, mean, *quantiles, empty))
         elif name in split.numbers:
             values = [split.numbers[name][key] for key in numbers[0][2:]]
@@ -339,7 +335,7 @@ def _table_text(summary: DatasetSummary) -> str:
         ends = ("-", "-")
         if limits and use.vocabulary != "bounded":  # its columns hold raw ids, not rows
             ends = (f"{min(limits):,}", f"{max(limits):,}")
-        cells = (f"{use.ids:,}", _percent(use.unused_share))
+        cells = (f"{use.ids:,}", f"{use.unused_share:.1%}")
         rows.append((name, f"{use.rows:,}", use.vocabulary or "-", *cells, *ends))
     return align_columns(rows)
 
@@ -351,7 +347,7 @@ def _item_text(summary: DatasetSummary) -> str:
     text = f"{items.rows:,} items, {summary.items_without_rows():,} of them in no impression"
     rows = [("content", "kind", "items without", "what the others have")]
     for name, column in items.columns.items():
-        missing = _percent(column.missing_share(items.rows))
+        missing = _number(column.missing_share(items.rows), ".1%")
         rows.append((name, column.kind, missing, _content(column)))
     return f"{text}\n{align_columns(rows)}" if len(rows) > 1 else text
 

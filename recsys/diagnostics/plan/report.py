@@ -1,6 +1,5 @@
 """`recsys describe`: the cluster that its options name, and the description as text tables."""
 
-import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from recsys.diagnostics.plan.description import Description, describe, in_bytes
 from recsys.distributed.log import print_table
 from recsys.doctor import unusable_gpu
 from recsys.kernels.choice import COSTS
-from recsys.storage.files import atomic_write
+from recsys.storage.files import write_json
 from recsys.storage.output_file import check_output
 
 logger = logging.getLogger(__name__)
@@ -33,7 +32,7 @@ def describe_run(
     description = describe(config, data, cluster, rows)
     print_table(format_description(description))
     if json_file is not None:
-        atomic_write(json_file, json.dumps(description.to_json(), indent=2) + "\n")
+        write_json(json_file, description.to_json(), indent=2)
         logger.info("written to %s", json_file)
 
 

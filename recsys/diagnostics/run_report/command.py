@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from recsys.build import Job
-from recsys.checkpoint.files import best_step
+from recsys.checkpoint.files import BEST, read_manifest
 from recsys.checkpoint.partitions import ContinualFolder
 from recsys.checkpoint.run_folder import check_metrics, read_item_counts
 from recsys.checkpoint.run_schema import PARTITION
@@ -24,11 +24,10 @@ from recsys.distributed.lockstep import Lockstep
 from recsys.distributed.ranks import Ranks
 from recsys.distributed.watchdog import Watchdog
 from recsys.evaluation.evaluate import (
-    require_usable,
     score,
     scores_report,
     split_interactions,
-    split_scores,
+    usable_scores,
 )
 from recsys.evaluation.metrics import MIN_USERS
 from recsys.evaluation.predict import data_of, load_run
@@ -59,7 +58,7 @@ def report_run(
     job = load_run(run, data, ranks, device)
     with ranks.raise_on_all_ranks():
         table = item_table(job)
-        settings = _checked_settings(run)
+        settings = _settings(run)
     is_partition = (run / PARTITION).is_file()
     has_probabilities = softmax_settings(job.config.ranking) is None
     split, scores = _of_partition(run) if is_partition else (SPLIT, _scores(job, run))
@@ -67,40 +66,18 @@ def report_run(
     num_items = write_projector(projector, job, run, table, category)
     with ranks.raise_on_all_ranks():
         if ranks.is_first:
-            sections = [
-                prequential(run.parents[1], has_probabilities)
-                if is_partition
-                else _results(scores, has_probabilities),
-                learning_curves(tracked_run, job.config.best_model_by, best_step(run)),
-                *_popularity(scores, split, has_probabilities),
-                _item_vectors(projector, num_items),
-                settings,
-            ]
+            if is_partition:
+                metrics = prequential(run.parents[1], has_probabilities)
+            else:
+                assert scores is not None, "only partitions may have none"
+                metrics = summary({SPLIT: scores_report(scores, {})}, has_probabilities)
+            best_step = read_manifest(run / "checkpoints" / BEST)["step"]
+            sections = [metrics, learning_curves(tracked_run, job.config.best_model_by, best_step)]
+            if scores is not None:
+                sections.append(item_popularity(scores.counted(0), split, has_probabilities))
+            sections += [_item_vectors(projector, num_items), settings]
             atomic_write(out, html_page(f"Run {tracked_run.resolve().name}", sections))
             logger.info("report written to %s", out)
-
-
-def _checked_settings(run: Path) -> Section:
-    file = run / "metrics.json"
-    metrics = read_json(file)
-    check_metrics(run)
-    try:
-        return _settings(run, metrics)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{file}: not as `recsys train` writes it ({error!r}); bring it back, or train on"
-        ) from error
-
-
-def _results(scores: SplitScores | None, has_probabilities: bool) -> Section:
-    assert scores is not None, "only partitions may have none"
-    return summary({SPLIT: scores_report(scores, {})}, has_probabilities)
-
-
-def _popularity(scores: SplitScores | None, split: str, has_probabilities: bool) -> list[Section]:
-    if scores is None:
-        return []
-    return [item_popularity(scores.counted(0), split, has_probabilities)]
 
 
 def _of_partition(run: Path) -> tuple[str, SplitScores | None]:
@@ -110,17 +87,14 @@ def _of_partition(run: Path) -> tuple[str, SplitScores | None]:
     return name, read_scores(file) if file.exists() else None
 
 
-def _scores(job: Job, run: Path) -> SplitScores:
-    """Return the scored test rows of all ranks. A collective."""
+def _scores(job: Job, run: Path) -> SplitScores | None:
+    """Return the scored test rows on rank 0, else None. A collective."""
     interactions = split_interactions(job, SPLIT)
     with Watchdog(job.ranks, job.config.stall_timeout) as watchdog:
         lockstep = Lockstep(job.ranks, job.config.checkpoint.every_seconds, watchdog)
         scored = score(job, interactions, lockstep)
-    with job.ranks.raise_on_all_ranks():
-        if job.ranks.is_first:
-            require_usable(interactions.rows, job.root / SPLIT, scored)
     counts = read_item_counts(run, job.schema.item_id_limit)
-    return split_scores(job.schema, scored, counts)
+    return usable_scores(job, SPLIT, interactions.rows, scored, counts)
 
 
 def _item_vectors(folder: Path, num_items: int) -> Section:
@@ -140,18 +114,14 @@ def summary(metrics: dict[str, Any], has_probabilities: bool) -> Section:
     test = metrics[SPLIT]
     tables = []
     for label, report in test.get("labels", {"items": test}).items():
-        names = _names(report, has_probabilities)
+        names = {"auc": "AUC", "gauc": "GAUC"} | (PROBABILITIES if has_probabilities else {})
+        if "auc" not in report:
+            names = {name: name.upper() for name in ("rmse", "mae", "nrmse")}
         tables.append(metrics_table(label, names, _by_subset(report)))
     undefined = {} if has_probabilities else dict.fromkeys(PROBABILITIES)
     defined = {subset: values | undefined for subset, values in _by_subset(test).items()}
     verdicts = findings(defined) if "auc" in test else _compared_with_mean("RMSE", test["nrmse"])
     return Section("Test metrics", tables=tables, verdicts=verdicts)
-
-
-def _names(report: dict[str, Any], has_probabilities: bool) -> dict[str, str]:
-    if "auc" not in report:
-        return {name: name.upper() for name in ("rmse", "mae", "nrmse")}
-    return {"auc": "AUC", "gauc": "GAUC"} | (PROBABILITIES if has_probabilities else {})
 
 
 def _compared_with_mean(name: str, ratio: float | None) -> list[str]:
@@ -187,12 +157,20 @@ def findings(metrics: dict[str, dict[str, Any]]) -> list[str]:
     return sentences
 
 
-def _settings(run: Path, metrics: dict[str, Any]) -> Section:
-    train = metrics["train"]
-    versions = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
-    paragraph = (
-        f"Trained for {train['steps']:,} steps in {train['seconds']:,.0f} s on "
-        f"{metrics['world_size']} rank(s), {train['samples_per_second']:,.0f} samples/s, with "
-        f"{versions}."
-    )
-    return Section("Configuration", [paragraph], text=(run / "config.yaml").read_text())
+def _settings(run: Path) -> Section:
+    file = run / "metrics.json"
+    metrics = read_json(file)
+    check_metrics(run)
+    try:
+        train = metrics["train"]
+        versions = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
+        paragraph = (
+            f"Trained for {train['steps']:,} steps in {train['seconds']:,.0f} s on "
+            f"{metrics['world_size']} rank(s), {train['samples_per_second']:,.0f} samples/s, with "
+            f"{versions}."
+        )
+        return Section("Configuration", [paragraph], text=(run / "config.yaml").read_text())
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{file}: not as `recsys train` writes it ({error!r}); bring it back, or train on"
+        ) from error

@@ -36,11 +36,16 @@ from recsys.evaluation.blend_fit import fit_blend
 from recsys.evaluation.further_metrics import make_metrics
 from recsys.evaluation.model_selection import require_useful, slack_for
 from recsys.evaluation.scores import SplitScores, read_scores, write_scores
-from recsys.storage.files import atomic_write
+from recsys.storage.files import write_json
 from recsys.storage.location import Location
 from recsys.training import initial_state
 from recsys.training.continual import changes
-from recsys.training.continual.partitions import Partition, is_late, require_files_in_order
+from recsys.training.continual.partitions import (
+    Partition,
+    PartitionRange,
+    is_late,
+    require_files_in_order,
+)
 from recsys.training.trackers import Reporter
 from recsys.training.train import training_interactions, training_metrics
 from recsys.training.trainer import Trainer
@@ -82,7 +87,9 @@ class ContinualRun:
     ranks: Ranks
     lockstep: Lockstep  # keeps the ranks on the same batch, and receives requests to end
     writers: Ranks  # the same ranks with a group for checkpoints
-    warm_start: WarmStart | None = None  # the run that the first partition starts from
+    span: PartitionRange  # partitions to walk
+    follow: bool  # wait for further partitions, until the job is asked to end
+    warm_start: WarmStart | None  # the run that the first partition starts from
 
 
 class PartitionRun:
@@ -245,7 +252,7 @@ class PartitionRun:
         ranks.on_first(run_folder.describe_run, run, job, self.continual.data)
         if plan is not None:
             ranks.on_first(initial_state.describe_start, run, plan)
-        ranks.on_first(atomic_write, run / PARTITION, json.dumps({"name": current.name}) + "\n")
+        ranks.on_first(write_json, run / PARTITION, {"name": current.name})
         return progress
 
     def _write_scores(
@@ -284,8 +291,7 @@ class PartitionRun:
         with job.averaged():
             trainer.checkpoints.save_best(progress)
         metrics = {"partition": self.partition.name, **training_metrics(progress, self.ranks)}
-        file, text = self.run / run_folder.METRICS, json.dumps(metrics, indent=2) + "\n"
-        self.ranks.on_first(atomic_write, file, text)
+        self.ranks.on_first(write_json, self.run / run_folder.METRICS, metrics, 2)
         self.ranks.on_first(run_folder.finish_run, self.run)
 
     def require_useful_scores(self) -> None:
@@ -333,15 +339,12 @@ def score_partition(job: Job, item_counts: ItemCounts, lockstep: Lockstep) -> Sp
     ranks = job.ranks
     interactions, unknown = evaluate.split_interactions(job, "train"), UnknownIds(job.schema)
     scored = evaluate.score(job, interactions, lockstep, unknown, with_evidence=True)
+    rows, folder = interactions.rows, job.train_folder
     if job.config.on_bad_row == "skip":
-        interactions.rows.skipped(ranks, job.train_folder)
-    scores = None
-    with ranks.raise_on_all_ranks():
-        if ranks.is_first:
-            evaluate.require_usable(interactions.rows, job.root / job.train_folder, scored)
-            scores = evaluate.split_scores(job.schema, scored, item_counts)
+        rows.skipped(ranks, folder)
+    scores = evaluate.usable_scores(job, folder, rows, scored, item_counts)
     fit_blend(job, dict(scored))
-    if (line := format_unknown(job.train_folder, unknown.totals(ranks.group))) is not None:
+    if (line := format_unknown(folder, unknown.totals(ranks.group))) is not None:
         logger.info(line)
     return scores
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -119,17 +119,14 @@ def _export(run: Path, package: Path, tables: str) -> None:
         logger.warning("%s: an export of a killed job has written it: %s", package, cause)
 
 
-@dataclass(frozen=True)
-class WalkOptions:
-    """Partitions to walk, and the run to begin from."""
-
-    span: PartitionRange = field(default_factory=PartitionRange)
-    follow: bool = False  # wait for further partitions, until the job is asked to end
-    warm_start: WarmStart | None = None  # the run that the first partition starts from
-
-
 def train_continually(
-    config: Config, data: str, run: Path, ranks: Ranks, options: WalkOptions
+    config: Config,
+    data: str,
+    run: Path,
+    ranks: Ranks,
+    span: PartitionRange,
+    follow: bool = False,
+    warm_start: WarmStart | None = None,
 ) -> RunState:
     """Score and train on one partition after another; return what is trained. A collective.
 
@@ -141,24 +138,26 @@ def train_continually(
     folder = ContinualFolder(run)
     with ranks.raise_on_all_ranks():
         check_run_folder(run, data)
-        _check_folder(folder, options)
+        _check_folder(folder, warm_start)
     with ExitStack() as stack:
         stack.enter_context(sole_job(run, ranks, run / LOCK))
         watchdog = stack.enter_context(Watchdog(ranks, config.stall_timeout))
         lockstep = stack.enter_context(Lockstep(ranks, config.checkpoint.every_seconds, watchdog))
-        writers, warm_start = ranks.with_new_group(), options.warm_start
-        continual = ContinualRun(config, data, folder, ranks, lockstep, writers, warm_start)
-        return _walk(continual, options)
+        writers = ranks.with_new_group()
+        continual = ContinualRun(
+            config, data, folder, ranks, lockstep, writers, span, follow, warm_start
+        )
+        return _walk(continual)
 
 
-def _check_folder(folder: ContinualFolder, options: WalkOptions) -> None:
+def _check_folder(folder: ContinualFolder, request: WarmStart | None) -> None:
     path = folder.path
     if (path / "checkpoints").exists() or (path / "train").exists():
         raise ValueError(
             f"{path}: holds a run of `recsys train` or a dataset; choose another --out (to begin "
             f"with its state: --warm-start {path})"
         )
-    state, warm_start = folder.read(), _source_run(options)
+    state, warm_start = folder.read(), _source_run(request)
     must_match = warm_start is not None or not state.trained  # the first partition begins from it
     if (path / STATE).exists() and must_match and warm_start != state.warm_start:
         start, current = (
@@ -171,19 +170,19 @@ def _check_folder(folder: ContinualFolder, options: WalkOptions) -> None:
         )
 
 
-def _source_run(options: WalkOptions) -> str | None:
-    return None if options.warm_start is None else str(options.warm_start.run.resolve())
+def _source_run(request: WarmStart | None) -> str | None:
+    return None if request is None else str(request.run.resolve())
 
 
-def _walk(continual: ContinualRun, options: WalkOptions) -> RunState:
+def _walk(continual: ContinualRun) -> RunState:
     """Go from partition to partition. A collective."""
     folder, ranks = continual.folder, continual.ranks
-    state = ranks.on_first(_earlier_state, continual, options)
+    state = ranks.on_first(_earlier_state, continual)
     num_trained = len(state.trained)
     gc.freeze()  # present objects stay, so that collecting a partition's model skips them
-    if options.follow:
+    if continual.follow:
         continual.lockstep.listen()
-    while (partition := _next(continual, options, state)) is not None:
+    while (partition := _next(continual, state)) is not None:
         run = PartitionRun(continual, partition, state)
         trained = run.train()
         state = replace(state, trained=(*state.trained, trained), begun=None)
@@ -206,12 +205,12 @@ def _walk(continual: ContinualRun, options: WalkOptions) -> RunState:
     return state
 
 
-def _earlier_state(continual: ContinualRun, options: WalkOptions) -> RunState:
+def _earlier_state(continual: ContinualRun) -> RunState:
     """Return the state to go on from, and check that its partitions are unchanged. On rank 0."""
     state = continual.folder.read()
-    state = replace(state, warm_start=state.warm_start or _source_run(options))
+    state = replace(state, warm_start=state.warm_start or _source_run(continual.warm_start))
     if state.last is None and state.begun is None:
-        state = replace(state, first=options.span.first)
+        state = replace(state, first=continual.span.first)
     _check_trained(continual, state)
     export_newest(continual.config.continual, continual.folder, state)  # if a job was killed in it
     _log_unused_settings(continual.config)
@@ -219,7 +218,6 @@ def _earlier_state(continual: ContinualRun, options: WalkOptions) -> RunState:
 
 
 def _log_unused_settings(config: Config) -> None:
-    """Log the settings on validation that a continual run ignores."""
     names = ("epochs", "patience", "patience_share", "validations_per_epoch", "best_model_by")
     default = Config()
     unused = [name for name in names if getattr(config, name) != getattr(default, name)]
@@ -250,11 +248,11 @@ def _check_trained(continual: ContinualRun, state: RunState) -> None:
             )
 
 
-def _next(continual: ContinualRun, options: WalkOptions, state: RunState) -> Partition | None:
+def _next(continual: ContinualRun, state: RunState) -> Partition | None:
     """Return the next partition that is whole; wait for it if asked. A collective."""
     logged, ranks = "", continual.ranks
     while True:
-        partition, waits_for = ranks.on_first(_candidate, continual, options, state)
+        partition, waits_for = ranks.on_first(_candidate, continual, state)
         if waits_for is None:
             return partition
         if waits_for != logged:
@@ -263,12 +261,10 @@ def _next(continual: ContinualRun, options: WalkOptions, state: RunState) -> Par
         _pause(continual.lockstep, continual.config.continual.poll_seconds)
 
 
-def _candidate(
-    continual: ContinualRun, options: WalkOptions, state: RunState
-) -> tuple[Partition | None, str | None]:
+def _candidate(continual: ContinualRun, state: RunState) -> tuple[Partition | None, str | None]:
     root = Location.of(continual.data)
     root.filesystem.invalidate_cache()
-    partitions, train, span = list_partitions(root), root / "train", options.span
+    partitions, train, span = list_partitions(root), root / "train", continual.span
     trained, today = [p.name for p in state.trained], datetime.now(UTC).replace(tzinfo=None)
     refused = refused_partitions(partitions, trained, today)
     in_order = [p for p in partitions if p.name not in refused]
@@ -278,7 +274,7 @@ def _candidate(
     _check_begun(continual.folder, state, partition)
     if partition is None:
         refusal = _refusal(train, partitions, refused, span)
-        if options.follow:
+        if continual.follow:
             if span.is_over(in_order, state):
                 return None, None
             cause = f" (not trained on: {refusal})" if refusal else ""
@@ -288,7 +284,7 @@ def _candidate(
         if state.last is None:
             raise ValueError(_no_partitions(train, partitions, span))
         return None, None
-    if options.follow:
+    if continual.follow:
         quiet = continual.config.continual.quiet_seconds
         if (waits_for := waiting_for(root, partition, quiet)) is not None:
             return partition, waits_for

@@ -57,7 +57,7 @@ def learn(folder: Path, config: Config, last: int) -> Path:
     with joined_ranks("cpu") as ranks:
         span = PartitionRange(f"date={name_of(DAYS - UPDATES - 1)}", None)
         data, run = str(folder / "data"), folder / "run"
-        walk.train_continually(config, data, run, ranks, walk.WalkOptions(span))
+        walk.train_continually(config, data, run, ranks, span)
     return ContinualFolder(folder / "run").run_of(f"date={name_of(last)}")
 
 

@@ -17,7 +17,7 @@ from recsys.checkpoint.partitions import ContinualFolder, RunState
 from recsys.config import Config
 from recsys.distributed.ranks import joined_ranks
 from recsys.training.continual.partitions import PartitionRange
-from recsys.training.continual.walk import WalkOptions, train_continually
+from recsys.training.continual.walk import train_continually
 from tests.datasets import impressions, item_rows, write_parquet
 from tests.recsys.checkpoint.kill_ranks import tensors
 from tests.recsys.command_runs import tiny_config
@@ -98,9 +98,9 @@ def walk(
 ) -> RunState:
     """Walk `folder`/data on one rank."""
     with joined_ranks("cpu") as ranks:
-        walk = WalkOptions(PartitionRange(first, last), **options)
-        data_path = str(data or folder / "data")
-        return train_continually(config_of(folder, *argv), data_path, run, ranks, walk)
+        config, data_path = config_of(folder, *argv), str(data or folder / "data")
+        span = PartitionRange(first, last)
+        return train_continually(config, data_path, run, ranks, span, **options)
 
 
 def rewound(walked: Path, out: Path) -> ContinualFolder:
